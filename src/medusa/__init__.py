@@ -1,0 +1,31 @@
+"""Medusa: any Hugging Face causal language model, faster, with no draft model and no change to its output."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medusa.config import MedusaConfig
+    from medusa.heads import MedusaHeads
+    from medusa.model import MedusaModel
+    from medusa.tree import MedusaTree
+
+__version__ = "0.1.0"
+__all__ = ["EMBEDDED", "MedusaConfig", "MedusaHeads", "MedusaModel", "MedusaTree", "__version__"]
+
+EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
+"""The folder of the embedded model: backbone, tokenizer, heads and tree, good for transformers' Auto classes too."""
+
+_HOMES = {
+    "MedusaConfig": "medusa.config",
+    "MedusaHeads": "medusa.heads",
+    "MedusaModel": "medusa.model",
+    "MedusaTree": "medusa.tree",
+}
+
+
+def __getattr__(name: str):
+    # Imported on first use, so that `medusa --help` does not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'medusa' has no attribute {name!r}")

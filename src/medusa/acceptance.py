@@ -1,0 +1,94 @@
+"""Acceptance: which drafted tokens the backbone would also have said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa.errors import InvalidInput
+from medusa.tree import TreeTensors
+
+
+@dataclass(frozen=True)
+class TypicalAcceptance:
+    """Thresholds of typical acceptance (paper 2.3.1): the hard one and the one that falls with entropy."""
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __post_init__(self):
+        for name in ("epsilon", "delta"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise InvalidInput(f"{name} is {value}, wanted a number in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The accepted path of every row."""
+
+    node: Tensor  # (B,) long: the deepest accepted node
+    path: Tensor  # (B, D + 1) long: nodes from the root to it, then -1
+    length: Tensor  # (B,) long: nodes on the path, the root included
+    bonus: Tensor  # (B,) long: the backbone's token after the path, the next root
+
+
+def accept_exact(
+    tree: TreeTensors,
+    tokens: Tensor,  # (B, N) long: the token of every node
+    said: Tensor,  # (B, N) long: the backbone's own token after every node
+) -> Accepted:
+    """Descend while a child is just what the backbone says after its parent.
+
+    With the argmax as `said` this is greedy acceptance. With a draw from the backbone's distribution p at every node it
+    is exact sampling: the token after each accepted node is that one draw, whether the tree held it or not, so the output
+    is distributed as p for any tree that depends only on the past; and as the draw is accepted whenever the tree holds
+    it, no rule with the same candidates accepts more.
+    """
+    agreed = tokens == said.gather(1, tree.parents.expand_as(tokens))
+    node = _reachable(tree, agreed).mul(tree.depths + 1).argmax(-1)  # at most one node at each depth is reachable
+    return _accepted(tree, node, said)
+
+
+def accept_typical(
+    tree: TreeTensors,
+    tokens: Tensor,  # (B, N) long
+    scores: Tensor,  # (B, N, V) float32: the backbone's logits after temperature and processors
+    thresholds: TypicalAcceptance,
+) -> Accepted:
+    """Descend to every child that is typical of the backbone; the longest path wins, among equals the likeliest.
+
+    Not lossless: opt-in. The root is the backbone's argmax and unconditional (paper 2.3.1).
+    """
+    log_p = scores.log_softmax(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)  # (B, N)
+    # Medusa 2.3.1: p > min(epsilon, delta * exp(-H)), both at the parent
+    threshold = (thresholds.delta * torch.exp(-entropy)).clamp(max=thresholds.epsilon)
+    parents = tree.parents.expand_as(tokens)
+    own = log_p[torch.arange(len(tokens), device=tokens.device)[:, None], parents, tokens]  # (B, N)
+    reachable = _reachable(tree, own.exp() > threshold.gather(1, parents))
+    depth = reachable * (tree.depths + 1)
+    deepest = depth == depth.amax(-1, keepdim=True)
+    own = own.masked_fill(tree.depths == 0, 0.0).clamp(min=-1e4)  # finite: -inf times 0 is no number
+    likelihood = own @ tree.ancestors.to(own.dtype).T
+    node = likelihood.masked_fill(~deepest, -torch.inf).argmax(-1)
+    return _accepted(tree, node, scores.argmax(-1))
+
+
+def _reachable(
+    tree: TreeTensors,
+    accepted: Tensor,  # (B, N) bool: whether the node follows its parent; the root's own entry does not count
+) -> Tensor:  # (B, N) bool: whether it and all above it do
+    accepted = accepted | (tree.depths == 0)
+    return (accepted[:, None, :] | ~tree.ancestors).all(-1)
+
+
+def _accepted(tree: TreeTensors, node: Tensor, said: Tensor) -> Accepted:
+    return Accepted(
+        node=node,
+        path=tree.lineage[node],
+        length=tree.depths[node] + 1,
+        bonus=said.gather(1, node[:, None]).squeeze(1),
+    )

@@ -1,0 +1,248 @@
+"""The backbone: any transformers causal LM seen as hidden states and logits under a tree attention mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medusa.cache import TreeCache
+from medusa.errors import UnsupportedBackbone
+from medusa.tree import MedusaTree, TreeTensors
+
+# What a causal LM does to its LM head's output, by the config field that says so.
+LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2-4
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+}
+MASK_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+ATTENTION = ("sdpa", "eager")  # the implementations that add a float mask of four dimensions
+
+Masks = Tensor | dict[str, Tensor] | None
+
+
+class Backbone:
+    """A causal LM as Medusa uses it. Nothing here changes after construction: requests on it may run in parallel.
+
+    Args:
+        module: a loaded transformers causal LM; put into eval mode.
+
+    Raises:
+        UnsupportedBackbone: the model is no causal LM, or its attention or its logits cannot be reproduced.
+    """
+
+    def __init__(self, module: PreTrainedModel):
+        self.module = module.eval()
+        name = type(module).__name__
+        if getattr(module.config, "is_encoder_decoder", False):
+            raise UnsupportedBackbone(f"{name} is an encoder-decoder; Medusa needs a causal language model")
+        lm_head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        if lm_head is None or not hasattr(lm_head, "weight"):
+            raise UnsupportedBackbone(f"{name} has no LM head; load it with AutoModelForCausalLM")
+        self.lm_head: nn.Module = lm_head
+        decoder = module.get_decoder()
+        self.decoder: nn.Module = getattr(module, "model", module) if decoder is module else decoder  # Llama 4
+        if self.decoder is module:
+            raise UnsupportedBackbone(f"{name} does not say which part of it is its decoder")
+        self.config = module.config.get_text_config(decoder=True)
+        self.attention = getattr(self.config, "_attn_implementation", "eager")
+        if self.attention not in ATTENTION:
+            raise UnsupportedBackbone(
+                f"{name} runs {self.attention} attention, which takes no tree mask; load it with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
+        self.vocab_size, self.hidden_size = lm_head.weight.shape[0], self.config.hidden_size
+        if hasattr(lm_head, "in_features"):  # a quantised weight is packed and says nothing
+            self.vocab_size, self.hidden_size = lm_head.out_features, lm_head.in_features
+        self.num_layers: int = self.config.num_hidden_layers
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.lm_head_device = lm_head.weight.device
+        self._rules = [
+            (rule, getattr(self.config, field))
+            for field, rule in LOGIT_RULES.items()
+            if isinstance(getattr(self.config, field, None), int | float)
+        ]
+        self._window: int | None = getattr(self.config, "sliding_window", None)
+        self._chunk: int | None = getattr(self.config, "attention_chunk_size", None)
+        self.mask_kinds = self._mask_kinds(name)
+
+    def _mask_kinds(self, name: str) -> tuple[str, ...]:
+        """The kinds of attention mask the layers take; several mean a dict of masks."""
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types is None:
+            return ("sliding_attention",) if self._window else ("full_attention",)
+        kinds = tuple(dict.fromkeys(layer_types))
+        for kind in kinds:
+            if kind not in MASK_KINDS:
+                raise UnsupportedBackbone(
+                    f"{name} has {kind} layers: a recurrent state cannot hold the branches of a tree"
+                    if "linear" in kind or kind in ("mamba", "recurrent", "conv")
+                    else f"{name} has {kind} layers, which are not supported"
+                )
+        return kinds
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.module.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden states and masks."""
+        return self.module.dtype
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, from the generation config."""
+        for config in (getattr(self.module, "generation_config", None), self.config):
+            eos = getattr(config, "eos_token_id", None)
+            if eos is not None:
+                return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        return ()
+
+    def new_cache(self, capacity: int) -> TreeCache:
+        return TreeCache(self.num_layers, capacity)
+
+    def logits(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """The model's own logits, with the cap or scale that its forward applies after the LM head."""
+        logits = self.lm_head(hidden)
+        for rule, value in self._rules:
+            logits = rule(logits, value)
+        return logits
+
+    def hidden_states(
+        self,
+        ids: Tensor,  # (B, T) long, padded at the right if at all
+    ) -> Tensor:  # (B, T, d)
+        """The last hidden state of every position in one causal pass, without a cache."""
+        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    def prefill(
+        self,
+        ids: Tensor,  # (B, P) long, left-padded
+        attention_mask: Tensor | None,  # (B, P), 1 for tokens; None: no padding
+        cache: TreeCache,
+    ) -> Tensor:  # (B, d)
+        """Process the prompts into slots 0 .. P-1 and return the last hidden state."""
+        length = ids.shape[1]
+        slots = torch.arange(length, device=ids.device)
+        positions = slots.expand_as(ids)
+        if attention_mask is not None:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        cache.aim(slots, visible=length)
+        return self._decode(ids, attention_mask, positions, cache)[:, -1]
+
+    def verify(
+        self,
+        ids: Tensor,  # (B, N) long: the tokens of the tree
+        tree: TreeTensors,
+        base: Tensor,  # () long: the slot of the root
+        lengths: Tensor,  # (B,) long: slots committed, padding included
+        pads: Tensor,  # (B,) long: slots of padding at the left
+        visible: int,  # slots seen: at least base + N
+        cache: TreeCache,
+    ) -> Tensor:  # (B, N, d)
+        """Hidden states of all nodes in one pass: each sees the committed tokens, its ancestors and itself."""
+        slots = base + torch.arange(len(tree), device=ids.device)
+        positions = (lengths - pads)[:, None] + tree.depths
+        if self.context is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
+            positions = positions.clamp(max=self.context - 1)
+        cache.aim(slots, visible)
+        masks = self._tree_masks(tree, slots, positions, lengths, pads, visible)
+        return self._decode(ids, masks, positions, cache)
+
+    def _decode(self, ids: Tensor, masks: Masks, positions: Tensor, cache: TreeCache) -> Tensor:
+        output = self.decoder(
+            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state
+
+    def _tree_masks(
+        self, tree: TreeTensors, slots: Tensor, positions: Tensor, lengths: Tensor, pads: Tensor, visible: int
+    ) -> Masks:
+        """The masks of every kind of layer, (B, 1, N, visible), to be added to attention scores."""
+        slot = torch.arange(visible, device=slots.device)
+        committed = (slot < lengths[:, None]) & (slot >= pads[:, None])  # (B, visible)
+        allowed = committed[:, None].expand(-1, len(tree), -1)
+        allowed = allowed.index_copy(2, slots, tree.ancestors.expand(len(pads), -1, -1))  # (B, N, visible)
+        masks = {}
+        for kind in self.mask_kinds:
+            seen = allowed
+            if kind != "full_attention":
+                # (B, visible): the position of the token in each slot
+                at = (slot - pads[:, None]).index_copy(1, slots, positions)[:, None]
+                query = positions[..., None]
+                near = query - at < self._window if kind == "sliding_attention" else query // self._chunk == at // self._chunk
+                seen = allowed & near
+            # float, not bool: eager attention adds the mask. finfo.min, not -inf: a row of -inf is NaN
+            bias = torch.zeros((), dtype=self.dtype, device=slots.device)
+            masks[kind] = torch.where(seen, bias, torch.finfo(self.dtype).min)[:, None]
+        return masks if len(masks) > 1 else masks[self.mask_kinds[0]]
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Run a small tree against its chains on random ids, and the logits against the model's own.
+
+        Raises:
+            UnsupportedBackbone: tree decoding on this model would not be exact.
+        """
+        name = type(self.module).__name__
+        generator = torch.Generator().manual_seed(0)
+        tree = MedusaTree([(0,), (0, 0), (0, 0, 0), (0, 1), (1,), (1, 0), (2,)]).tensors(self.device)
+        prompt = 9
+        pads = torch.tensor([0, 4], device=self.device)
+        ids = torch.randint(self.vocab_size, (2, prompt + len(tree)), generator=generator).to(self.device)
+        prompts, nodes = ids[:, :prompt], ids[:, prompt:]
+        mask = (torch.arange(prompt, device=self.device) >= pads[:, None]).long()
+        cache = self.new_cache(prompt + 2 * len(tree))
+        lengths = torch.full((2,), prompt, device=self.device)
+        path = tree.lineage[4]  # nodes 0, 1 and 4: not contiguous, so that keeping it moves it
+        path = path[path >= 0]
+        try:
+            self.prefill(prompts, mask, cache)
+            first = self.verify(nodes, tree, lengths[0], lengths, pads, prompt + len(tree), cache)
+            target = lengths[:, None] + torch.arange(len(path), device=self.device)
+            cache.keep((prompt + path).expand(2, -1), target)
+            kept = lengths + len(path)
+            second = self.verify(nodes, tree, kept[0], kept, pads, prompt + len(path) + len(tree), cache)
+        except (TypeError, AttributeError, NotImplementedError, RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {str(error).splitlines()[0]}") from error
+        phases = (
+            (first, prompts, "a tree's logits differ from its paths' logits"),
+            (second, torch.cat([prompts, nodes[:, path]], dim=1), "logits after keeping a path differ from a fresh pass"),
+        )
+        for hidden, prefix, what in phases:
+            error = self._probe_error(hidden, prefix, pads.tolist(), nodes, tree)
+            limit = 2e-3 if self.dtype == torch.float32 else 0.1
+            if not error < limit:  # NaN is no match either
+                raise UnsupportedBackbone(
+                    f"{name} with {self.attention} attention is not exact under Medusa: {what} by {error:.1e} "
+                    f"(limit {limit:.0e}); try attn_implementation='eager' or float32"
+                )
+
+    def _probe_error(self, hidden: Tensor, prefix: Tensor, pads: list[int], nodes: Tensor, tree: TreeTensors) -> float:
+        """How far the logits of the tree's nodes are from the model's own on each path alone, relative to their spread."""
+        parents = set(tree.parents[1:].tolist())
+        leaves = [node for node in range(len(tree)) if node not in parents]
+        chains = [(row, tree.lineage[leaf][tree.lineage[leaf] >= 0]) for row in range(len(pads)) for leaf in leaves]
+        length = prefix.shape[1] + tree.lineage.shape[1]
+        ids = prefix.new_zeros(len(chains), length)
+        for chain, (row, lineage) in enumerate(chains):  # padded at the right, which a causal model does not see
+            tokens = torch.cat([prefix[row, pads[row] :], nodes[row, lineage]])
+            ids[chain, : len(tokens)] = tokens
+        wanted = self.module(input_ids=ids, use_cache=False).logits.float()
+        errors = []
+        for chain, (row, lineage) in enumerate(chains):
+            start = prefix.shape[1] - pads[row]
+            own = wanted[chain, start : start + len(lineage)]
+            got = self.logits(hidden[row, lineage]).float()
+            errors.append((got - own).norm(dim=-1) / (own - own.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6))
+        error = torch.cat(errors)
+        # In low precision single nodes may differ, where a mixture of experts routes a tie the other way.
+        return (error.max() if self.dtype == torch.float32 else error.median()).item()

@@ -1,0 +1,83 @@
+"""The KV cache of a request: allocated once, written at given slots, compacted in place to the accepted path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Cursor:
+    """Where the next forward pass writes and how far it reads; one per cache, shared by its layers."""
+
+    slots: Tensor | None = None  # (n,) long: slots of the tokens being processed
+    start: int = 0  # slots filled before them, as far as the backbone needs to know
+    visible: int = 0  # keys and values returned: slots 0 .. visible - 1
+
+
+class TreeCacheLayer(CacheLayerMixin):
+    """One layer's keys and values, (B, kv heads, capacity, head dim); full length also where attention is windowed,
+    since the mask does the windowing and a ring buffer cannot hold a tree."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, capacity: int, cursor: _Cursor):
+        super().__init__()
+        self.capacity = capacity
+        self.cursor = cursor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for name, states in (("keys", key_states), ("values", value_states)):
+            batch, heads, _, width = states.shape
+            # zeros, not empty: slots not yet written are masked, but 0 * NaN would still be NaN
+            setattr(self, name, states.new_zeros(batch, heads, self.capacity, width))
+            torch._dynamo.mark_static_address(getattr(self, name))  # CUDA graphs write in place
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots = self.cursor.slots.to(self.keys.device)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
+        visible = self.cursor.visible
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cursor.visible, 0
+
+    def get_seq_length(self) -> int:
+        return self.cursor.start
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class TreeCache(Cache):
+    """Preallocated layers for `capacity` slots a row. Row b's committed tokens are slots pad_b .. length_b - 1."""
+
+    def __init__(self, num_layers: int, capacity: int):
+        self.cursor = _Cursor()
+        self.capacity = capacity
+        super().__init__(layers=[TreeCacheLayer(capacity, self.cursor) for _ in range(num_layers)])
+
+    def aim(self, slots: Tensor, visible: int, start: int = 0) -> None:
+        """Say where the next forward pass writes its keys and values, and how many slots it sees."""
+        self.cursor.slots, self.cursor.visible, self.cursor.start = slots, visible, start
+
+    def keep(
+        self,
+        source: Tensor,  # (B, n) long: slots to keep, in order
+        target: Tensor,  # (B, n) long: where they go
+    ) -> None:
+        """Move each row's accepted keys and values behind its committed ones; what lies there is overwritten."""
+        for layer in self.layers:
+            if not layer.is_initialized:  # layers that share another's cache have none
+                continue
+            device = layer.keys.device
+            rows = torch.arange(source.shape[0], device=device)[:, None]
+            at, to = source.to(device), target.to(device)
+            layer.keys[rows, :, to] = layer.keys[rows, :, at]
+            layer.values[rows, :, to] = layer.values[rows, :, at]

@@ -1,0 +1,35 @@
+"""The command line: one file per verb; our errors are one line and exit 1, usage errors exit 2."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+VERBS = ("demo", "generate", "chat", "train", "tune", "inspect")
+
+app = typer.Typer(
+    name="medusa",
+    help="Any Hugging Face causal language model, faster, with no draft model and no change to its output.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _verb in VERBS:  # the verbs' modules import torch only when they run
+    _module = import_module(f"medusa.cli.{_verb}")
+    app.command(_verb)(getattr(_module, f"{_verb}_command"))
+
+
+def main() -> None:
+    """Entry point of `medusa`."""
+    from medusa.errors import MedusaError
+
+    try:
+        app()
+    except MedusaError as error:
+        print(f"medusa: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,72 @@
+"""medusa chat: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from medusa.cli import common
+from medusa.errors import InvalidInput
+
+
+def chat_command(
+    model: common.ModelArgument = "embedded",
+    heads: common.HeadsOption = None,
+    tree: common.TreeOption = None,
+    system: str | None = typer.Option(None, "--system", help="A system message to begin with."),
+    max_new_tokens: common.MaxNewTokens = 512,
+    temperature: common.Temperature = 0.7,
+    top_k: common.TopK = None,
+    top_p: common.TopP = None,
+    min_p: common.MinP = None,
+    repetition_penalty: common.Penalty = None,
+    acceptance: common.Acceptance = "exact",
+    epsilon: common.Epsilon = 0.09,
+    delta: common.Delta = 0.3,
+    seed: common.Seed = None,
+    dtype: common.DtypeOption = None,
+    device: common.DeviceOption = None,
+    trust_remote_code: common.TrustOption = False,
+) -> None:
+    """Talk to a model that has a chat template. /reset forgets the conversation, /quit or end of file leaves."""
+    options = common.sampling_options(
+        temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed
+    )
+    tokenizer = common.load_tokenizer(model, trust_remote_code)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
+    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
+    from medusa.text import Detokenizer
+
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if said == "/quit":
+            return
+        if said == "/reset":
+            messages = list(opening)
+            continue
+        if not said:
+            continue
+        messages.append({"role": "user", "content": said})
+        ids = common.encode(tokenizer, "", messages)
+        detokenizer = Detokenizer(tokenizer, ids[0].tolist())
+        answer, steps, count = "", 0, 0
+        try:
+            for step in medusa.stream(ids, max_new_tokens=max_new_tokens, **options):
+                piece = detokenizer.put(step.tokens[0])
+                answer += piece
+                steps, count = steps + 1, count + len(step.tokens[0])
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass  # the answer ends here, the conversation goes on
+        rest = detokenizer.end()
+        print(rest)
+        messages.append({"role": "assistant", "content": answer + rest})
+        if steps:
+            common.note(f"[{count / steps:.2f} tokens a step]")

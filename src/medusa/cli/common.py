@@ -1,0 +1,170 @@
+"""What the verbs share: their common options, loading a model by name, and talking to stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medusa import EMBEDDED
+from medusa.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from medusa.model import MedusaModel
+    from medusa.tree import MedusaTree
+
+ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the backbone, or `embedded`.", show_default=True)]
+HeadsOption = Annotated[str | None, typer.Option("--heads", help="Folder or hub id of the heads [default: the model's own folder].")]
+TreeOption = Annotated[
+    str | None, typer.Option("--tree", help="A tree file, or `root` for plain decoding [default: the one beside the heads].")
+]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32 [default: the backbone's own].")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … [default: cuda where there is one].")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (a slow first step).")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy; more samples from the model's own distribution.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Sample within this share of the probability.")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="Sample tokens of at least this share of the likeliest one's probability.")]
+Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages tokens already there.")]
+Acceptance = Annotated[str, typer.Option("--acceptance", help="exact (lossless) or typical (paper 2.3.1).")]
+Epsilon = Annotated[float, typer.Option("--epsilon", help="Hard threshold of typical acceptance.")]
+Delta = Annotated[float, typer.Option("--delta", help="Entropy-dependent threshold of typical acceptance.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+
+
+def sampling_options(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    acceptance: str,
+    epsilon: float,
+    delta: float,
+    seed: int | None,
+) -> dict[str, Any]:
+    """The keyword arguments of `MedusaModel.generate` for the command line's options."""
+    if temperature < 0:
+        raise InvalidInput(f"temperature is {temperature}, wanted 0 (greedy) or more")
+    options: dict[str, Any] = {
+        "repetition_penalty": repetition_penalty,
+        "acceptance": acceptance,
+        "epsilon": epsilon,
+        "delta": delta,
+        "seed": seed,
+    }
+    if temperature:
+        options |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return options
+
+
+def model_folder(name: str) -> str:
+    return str(EMBEDDED) if name == "embedded" else name
+
+
+def dtype_named(name: str | None):
+    """A torch dtype by name; None stays None."""
+    import torch
+
+    if name is None:
+        return None
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise InvalidInput(f"dtype is {name!r}, wanted one of {', '.join(known)}")
+    return known[name]
+
+
+def default_device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tree(name: str | None) -> MedusaTree | None:
+    from medusa.tree import MedusaTree
+
+    if name is None:
+        return None
+    return MedusaTree([]) if name == "root" else MedusaTree.load(name)
+
+
+def load_model(
+    model: str,
+    heads: str | None = None,
+    tree: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> MedusaModel:
+    """The Medusa model that the options name, on its device."""
+    from medusa.model import MedusaModel
+
+    quiet_transformers()
+    return MedusaModel.from_pretrained(
+        model_folder(model),
+        heads=heads,
+        tree=load_tree(tree),
+        dtype=dtype_named(dtype),
+        device_map=default_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    from medusa.errors import CheckpointError
+    from medusa.hub import local_folder
+
+    folder = local_folder(model_folder(model))
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"cannot load a tokenizer from {folder}: {str(error).splitlines()[0]}") from error
+
+
+def quiet_transformers() -> None:
+    """transformers' own progress bars and advice would drown ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt given, a file's text, or stdin where neither is named."""
+    if prompt is not None and file is not None:
+        raise InvalidInput("give a prompt or --prompt-file, not both")
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"cannot read {file}: {error}") from None
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
+    return sys.stdin.read()
+
+
+def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = None):
+    """Token ids (1, P) of a text, or of a conversation under the tokenizer's chat template."""
+    import torch
+
+    if messages is not None:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]  # an empty prompt starts a text
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def note(message: str) -> None:
+    """A line of progress on stderr."""
+    print(message, file=sys.stderr, flush=True)

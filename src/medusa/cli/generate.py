@@ -1,0 +1,87 @@
+"""medusa generate: continue a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medusa.cli import common
+
+
+def generate_command(
+    model: common.ModelArgument = "embedded",
+    prompt: Annotated[str | None, typer.Argument(help="The prompt [default: stdin].", show_default=False)] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
+    heads: common.HeadsOption = None,
+    tree: common.TreeOption = None,
+    max_new_tokens: common.MaxNewTokens = 256,
+    temperature: common.Temperature = 0.0,
+    top_k: common.TopK = None,
+    top_p: common.TopP = None,
+    min_p: common.MinP = None,
+    repetition_penalty: common.Penalty = None,
+    acceptance: common.Acceptance = "exact",
+    epsilon: common.Epsilon = 0.09,
+    delta: common.Delta = 0.3,
+    seed: common.Seed = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be given several times.")] = None,
+    dtype: common.DtypeOption = None,
+    device: common.DeviceOption = None,
+    compile: common.CompileOption = False,
+    trust_remote_code: common.TrustOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Continue a prompt; text is streamed to stdout, figures go to stderr."""
+    text = common.read_prompt(prompt, prompt_file)
+    options = common.sampling_options(
+        temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed
+    )
+    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
+    tokenizer = common.load_tokenizer(model, trust_remote_code)
+    from medusa.text import Detokenizer
+
+    ids = common.encode(tokenizer, text)
+    detokenizer = Detokenizer(tokenizer, ids[0].tolist())
+    tokens: list[int] = []
+    lengths: list[int] = []
+    pieces: list[str] = []
+    finish_reason = None
+    start = time.perf_counter()
+    steps = medusa.stream(
+        ids, max_new_tokens=max_new_tokens, stop_strings=stop, tokenizer=tokenizer, compile=compile, **options
+    )
+    for step in steps:
+        tokens += step.tokens[0]
+        lengths.append(len(step.tokens[0]))
+        finish_reason = step.finish_reasons[0]
+        pieces.append(detokenizer.put(step.tokens[0]))
+        if not as_json:
+            sys.stdout.write(pieces[-1])
+            sys.stdout.flush()
+    pieces.append(detokenizer.end())
+    seconds = time.perf_counter() - start
+    record = {
+        "text": "".join(pieces),
+        "token_ids": tokens,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(tokens),
+        "steps": len(lengths),
+        "acceptance_lengths": lengths,
+        "acceleration_rate": len(tokens) / len(lengths),
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+        "finish_reason": finish_reason,
+    }
+    if as_json:
+        print(json.dumps(record))
+        return
+    print(pieces[-1])
+    common.note(
+        f"{record['new_tokens']} tokens in {seconds:.2f} s: {record['tokens_per_second']:.1f} tokens/s, "
+        f"{record['acceleration_rate']:.2f} a step ({finish_reason})"
+    )

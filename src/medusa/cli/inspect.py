@@ -1,0 +1,62 @@
+"""medusa inspect: what a model folder, heads or a tree file holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medusa.cli import common
+
+
+def inspect_command(
+    path: Annotated[str, typer.Argument(help="A folder or hub id with heads, a tree file, or `embedded`.")],
+    as_json: common.JsonOption = False,
+) -> None:
+    """Say what is there: heads, their sizes and parameters, and the tree."""
+    from medusa.config import TREE_FILE
+    from medusa.heads import load_heads
+    from medusa.hub import local_folder
+    from medusa.tree import MedusaTree
+
+    file = Path(path)
+    record: dict = {}
+    if file.is_file():
+        tree: MedusaTree | None = MedusaTree.load(file)
+    else:
+        folder = local_folder(common.model_folder(path))
+        heads = load_heads(folder)
+        config = heads.config
+        record["heads"] = {
+            "num_heads": len(heads),
+            "num_layers": heads.num_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "shared_lm_head": config.medusa_shared_lm_head,
+            "parameters": sum(p.numel() for p in heads.parameters()),
+            "dtype": str(next(heads.parameters()).dtype).removeprefix("torch."),
+            "base_model": config.base_model_name_or_path,
+        }
+        tree = MedusaTree.load(folder / TREE_FILE) if (folder / TREE_FILE).is_file() else None
+    if tree is not None:
+        record["tree"] = {"nodes": len(tree), "depth": tree.depth, "max_rank": tree.max_rank}
+    if as_json:
+        print(json.dumps(record))
+        return
+    for part, facts in record.items():
+        print(f"{part}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    if tree is not None:
+        print_tree(tree)
+
+
+def print_tree(tree) -> None:
+    """The tree as text: each node by its rank."""
+    from rich import print as rich_print
+    from rich.tree import Tree
+
+    branches = {(): Tree("root")}
+    for node in tree.paths:
+        branches[node] = branches[node[:-1]].add(f"head {len(node)} rank {node[-1]}")
+    rich_print(branches[()])

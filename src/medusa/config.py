@@ -1,0 +1,126 @@
+"""Configuration: what heads are, as saved beside them, and the strict reader of every configuration mapping."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medusa.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+
+CONFIG_FILE = "config.json"
+HEADS_FILE = "medusa_lm_head.safetensors"
+TREE_FILE = "medusa_tree.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaConfig:
+    """What a set of heads is: sizes, and the backbone they were trained on.
+
+    >>> MedusaConfig(hidden_size=8, vocab_size=16, medusa_num_heads=2).to_dict()["num_medusa_heads"]
+    2
+    """
+
+    hidden_size: int
+    vocab_size: int
+    medusa_num_heads: int = 5
+    medusa_num_layers: int = 1
+    medusa_shared_lm_head: bool = False  # the heads predict through the backbone's LM head
+    medusa_lm_head_bias: bool = False
+    base_model_name_or_path: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping written to `config.json`: readable by engines that know Medusa's older formats as well.
+
+        There is no `architectures` key on purpose: TGI takes a folder that has one for a whole model.
+        """
+        fields = dataclasses.asdict(self)
+        legacy = {"model_type": "medusa", "num_medusa_heads": self.medusa_num_heads, "medusa_fc_bias": True}
+        if self.medusa_shared_lm_head:
+            legacy["version"] = "2"
+        return {**legacy, **fields}
+
+    def save(self, folder: str | Path) -> None:
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(folder) / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> MedusaConfig:
+        """Read `config.json`; keys of other tools are passed over, since other formats share the file.
+
+        Raises:
+            CheckpointError: the file is missing, is no JSON object or lacks a size.
+        """
+        path = Path(folder) / CONFIG_FILE
+        found = read_json_object(path)
+        missing = [name for name in ("hidden_size", "vocab_size", "medusa_num_heads") if name not in found]
+        if missing:
+            raise CheckpointError(f"{path} lacks {', '.join(missing)}; it does not describe Medusa heads")
+        known = {field.name for field in dataclasses.fields(cls)}
+        return from_mapping(cls, {key: value for key, value in found.items() if key in known}, str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no {path.name} in {path.parent}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted a JSON object")
+    return found
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
+    """Build the dataclass `cls` from a mapping, strictly.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a missing one, or a value of the wrong type.
+
+    >>> from_mapping(MedusaConfig, {"hiden_size": 8}, "heads.yaml")
+    Traceback (most recent call last):
+    medusa.errors.ConfigError: heads.yaml: unknown key 'hiden_size'; did you mean 'hidden_size'?
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key, value in mapping.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
+        if not _fits(value, hints[key]):
+            wanted = str(fields[key].type)
+            raise ConfigError(f"{source}: {key} is {value!r} ({type(value).__name__}), wanted {wanted}")
+    absent = [
+        name
+        for name, field in fields.items()
+        if name not in mapping
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if absent:
+        raise ConfigError(f"{source}: {', '.join(absent)} must be given")
+    return cls(**mapping)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    kind = origin or hint
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -1,0 +1,319 @@
+"""The loop: draft with the heads, verify the tree in one pass, accept a path, keep its cache rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
+from medusa.errors import ContextOverflow, InvalidInput
+from medusa.sampling import NodePrefixes, Processors, draw, levels_of, uniforms
+from medusa.tree import MedusaTree, TreeTensors
+
+StoppingCriterion = Callable[[Tensor, None], Tensor]
+CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph
+
+
+class Decodable(Protocol):
+    """What the loop needs of a model; `MedusaModel` is one."""
+
+    num_heads: int
+    context: int | None
+    vocab_size: int
+    device: torch.device
+
+    def new_cache(self, capacity: int): ...
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache) -> tuple[Tensor, Tensor]: ...
+
+    def draft_and_verify(
+        self,
+        compiled: bool,
+        root: Tensor,
+        hidden: Tensor,
+        tree: TreeTensors,
+        base: Tensor,
+        lengths: Tensor,
+        pads: Tensor,
+        visible: int,
+        cache,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How a request is decoded.
+
+    Args:
+        max_new_tokens: the most tokens a row gets.
+        do_sample: draw from the backbone's distribution instead of taking its argmax.
+        typical: thresholds of typical acceptance; None is exact.
+        processors: logits processors, temperature among them.
+        eos_token_ids: ids that end a row; the id itself is kept.
+        stopping_criteria: transformers' criteria, asked after every token as in plain decoding.
+        seed: of the draws; row b draws from its own stream (seed, b).
+        compiled: run draft and verification through torch.compile, with static shapes.
+    """
+
+    max_new_tokens: int
+    do_sample: bool = False
+    typical: TypicalAcceptance | None = None
+    processors: Processors = field(default_factory=Processors)
+    eos_token_ids: tuple[int, ...] = ()
+    stopping_criteria: Sequence[StoppingCriterion] = ()
+    seed: int = 0
+    compiled: bool = False
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise InvalidInput(f"max_new_tokens is {self.max_new_tokens}, wanted at least 1")
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """What one step emitted.
+
+    `tokens[b]` are row b's new tokens, the root first (none where the row was finished before), `finish_reasons[b]` is
+    None while the row goes on, then "eos", "stop" or "length".
+    """
+
+    tokens: list[list[int]]
+    finish_reasons: list[str | None]
+    seconds: float
+
+
+@dataclass
+class DecodingState:
+    """All there is of a request: B rows of left-padded prompts and what they have got so far."""
+
+    prompts: Tensor  # (B, P) long
+    pads: Tensor  # (B,) long
+    lengths: Tensor  # (B,) long: committed slots, padding included
+    active: Tensor  # (B,) bool
+    root: Tensor  # (B,) long: decided, not in the cache
+    hidden: Tensor  # (B, d): at the last committed token
+    tree: TreeTensors
+    levels: tuple[tuple[Tensor, Tensor], ...]
+    cache: object
+    uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position
+    # The same facts on the host, where a sync has brought them anyway.
+    host_pads: list[int]
+    host_roots: list[int]
+    generated: list[list[int]]
+    finish_reasons: list[str | None]
+
+    @property
+    def finished(self) -> bool:
+        return None not in self.finish_reasons
+
+    @property
+    def prompt_length(self) -> int:
+        return self.prompts.shape[1]
+
+    def prefixes(self) -> list[Tensor | None]:
+        """The tokens of every unfinished row, without padding, for processors that look at them."""
+        return [
+            None if self.finish_reasons[row] else torch.cat([prompt[pad:], prompt.new_tensor(tokens)])
+            for row, (prompt, pad, tokens) in enumerate(zip(self.prompts, self.host_pads, self.generated, strict=True))
+        ]
+
+
+def decode(
+    model: Decodable,
+    ids: Tensor,  # (B, P) long, left-padded
+    attention_mask: Tensor | None,  # (B, P), 1 for tokens
+    tree: MedusaTree,
+    options: DecodingOptions,
+) -> Iterator[DecodingStep]:
+    """Decode to the end, a step at a time. The root-only tree is plain decoding: the same loop, without heads.
+
+    Raises:
+        InvalidInput: an empty or right-padded prompt, or ids outside the vocabulary.
+        ContextOverflow: the prompt and max_new_tokens do not fit the backbone's context.
+        InvalidTree: the tree is deeper than the heads or uses ranks beyond the vocabulary.
+    """
+    ids, attention_mask = check_request(model, ids, attention_mask, tree, options)  # now, not at the first step
+    return _steps(model, ids, attention_mask, tree, options)
+
+
+def _steps(
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
+) -> Iterator[DecodingStep]:
+    start = time.perf_counter()
+    state = prefill(model, ids, attention_mask, tree, options)
+    while not state.finished:
+        emitted = step(model, state, options)
+        now = time.perf_counter()
+        yield DecodingStep(emitted, list(state.finish_reasons), now - start)
+        start = time.perf_counter()
+
+
+@torch.inference_mode()
+def prefill(
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
+) -> DecodingState:
+    """Process the prompts and decide every row's first token, the first root."""
+    batch, length = ids.shape
+    device = ids.device
+    tensors = tree.tensors(device)
+    # The tree is written behind the longest row, and a path may be moved to the end of any other.
+    capacity = length + options.max_new_tokens + len(tree) + tree.depth + 1
+    if options.compiled:
+        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    cache = model.new_cache(capacity)
+    hidden, logits = model.prefill(ids, attention_mask, cache)
+    pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(batch)
+    state = DecodingState(
+        prompts=ids,
+        pads=pads,
+        lengths=torch.full_like(pads, length),
+        active=torch.ones_like(pads, dtype=torch.bool),
+        root=pads,
+        hidden=hidden,
+        tree=tensors,
+        levels=levels_of(tensors),
+        cache=cache,
+        uniforms=None,
+        host_pads=pads.tolist(),
+        host_roots=[],
+        generated=[[] for _ in range(batch)],
+        finish_reasons=[None] * batch,
+    )
+    if options.do_sample and options.typical is None:
+        state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + tree.depth + 2, device)
+    logits = logits[:, None]
+    scores = options.processors(logits, state.prefixes()) if options.processors else logits
+    said = draw(scores.float(), state.uniforms[:, :1]) if state.uniforms is not None else scores.argmax(-1)
+    state.root = said[:, 0]
+    state.host_roots = state.root.tolist()
+    return state
+
+
+@torch.inference_mode()
+def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> list[list[int]]:
+    """One draft, one verification, one acceptance; returns every row's new tokens."""
+    if (roots := last_roots(state, options)) is not None:
+        return emit(state, options, roots)
+    committed = [state.prompt_length + len(tokens) for tokens in state.generated]
+    base = max(length for length, done in zip(committed, state.finish_reasons, strict=True) if not done)
+    visible = state.cache.capacity if options.compiled else base + len(state.tree)
+    tokens, hidden, logits = model.draft_and_verify(
+        options.compiled,
+        state.root,
+        state.hidden,
+        state.tree,
+        torch.tensor(base, device=state.root.device),
+        state.lengths,
+        state.pads,
+        visible,
+        state.cache,
+    )
+    with record_function("medusa.accept"):
+        accepted = accept(state, options, tokens, logits)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        state.hidden = hidden[rows, accepted.node]
+        state.root = accepted.bonus
+        path_tokens = tokens.gather(1, accepted.path.clamp(min=0))
+        # The one host-device sync of the step.
+        packet = torch.cat([path_tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
+    with record_function("medusa.keep"):
+        moved = any(
+            length != base or node != accepted_length - 1  # nodes 0, 1, 2, ... at the end of the row are in place
+            for (*_, node, accepted_length, _), length, done in zip(packet, committed, state.finish_reasons, strict=True)
+            if not done
+        )
+        if moved:
+            target = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
+            state.cache.keep(base + accepted.path.clamp(min=0), target)
+        state.lengths = torch.where(state.active, state.lengths + accepted.length, state.lengths)
+    state.host_roots = [row[-1] for row in packet]
+    return emit(state, options, [row[: row[-2]] for row in packet])
+
+
+def accept(state: DecodingState, options: DecodingOptions, tokens: Tensor, logits: Tensor) -> Accepted:
+    """The longest path of the tree that the backbone would have said."""
+    scores = logits
+    if options.processors:
+        scores = options.processors(logits, state.prefixes(), NodePrefixes(tokens, state.levels))
+    if options.do_sample and options.typical is not None:
+        return accept_typical(state.tree, tokens, scores.float(), options.typical)
+    if state.uniforms is None:
+        return accept_exact(state.tree, tokens, scores.argmax(-1))
+    # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
+    number = (state.lengths - state.prompt_length)[:, None] + state.tree.depths + 1
+    uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
+    return accept_exact(state.tree, tokens, draw(scores.float(), uniform))
+
+
+def last_roots(state: DecodingState, options: DecodingOptions) -> list[list[int]] | None:
+    """The roots as paths, where each ends its row and there is nothing left to verify; else None."""
+    for root, tokens, done in zip(state.host_roots, state.generated, state.finish_reasons, strict=True):
+        if not done and root not in options.eos_token_ids and len(tokens) + 1 < options.max_new_tokens:
+            return None
+    return [[root] for root in state.host_roots]
+
+
+def emit(state: DecodingState, options: DecodingOptions, paths: list[list[int]]) -> list[list[int]]:
+    """Append each row's accepted tokens up to the one that ends it, just where plain decoding would end."""
+    emitted: list[list[int]] = []
+    for row, path in enumerate(paths):
+        emitted.append([])
+        if state.finish_reasons[row]:
+            continue
+        for token in path:
+            state.generated[row].append(token)
+            emitted[row].append(token)
+            if reason := _finish_reason(state, options, row, token):
+                state.finish_reasons[row] = reason
+                state.active[row] = False
+                break
+    return emitted
+
+
+def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, token: int) -> str | None:
+    if token in options.eos_token_ids:
+        return "eos"
+    if options.stopping_criteria:
+        so_far = torch.cat([state.prompts[row], state.prompts.new_tensor(state.generated[row])])[None]
+        if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in options.stopping_criteria):
+            return "stop"
+    return "length" if len(state.generated[row]) >= options.max_new_tokens else None
+
+
+def check_request(
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise InvalidInput(f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}, wanted integers (batch, length)")
+    batch, length = ids.shape
+    if batch == 0 or length == 0:
+        raise InvalidInput("the prompt is empty; give at least one token, such as the bos token")
+    if ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise InvalidInput(f"input_ids go from {ids.min()} to {ids.max()}, the vocabulary has {model.vocab_size} tokens")
+    tree.check(model.num_heads, model.vocab_size)
+    if attention_mask is not None:
+        if attention_mask.shape != ids.shape:
+            raise InvalidInput(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(ids.shape)}; they must agree"
+            )
+        attention_mask = attention_mask.to(model.device, torch.long)
+        if not (attention_mask.diff(dim=1) >= 0).all() or attention_mask.min() < 0 or attention_mask.max() > 1:
+            raise InvalidInput("attention_mask is not left-padded; set tokenizer.padding_side = 'left'")
+        if not attention_mask[:, -1].all():
+            raise InvalidInput("a row of attention_mask is all padding: its prompt is empty")
+        if attention_mask.all():
+            attention_mask = None
+    longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
+    if model.context is not None and longest + options.max_new_tokens > model.context:
+        raise ContextOverflow(
+            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
+            f"lower max_new_tokens to {max(model.context - longest, 0)} or shorten the prompt"
+        )
+    return ids.to(model.device), attention_mask

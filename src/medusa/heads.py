@@ -1,0 +1,224 @@
+"""Medusa heads: K small predictors that read the backbone's last hidden state (paper 2.1.1).
+
+Heads are numbered from 1, as in the paper: at position t the backbone's own LM head predicts token t+1 and head k
+predicts token t+k+1. Tensors and files count from 0, so head k is `heads[k - 1]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medusa.config import CONFIG_FILE, HEADS_FILE, MedusaConfig
+from medusa.errors import CheckpointError, InvalidInput
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b), the identity when new: W and b start at zero."""
+
+    def __init__(self, hidden_size: int, **factory):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size, **factory)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
+class MedusaHeads(nn.ModuleList):
+    """K heads: L residual blocks each, then an LM head of the head's own or the backbone's (paper 2.1.1).
+
+    The module's parameter names are those of the v0.1 files: `{k}.{l}.linear.weight`, `{k}.{L}.weight`.
+
+    Args:
+        hidden_size: width d of the hidden states.
+        vocab_size: V, the rows of the backbone's LM head.
+        num_heads: K.
+        num_layers: L residual blocks per head, each with weights of its own.
+        shared_lm_head: predict through the backbone's LM head; `share` must then be called before use.
+        lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
+
+    >>> heads = MedusaHeads(hidden_size=8, vocab_size=32, num_heads=3)
+    >>> heads(torch.zeros(2, 8)).shape
+    torch.Size([3, 2, 32])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        num_heads: int,
+        num_layers: int = 1,
+        shared_lm_head: bool = False,
+        lm_head_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size), ("num_heads", num_heads)):
+            if size < 1:
+                raise InvalidInput(f"{name} is {size}, wanted at least 1")
+        if num_layers < 0:
+            raise InvalidInput(f"num_layers is {num_layers}, wanted at least 0")
+        factory = {"device": device, "dtype": dtype}
+        heads = []
+        for _ in range(num_heads):
+            parts: list[nn.Module] = [ResidualBlock(hidden_size, **factory) for _ in range(num_layers)]
+            if not shared_lm_head:
+                parts.append(nn.Linear(hidden_size, vocab_size, bias=lm_head_bias, **factory))
+            heads.append(nn.Sequential(*parts))
+        super().__init__(heads)
+        self.config = MedusaConfig(
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            medusa_num_heads=num_heads,
+            medusa_num_layers=num_layers,
+            medusa_shared_lm_head=shared_lm_head,
+            medusa_lm_head_bias=lm_head_bias and not shared_lm_head,
+        )
+        self._shared: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule: it belongs to the backbone
+
+    @classmethod
+    def for_lm_head(cls, lm_head: nn.Module, num_heads: int, num_layers: int = 1, shared: bool = False) -> MedusaHeads:
+        """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
+        weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+        vocab_size, hidden_size = weight.shape
+        heads = cls(
+            hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, weight.device, weight.dtype
+        )
+        heads.share(lm_head)
+        if not shared:
+            with torch.no_grad():
+                for head in heads:
+                    head[-1].weight.copy_(weight)
+                    if bias is not None:
+                        head[-1].bias.copy_(bias)
+        return heads
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.medusa_num_layers
+
+    def share(self, lm_head: nn.Module) -> None:
+        """Name the backbone's LM head (d -> V), used by heads that have none of their own."""
+        self._shared = (lm_head,) if self.config.medusa_shared_lm_head else ()
+
+    def lm_head(self, k: int) -> nn.Module:
+        """The (d -> V) map of head k + 1: its own or the backbone's."""
+        if not self.config.medusa_shared_lm_head:
+            return self[k][self.num_layers]
+        if not self._shared:
+            raise CheckpointError("these heads share the backbone's LM head, but none was named; call heads.share(lm_head)")
+        return self._shared[0]
+
+    def residual(
+        self,
+        h: Tensor,  # (..., d)
+        k: int,
+    ) -> Tensor:  # (..., d)
+        """The hidden state of head k + 1, before its LM head."""
+        for block in self[k][: self.num_layers]:
+            h = block(h)
+        return h
+
+    def forward(
+        self,
+        h: Tensor,  # (..., d), the dtype of the heads
+        num_heads: int | None = None,
+    ) -> Tensor:  # (num_heads, ..., V)
+        """Logits of the first `num_heads` heads (all by default): those a tree does not use cost nothing."""
+        states = [self.residual(h, k) for k in range(len(self) if num_heads is None else num_heads)]
+        if self.config.medusa_shared_lm_head:
+            return self.lm_head(0)(torch.stack(states))  # the LM head's weights are read once for all heads
+        return torch.stack([self.lm_head(k)(state) for k, state in enumerate(states)])
+
+
+def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None) -> None:
+    """Write `medusa_lm_head.safetensors` and its `config.json`, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
+    partial = folder / f"{HEADS_FILE}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / HEADS_FILE)
+    dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
+
+
+def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHeads:
+    """Read heads from a folder: `medusa_lm_head.safetensors`, or a v0.1 `medusa_lm_head.pt` without code in it.
+
+    How many heads and layers there are is read off the tensors; the config's word is not taken for it.
+
+    Raises:
+        CheckpointError: no such file, a truncated one, a pickle that holds code, or tensors that are no heads.
+    """
+    folder = Path(folder)
+    path, pickle_path = folder / HEADS_FILE, folder / "medusa_lm_head.pt"
+    if path.is_file():
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is broken or truncated ({error}); copy it again") from None
+    elif pickle_path.is_file():
+        path = pickle_path
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path} is broken or holds code and was not loaded ({reason[:120]})") from None
+    else:
+        raise CheckpointError(f"no Medusa heads in {folder}: wanted {HEADS_FILE}; pass heads=FOLDER or train some")
+    config = MedusaConfig.load(folder) if (folder / CONFIG_FILE).is_file() else None
+    return heads_from_tensors(tensors, config, str(path), dtype)
+
+
+_NAME = re.compile(r"(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
+
+
+def heads_from_tensors(
+    tensors: dict[str, Tensor], config: MedusaConfig | None, source: str, dtype: torch.dtype | None = None
+) -> MedusaHeads:
+    """Heads of the sizes that the tensors have, holding them; CheckpointError where they do not make up heads."""
+    parsed = {name: _NAME.fullmatch(name) for name in tensors}
+    unknown = [name for name, match in parsed.items() if match is None]
+    if unknown or not tensors:
+        raise CheckpointError(f"{source} holds {unknown[0] if unknown else 'no tensors'}; wanted names like 0.0.linear.weight")
+    found = [match for match in parsed.values() if match is not None]
+    num_heads = 1 + max(int(match[1]) for match in found)
+    num_layers = 1 + max((int(match[2]) for match in found if match[3]), default=-1)
+    own = any(not match[3] for match in found)
+    if own:
+        vocab_size, hidden_size = _size(tensors, f"0.{num_layers}.weight", source)
+    else:
+        hidden_size = _size(tensors, "0.0.linear.weight", source)[0]
+        if config is None:
+            raise CheckpointError(f"{source} shares the LM head and has no {CONFIG_FILE} that gives vocab_size")
+        vocab_size = config.vocab_size
+    bias = any(not match[3] and match[4] == "bias" for match in found)
+    with torch.device("meta"):
+        heads = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, bias)
+    wanted = {name: tensor.shape for name, tensor in heads.state_dict().items()}
+    for name in wanted.keys() | tensors.keys():
+        got = tuple(tensors[name].shape) if name in tensors else None
+        want = tuple(wanted[name]) if name in wanted else None
+        if got != want:
+            raise CheckpointError(f"{source}: tensor {name} has shape {got}, wanted {want} ({num_heads} heads of {num_layers} layers)")
+    dtype = dtype or next(iter(tensors.values())).dtype
+    heads.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    if config is not None:
+        heads.config = dataclasses.replace(heads.config, base_model_name_or_path=config.base_model_name_or_path)
+    return heads
+
+
+def _size(tensors: dict[str, Tensor], name: str, source: str) -> torch.Size:
+    if name not in tensors or tensors[name].ndim != 2:
+        raise CheckpointError(f"{source} has no matrix {name}")
+    return tensors[name].shape

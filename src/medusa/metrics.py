@@ -1,0 +1,54 @@
+"""Metrics: how often each guess of each head is right, and what a tree gains from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medusa.heads import MedusaHeads
+from medusa.tree import MedusaTree
+
+
+@torch.no_grad()
+def rank_hits(
+    heads: MedusaHeads,
+    hidden: Tensor,  # (B, T, d): the backbone's last hidden states, in the dtype of the heads
+    ids: Tensor,  # (B, T) long: the tokens they were computed on
+    counted: Tensor,  # (B, T) bool: whether the token there is one to be guessed
+    ranks: int,
+) -> tuple[Tensor, Tensor]:  # (K, ranks) long, (K,) long
+    """How often the token k + 1 places on was exactly the i-th guess of head k, and how often head k was asked."""
+    num_heads = len(heads)
+    hits, asked = torch.zeros(num_heads, ranks, dtype=torch.long), torch.zeros(num_heads, dtype=torch.long)
+    for k in range(num_heads):
+        shift = k + 2  # head k + 1 at position t guesses token t + k + 2
+        if ids.shape[1] <= shift:
+            break
+        chosen = counted[:, shift:]
+        state, wanted = hidden[:, :-shift][chosen], ids[:, shift:][chosen]
+        for part, token in zip(state.split(1024), wanted.split(1024)):  # logits of a chunk at a time
+            guesses = heads.lm_head(k)(heads.residual(part, k)).topk(ranks, dim=-1).indices
+            hits[k] += (guesses == token[:, None]).sum(0).cpu()
+        asked[k] = len(wanted)
+    return hits, asked
+
+
+def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
+    """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
+
+    Args:
+        accuracies: [k - 1][i]: how often exactly guess i (0-based) of head k is right.
+
+    >>> expected_acceptance_length(MedusaTree([(0,), (0, 0)]), [[0.5], [0.4]])
+    1.7
+    """
+    total = 1.0
+    for path in tree.paths:
+        product = 1.0
+        for head, rank in enumerate(path):
+            row = accuracies[head] if head < len(accuracies) else ()
+            product *= row[rank] if rank < len(row) else 0.0
+        total += product
+    return total

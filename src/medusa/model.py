@@ -1,0 +1,455 @@
+"""MedusaModel: a backbone, its heads and a tree, used like a transformers model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process as hf
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.utils import ModelOutput
+
+from medusa.acceptance import TypicalAcceptance
+from medusa.backbone import Backbone
+from medusa.cache import TreeCache
+from medusa.config import TREE_FILE
+from medusa.decoding import DecodingOptions, DecodingStep, decode
+from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
+from medusa.heads import MedusaHeads, load_heads, save_heads
+from medusa.sampling import Processors
+from medusa.tree import MedusaTree, TreeTensors
+from medusa.hub import local_folder
+
+DEFAULT_MAX_NEW_TOKENS = 256
+# Processors that look at nothing but the scores are applied to all nodes at once.
+CONTEXT_FREE = (
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.TopHLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.SuppressTokensLogitsProcessor,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+)
+# Processors that carry state from call to call cannot be asked about the branches of a tree.
+STATEFUL = (hf.UnbatchedClassifierFreeGuidanceLogitsProcessor, hf.SynthIDTextWatermarkLogitsProcessor)
+
+
+@dataclass
+class MedusaGenerateOutput(ModelOutput):
+    """What `generate(return_dict_in_generate=True)` returns."""
+
+    sequences: Tensor | None = None  # (B, P + new) long, right-padded
+    steps: int | None = None  # decoding steps until the last row finished
+    acceptance_lengths: list[list[int]] | None = None  # per row, tokens emitted by each of its steps
+    finish_reasons: list[str] | None = None  # per row: eos, stop or length
+    timings: dict[str, float] | None = None  # seconds: first_step (with the prefill), total
+
+
+class MedusaModel:
+    """A causal LM that decodes several tokens a step with Medusa heads and a candidate tree.
+
+    The model never changes while decoding, and state lives in the request: threads may share it.
+
+    Args:
+        backbone: a loaded transformers causal LM with sdpa or eager attention.
+        heads: its heads; None decodes plainly.
+        tree: the candidate tree; None takes the first guess of every head, a chain.
+
+    Raises:
+        UnsupportedBackbone: tree decoding on this backbone would not be exact (probed here, on random ids).
+        CheckpointError: the heads are for another hidden size or vocabulary.
+        InvalidTree: the tree is deeper than the heads.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads | None = None, tree: MedusaTree | None = None):
+        if not isinstance(backbone, PreTrainedModel):
+            raise UnsupportedBackbone(
+                f"backbone is a {type(backbone).__name__}, wanted a transformers causal LM; "
+                "pass a folder or hub id to MedusaModel.from_pretrained"
+            )
+        self._backbone = Backbone(backbone)
+        self.backbone = backbone
+        self.heads = heads
+        self.num_heads = len(heads) if heads is not None else 0
+        self.context = self._backbone.context
+        self.vocab_size = self._backbone.vocab_size
+        self.device = self._backbone.device
+        if heads is not None:
+            wanted = (self._backbone.hidden_size, self.vocab_size)
+            got = (heads.config.hidden_size, heads.config.vocab_size)
+            if got != wanted:
+                raise CheckpointError(
+                    f"heads are for hidden size {got[0]} and {got[1]} tokens, the backbone has {wanted[0]} and "
+                    f"{wanted[1]}; use heads trained on this backbone"
+                )
+            heads.share(self._backbone.lm_head)
+            heads.to(self._backbone.lm_head_device, self._backbone.dtype).eval()
+        if tree is None:
+            tree = MedusaTree.dense([1] * self.num_heads)
+        tree.check(self.num_heads, self.vocab_size)
+        self.tree = tree
+        self._compiled: Callable | None = None
+        self._backbone.probe()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: str | Path,
+        heads: str | Path | None = None,
+        tree: str | Path | MedusaTree | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> MedusaModel:
+        """Load a backbone with its heads and tree.
+
+        Args:
+            backbone: a local folder or hub id, for `AutoModelForCausalLM`.
+            heads: a folder or hub id with the heads; None where the backbone's folder holds them too.
+            tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
+            dtype: of backbone and heads; None keeps the backbone's own.
+            device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given).
+
+        Raises:
+            CheckpointError: something is missing, broken or unsafe.
+            UnsupportedBackbone: see the class.
+        """
+        folder = local_folder(backbone)
+        heads_folder = local_folder(heads) if heads is not None else folder
+        if isinstance(tree, str | Path):
+            tree = MedusaTree.load(tree)
+        elif tree is None and (heads_folder / TREE_FILE).is_file():
+            tree = MedusaTree.load(heads_folder / TREE_FILE)
+        loaded = load_heads(heads_folder)
+        module = load_backbone(folder, dtype=dtype, device_map=device_map, **kwargs)
+        try:
+            return cls(module, loaded, tree)
+        except UnsupportedBackbone:
+            # Some models (Gemma 2 with its capped scores, GPT-J) add no mask under sdpa but do so under eager attention.
+            if "attn_implementation" in kwargs or not hasattr(module, "set_attn_implementation"):
+                raise
+            module.set_attn_implementation("eager")
+            return cls(module, loaded, tree)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the heads, their config and the tree; the backbone stays where it is."""
+        if self.heads is None:
+            raise InvalidInput("this model has no heads to save")
+        save_heads(self.heads, folder, base_model=self.backbone.config._name_or_path or None)
+        self.tree.save(Path(folder) / TREE_FILE)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, by the backbone's generation config."""
+        return self._backbone.eos_token_ids
+
+    # What the decoding loop asks for.
+
+    def new_cache(self, capacity: int) -> TreeCache:
+        return self._backbone.new_cache(capacity)
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache) -> tuple[Tensor, Tensor]:
+        """The last position's hidden state (B, d) and logits (B, V)."""
+        hidden = self._backbone.prefill(ids, attention_mask, cache)
+        return hidden, self._backbone.logits(hidden)
+
+    def hidden_states(
+        self,
+        ids: Tensor,  # (B, T) long, padded at the right if at all
+    ) -> Tensor:  # (B, T, d)
+        """The last hidden state of every position, as the heads read it."""
+        return self._backbone.hidden_states(ids)
+
+    def logits(
+        self,
+        hidden: Tensor,  # (..., d)
+    ) -> Tensor:  # (..., V)
+        """The backbone's logits of hidden states."""
+        return self._backbone.logits(hidden)
+
+    def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, Tensor, Tensor]:
+        """The tree's tokens (B, N), hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
+        if not compiled or self._compiled is False:
+            return self._draft_and_verify(*args)
+        if self._compiled is None:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._compiled = torch.compile(self._draft_and_verify, fullgraph=True, dynamic=False, mode=mode)
+        try:
+            if self.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            return self._compiled(*args)
+        except Exception as error:  # noqa: BLE001: compilers fail in ways of their own
+            self._compiled = False
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            warnings.warn(f"torch.compile failed, decoding goes on uncompiled: {reason}", RuntimeWarning, stacklevel=2)
+            return self._draft_and_verify(*args)
+
+    def _draft_and_verify(
+        self,
+        root: Tensor,  # (B,) long
+        hidden: Tensor,  # (B, d)
+        tree: TreeTensors,
+        base: Tensor,
+        lengths: Tensor,
+        pads: Tensor,
+        visible: int,
+        cache: TreeCache,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with record_function("medusa.heads"):
+            tokens = root[:, None]
+            if tree.num_heads:
+                tokens = tree.assemble(root, self.heads(hidden, tree.num_heads))
+        with record_function("medusa.backbone"):
+            states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)
+            return tokens, states, self._backbone.logits(states)
+
+    # What a user calls.
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        acceptance: Literal["exact", "typical"] = "exact",
+        epsilon: float = TypicalAcceptance.epsilon,
+        delta: float = TypicalAcceptance.delta,
+        seed: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer: Any = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        tree: MedusaTree | None = None,
+        compile: bool = False,
+    ) -> Iterator[DecodingStep]:
+        """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
+        config = self.backbone.generation_config
+        max_new_tokens = self._max_new_tokens(input_ids, attention_mask, max_new_tokens)
+
+        def setting(given, name):
+            return given if given is not None else getattr(config, name, None)
+
+        processors = [*build_processors(repetition_penalty=setting(repetition_penalty, "repetition_penalty"))]
+        processors += logits_processor or []
+        if do_sample:
+            processors += build_processors(
+                temperature=setting(temperature, "temperature"),
+                top_k=setting(top_k, "top_k"),
+                top_p=setting(top_p, "top_p"),
+                min_p=setting(min_p, "min_p"),
+            )
+        elif any(value is not None for value in (temperature, top_k, top_p, min_p)):
+            warnings.warn("temperature, top_k, top_p and min_p do nothing without do_sample=True", stacklevel=2)
+            build_processors(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # still no nonsense
+        criteria = [*(stopping_criteria or [])]
+        if stop_strings:
+            if tokenizer is None:
+                raise InvalidInput("stop_strings needs the tokenizer; pass tokenizer=...")
+            criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        if eos_token_id is None:
+            eos = self.eos_token_ids
+        else:
+            eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        options = DecodingOptions(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            typical=typical_thresholds(acceptance, epsilon, delta),
+            processors=classify(processors),
+            eos_token_ids=eos,
+            stopping_criteria=criteria,
+            seed=_seed(seed),
+            compiled=compile,
+        )
+        return decode(self, input_ids, attention_mask, self.tree if tree is None else tree, options)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        streamer: Any = None,
+        pad_token_id: int | None = None,
+        return_dict_in_generate: bool = False,
+        **options: Any,
+    ) -> Tensor | MedusaGenerateOutput:
+        """Generate in the conventions of transformers; see `docs/architecture.md` for what is exact.
+
+        Args:
+            input_ids: (B, P) long, left-padded.
+            attention_mask: (B, P), 1 for tokens; None where nothing is padded.
+            max_new_tokens: default: the backbone's generation config, else 256 or what its context leaves.
+            do_sample: sample from the backbone's distribution; greedy otherwise.
+            temperature, top_k, top_p, min_p, repetition_penalty: default: the backbone's generation config.
+            acceptance: "exact" (lossless) or "typical" (paper 2.3.1; only where do_sample is set).
+            epsilon, delta: thresholds of typical acceptance.
+            seed: of the draws; default: drawn from torch's generator, so that `torch.manual_seed` governs it.
+            eos_token_id: one or several; default: the backbone's.
+            stop_strings: strings that end a row, with `tokenizer`.
+            stopping_criteria, logits_processor: transformers' lists.
+            streamer: gets the prompt, then tokens as they come, as in transformers; batch of one.
+            tree: another tree for this call; `MedusaTree([])` decodes plainly.
+            compile: run each step through `torch.compile` with static shapes.
+            pad_token_id: fills rows that finished early; default: the backbone's, else eos, else 0.
+
+        Returns:
+            (B, P + new) long, right-padded; or MedusaGenerateOutput where return_dict_in_generate is set.
+
+        Raises:
+            InvalidInput, ContextOverflow, InvalidTree: before any work is done.
+        """
+        if streamer is not None and input_ids.shape[0] > 1:
+            raise InvalidInput(f"a streamer takes one row, got {input_ids.shape[0]}; use model.stream for batches")
+        steps = self.stream(input_ids, attention_mask, **options)
+        return self._collect(steps, input_ids, streamer, pad_token_id, return_dict_in_generate)
+
+    def custom_generate(
+        self,
+        backbone: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor | MedusaGenerateOutput:
+        """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
+
+        transformers does not hand the streamer on; use `MedusaModel.generate` to stream.
+        """
+        if backbone is not self.backbone:
+            raise InvalidInput("this Medusa model was made for another backbone object")
+        if generation_config.num_beams not in (None, 1) or generation_config.num_return_sequences not in (None, 1):
+            raise InvalidInput("Medusa decodes greedily or by sampling, one sequence a prompt; unset num_beams")
+        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        eos = [c.eos_token_id for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        options = DecodingOptions(
+            max_new_tokens=min(limits) - input_ids.shape[1],
+            do_sample=bool(generation_config.do_sample),
+            processors=classify(logits_processor),
+            eos_token_ids=tuple(int(token) for ids in eos for token in torch.as_tensor(ids).flatten()),
+            stopping_criteria=criteria,
+            seed=_seed(None),
+        )
+        pad = generation_config.pad_token_id
+        steps = decode(self, input_ids, attention_mask, self.tree, options)
+        return self._collect(steps, input_ids, None, pad, bool(generation_config.return_dict_in_generate))
+
+    def _max_new_tokens(self, input_ids: Tensor, attention_mask: Tensor | None, given: int | None) -> int:
+        if given is None:
+            given = getattr(self.backbone.generation_config, "max_new_tokens", None)
+        if given is not None or input_ids.ndim != 2:
+            return given if given is not None else DEFAULT_MAX_NEW_TOKENS
+        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+        left = DEFAULT_MAX_NEW_TOKENS if self.context is None else self.context - longest
+        return max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
+
+    def _collect(
+        self, steps: Iterator[DecodingStep], input_ids: Tensor, streamer: Any, pad: int | None, as_dict: bool
+    ) -> Tensor | MedusaGenerateOutput:
+        """Run the steps to the end and put the rows together."""
+        generated: list[list[int]] = [[] for _ in range(len(input_ids))]
+        lengths: list[list[int]] = [[] for _ in range(len(input_ids))]
+        seconds, reasons = [], []
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        for step in steps:
+            for row, tokens in enumerate(step.tokens):
+                generated[row] += tokens
+                if tokens:
+                    lengths[row].append(len(tokens))
+            seconds.append(step.seconds)
+            reasons = step.finish_reasons
+            if streamer is not None:
+                for token in step.tokens[0]:
+                    streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        if pad is None:
+            pad = self.backbone.generation_config.pad_token_id
+        if pad is None:
+            pad = next(iter(self.eos_token_ids), 0)
+        width = max(map(len, generated))
+        new = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in generated])
+        sequences = torch.cat([input_ids, new.to(input_ids)], dim=1)
+        if not as_dict:
+            return sequences
+        return MedusaGenerateOutput(
+            sequences=sequences,
+            steps=len(seconds),
+            acceptance_lengths=lengths,
+            finish_reasons=[reason or "length" for reason in reasons],
+            timings={"first_step": seconds[0], "total": sum(seconds)},
+        )
+
+
+def load_backbone(folder: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A causal LM from a folder; one-line errors where transformers' run to pages."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"cannot load a causal language model from {folder}: {str(error).splitlines()[0]}") from error
+
+
+def typical_thresholds(acceptance: str, epsilon: float, delta: float) -> TypicalAcceptance | None:
+    if acceptance not in ("exact", "typical"):
+        raise InvalidInput(f"acceptance is {acceptance!r}, wanted 'exact' or 'typical'")
+    return TypicalAcceptance(epsilon, delta) if acceptance == "typical" else None
+
+
+def build_processors(
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> list[hf.LogitsProcessor]:
+    """transformers' processors in transformers' order; settings that change nothing make none."""
+    if temperature is not None and not temperature > 0:
+        raise InvalidInput(f"temperature is {temperature}, wanted more than 0; for greedy decoding pass do_sample=False")
+    built: list[hf.LogitsProcessor] = []
+    try:
+        if repetition_penalty not in (None, 1.0):
+            built.append(hf.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+        if temperature not in (None, 1.0):
+            built.append(hf.TemperatureLogitsWarper(float(temperature)))
+        if top_k not in (None, 0):
+            built.append(hf.TopKLogitsWarper(top_k))
+        if top_p not in (None, 1.0):
+            built.append(hf.TopPLogitsWarper(float(top_p)))
+        if min_p not in (None, 0.0):
+            built.append(hf.MinPLogitsWarper(float(min_p)))
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
+    return built
+
+
+def classify(processors: list) -> Processors:
+    """Mark each processor by whether it looks at the tokens so far; refuse those that cannot follow a tree."""
+    for processor in processors:
+        if isinstance(processor, STATEFUL):
+            raise InvalidInput(f"{type(processor).__name__} keeps state between calls and cannot follow a tree of candidates")
+    return Processors(tuple((processor, not isinstance(processor, CONTEXT_FREE)) for processor in processors))
+
+
+def _seed(seed: int | None) -> int:
+    return int(torch.randint(2**62, ())) if seed is None else seed

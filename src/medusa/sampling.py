@@ -1,0 +1,100 @@
+"""Sampling: the backbone's distribution after logits processors, and one reproducible draw from it per tree node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa.tree import TreeTensors
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Processors:
+    """Logits processors in order, each with whether it looks at the tokens so far."""
+
+    steps: tuple[tuple[LogitsProcessor, bool], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+    def __call__(
+        self,
+        logits: Tensor,  # (B, N, V)
+        prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far; None: the row is finished
+        nodes: NodePrefixes | None = None,  # None: logits follow the prefixes themselves, N = 1
+    ) -> Tensor:  # (B, N, V) float32
+        """Scores of every node, each processor having seen the prefix of that node's own path."""
+        scores = logits.float()
+        for process, needs_prefix in self.steps:
+            if not needs_prefix:
+                flat = scores.flatten(0, 1)
+                scores = process(flat.new_empty((len(flat), 0), dtype=torch.long), flat).view_as(scores)
+                continue
+            scores = scores.clone()
+            for row, prefix in enumerate(prefixes):
+                if prefix is None:
+                    continue
+                if nodes is None:
+                    scores[row] = process(prefix[None], scores[row])
+                    continue
+                for level, lineage in nodes.levels:
+                    tail = nodes.tokens[row][lineage]  # (nodes of the level, depth + 1)
+                    ids = torch.cat([prefix.expand(len(tail), -1), tail], dim=1)
+                    scores[row, level] = process(ids, scores[row, level])
+        return scores
+
+
+@dataclass(frozen=True)
+class NodePrefixes:
+    """The tokens along every node's path, by depth, for processors that look at them."""
+
+    tokens: Tensor  # (B, N) long
+    levels: tuple[tuple[Tensor, Tensor], ...]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
+
+
+def levels_of(tree: TreeTensors) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The nodes of each depth with their lineages, once per request."""
+    depths = range(tree.lineage.shape[1])
+    nodes = [(tree.depths == depth).nonzero().squeeze(1) for depth in depths]
+    return tuple((level, tree.lineage[level, : depth + 1]) for depth, level in zip(depths, nodes, strict=True))
+
+
+def uniforms(seed: int, rows: int, length: int, device: torch.device) -> Tensor:
+    """(rows, length) float64 in [0, 1): row b is its own stream (seed, b), the same on every device and in any batch."""
+    table = torch.stack(
+        [torch.rand(length, generator=torch.Generator().manual_seed(_mix(seed, b)), dtype=torch.float64) for b in range(rows)]
+    )
+    return table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def _mix(seed: int, row: int) -> int:
+    """A 63-bit generator seed from (seed, row), by two rounds of splitmix64, so that near seeds share no stream."""
+    mask = (1 << 64) - 1
+    state = seed & mask
+    for word in (0, row):
+        state = (state ^ word) + 0x9E3779B97F4A7C15 & mask
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def draw(
+    scores: Tensor,  # (B, N, V) float32: logits after processors; -inf is never drawn
+    uniform: Tensor,  # (B, N) in [0, 1)
+) -> Tensor:  # (B, N) long
+    """One token per node by inversion: the first whose cumulative probability exceeds the uniform number.
+
+    One number per token position decides, shared by all nodes at that depth: only one node per depth is ever reached,
+    so the output keeps the backbone's distribution, and the token at a position is the same function of the seed and
+    the context whatever the tree: sampled Medusa output equals sampled plain output.
+    """
+    cumulative = scores.softmax(-1).cumsum(-1, dtype=uniform.dtype)
+    total = cumulative[..., -1:]
+    tokens = torch.searchsorted(cumulative, uniform[..., None] * total, right=True).squeeze(-1)
+    return tokens.clamp(max=scores.shape[-1] - 1)

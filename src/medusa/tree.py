@@ -1,0 +1,173 @@
+"""The candidate tree: which combinations of the heads' guesses are verified together (paper 2.1.2, 2.3.3)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from medusa.errors import CheckpointError, InvalidTree
+
+Path_ = tuple[int, ...]
+
+
+class MedusaTree:
+    """A prefix-closed set of rank paths. Path (i1, ..., ik) is the guess of rank i1 (0-based) of head 1, then rank i2 of
+    head 2, and so on; the root, the backbone's own next token, is implicit and is node 0.
+
+    Nodes are numbered in lexicographic order of their paths: parents come before children, and the path of all first
+    guesses is nodes 0, 1, 2, ...: the usual outcome is then contiguous in the KV cache and nothing has to move.
+
+    Raises:
+        InvalidTree: a path is empty, repeated, has a negative rank, or its parent is missing.
+
+    >>> tree = MedusaTree([(0,), (1,), (0, 0)])
+    >>> len(tree), tree.depth, tree.paths
+    (4, 2, ((0,), (0, 0), (1,)))
+    """
+
+    def __init__(self, paths: Iterable[Sequence[int]]):
+        given = [tuple(path) for path in paths]
+        for path in given:
+            if not path:
+                raise InvalidTree("the root is implicit; remove the empty path")
+            if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in path):
+                raise InvalidTree(f"path {list(path)} has a rank that is not an integer of at least 0")
+        self.paths: tuple[Path_, ...] = tuple(sorted(set(given)))
+        if len(self.paths) != len(given):
+            twice = next(path for path in given if given.count(path) > 1)
+            raise InvalidTree(f"path {list(twice)} is given twice")
+        known = set(self.paths)
+        for path in self.paths:
+            if len(path) > 1 and path[:-1] not in known:
+                raise InvalidTree(f"path {list(path)} lacks its parent {list(path[:-1])}; a tree is prefix-closed")
+
+    @classmethod
+    def dense(cls, sizes: Sequence[int]) -> MedusaTree:
+        """The Cartesian product of the top sizes[k-1] guesses of every head k (paper 2.1.2).
+
+        >>> len(MedusaTree.dense([2, 3]))
+        9
+        """
+        return cls(
+            path
+            for depth in range(1, len(sizes) + 1)
+            for path in itertools.product(*(range(size) for size in sizes[:depth]))
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths) + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MedusaTree) and self.paths == other.paths
+
+    def __hash__(self) -> int:
+        return hash(self.paths)
+
+    def __repr__(self) -> str:
+        return f"MedusaTree({len(self)} nodes, depth {self.depth}, up to rank {self.max_rank})"
+
+    @property
+    def depth(self) -> int:
+        """The longest path, hence the number of heads used; 0 for the root alone."""
+        return max(map(len, self.paths), default=0)
+
+    @property
+    def max_rank(self) -> int:
+        return max(map(max, self.paths), default=-1)
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """The parent node of every node; -1 for the root."""
+        index = {(): 0, **{path: node for node, path in enumerate(self.paths, 1)}}
+        return (-1, *(index[path[:-1]] for path in self.paths))
+
+    def check(self, num_heads: int, vocab_size: int) -> None:
+        """Raise InvalidTree unless the heads can fill the tree."""
+        if self.depth > num_heads:
+            raise InvalidTree(
+                f"tree needs {self.depth} heads, there are {num_heads}; pass a shallower tree or train with "
+                f"--num-heads {self.depth}"
+            )
+        if self.max_rank >= vocab_size:
+            raise InvalidTree(f"tree uses rank {self.max_rank}, the vocabulary has {vocab_size} tokens")
+
+    def save(self, path: str | Path) -> None:
+        """Write `{"paths": [[0], [0, 0], ...]}`."""
+        text = json.dumps({"paths": [list(p) for p in self.paths]})
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> MedusaTree:
+        """Read a saved tree, or a bare JSON list of paths.
+
+        Raises:
+            CheckpointError: the file is missing or is not such JSON.
+            InvalidTree: its paths are not a tree.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"no tree file {path}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        paths = found.get("paths") if isinstance(found, dict) else found
+        if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
+            raise CheckpointError(f"{path} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
+        return cls(paths)
+
+    def tensors(self, device: torch.device | str | None = None) -> TreeTensors:
+        """The tree as index tensors on a device, as a decoding request uses it."""
+        depths = [0, *map(len, self.paths)]
+        width = self.depth + 1
+        parents = self.parents
+        lineage = torch.full((len(self), width), -1)
+        for node, depth in enumerate(depths):  # once a request: from the node up to the root
+            at = node
+            for d in range(depth, -1, -1):
+                lineage[node, d] = at
+                at = parents[at]
+        ancestors = torch.zeros(len(self), len(self) + 1, dtype=torch.bool)
+        ancestors.scatter_(1, lineage.where(lineage >= 0, len(self)), True)
+        guesses = torch.tensor([(len(path) - 1) * (self.max_rank + 1) + path[-1] for path in self.paths])
+        return TreeTensors(
+            parents=torch.tensor((0, *parents[1:]), device=device),
+            depths=torch.tensor(depths, device=device),
+            lineage=lineage.to(device),
+            ancestors=ancestors[:, :-1].to(device),
+            guesses=guesses.long().to(device),
+            num_heads=self.depth,
+            num_ranks=self.max_rank + 1,
+        )
+
+
+@dataclass(frozen=True)
+class TreeTensors:
+    """A tree of N nodes (the root included) and depth D as index tensors."""
+
+    parents: Tensor  # (N,) long; the root is its own parent
+    depths: Tensor  # (N,) long; the root's is 0
+    lineage: Tensor  # (N, D + 1) long: the nodes from the root to the node, then -1
+    ancestors: Tensor  # (N, N) bool: [n, m] whether m is n or above it
+    guesses: Tensor  # (N - 1,) long: (head - 1) * num_ranks + rank of every node but the root
+    num_heads: int  # D
+    num_ranks: int  # guesses taken of each head
+
+    def __len__(self) -> int:
+        return self.parents.shape[0]
+
+    def assemble(
+        self,
+        root: Tensor,  # (B,) long
+        head_logits: Tensor,  # (D, B, V)
+    ) -> Tensor:  # (B, N) long
+        """The token of every node: the root's, then rank i_k of head k along each path."""
+        guesses = head_logits.topk(self.num_ranks, dim=-1).indices  # (D, B, R)
+        guesses = guesses.transpose(0, 1).flatten(1)  # (B, D * R)
+        return torch.cat([root[:, None], guesses[:, self.guesses]], dim=1)

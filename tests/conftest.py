@@ -1,0 +1,46 @@
+"""Fixtures shared by the tests."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tiny import random_heads, random_tree, tiny_backbone
+from transformers.utils import logging
+
+from medusa import MedusaModel
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> MedusaModel:
+    """A tiny random Llama with random heads and a tree wide enough to be right often."""
+    backbone = tiny_backbone()
+    return MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=64))
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> MedusaModel:
+    """The embedded model in float32, where exactness is promised."""
+    from medusa import EMBEDDED
+
+    return MedusaModel.from_pretrained(EMBEDDED, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer():
+    from transformers import AutoTokenizer
+
+    from medusa import EMBEDDED
+
+    return AutoTokenizer.from_pretrained(EMBEDDED)

@@ -1,0 +1,166 @@
+"""Claims about sampling: the output has the backbone's distribution, and a seed repeats it."""
+
+import itertools
+
+import pytest
+import torch
+from scipy import stats
+from tiny import left_padded, random_heads, random_prompt, random_tree, tiny_backbone
+from torch import Tensor
+
+from medusa import MedusaHeads, MedusaModel, MedusaTree
+from medusa.errors import InvalidInput
+from medusa.sampling import draw, uniforms
+
+VOCAB, LENGTH, ROWS = 4, 3, 6000
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A backbone of four tokens whose every continuation of three tokens can be enumerated."""
+    return tiny_backbone(vocab_size=VOCAB, pad_token_id=None, bos_token_id=None)
+
+
+def oracle_heads(backbone, right: bool) -> MedusaHeads:
+    """Heads whose first guess is nearly always (or never) what the backbone says most: those of a trained head."""
+    heads = random_heads(backbone, num_heads=2)
+    prompt = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        h = backbone.model(prompt).last_hidden_state[0, -1]
+        for k in range(2):
+            heads[k][0].linear.weight.zero_()
+            heads[k][0].linear.bias.zero_()
+            heads[k][1].weight.copy_(backbone.lm_head.weight if right else -backbone.lm_head.weight)
+    assert h.isfinite().all()
+    return heads
+
+
+def exact_distribution(backbone, prompt: Tensor, temperature: float) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation, by enumeration."""
+    paths = list(itertools.product(range(VOCAB), repeat=LENGTH))
+    ids = torch.cat([prompt.expand(len(paths), -1), torch.tensor(paths)], dim=1)
+    with torch.no_grad():
+        p = (backbone(ids).logits[:, prompt.shape[1] - 1 : -1].double() / temperature).softmax(-1)
+    chosen = p.gather(2, torch.tensor(paths)[..., None]).squeeze(-1).prod(-1)
+    return dict(zip(paths, chosen.tolist(), strict=True))
+
+
+TREES = {
+    "chain": MedusaTree([(0,), (0, 0)]),
+    "wide": MedusaTree([(0,), (1,), (2,), (3,), (0, 0), (3, 2)]),
+    "full": MedusaTree.dense([4, 4]),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+@pytest.mark.parametrize("tree", [*TREES])
+@pytest.mark.parametrize("right", [True, False], ids=["nearly always right", "nearly always wrong"])
+def test_sampled_output_has_the_backbones_distribution(toy, tree, temperature, right):
+    model = MedusaModel(toy, oracle_heads(toy, right), TREES[tree])
+    prompt = torch.tensor([[1, 2, 3]])
+    output = model.generate(
+        prompt.expand(ROWS, -1), max_new_tokens=LENGTH, do_sample=True, temperature=temperature, seed=11, eos_token_id=[]
+    )
+    wanted = exact_distribution(toy, prompt, temperature)
+    counts = dict.fromkeys(wanted, 0)
+    for row in output[:, 3:].tolist():
+        counts[tuple(row)] += 1
+    # Continuations expected fewer than five times are counted together, as the test asks.
+    rare = [path for path, p in wanted.items() if p * ROWS < 5]
+    observed = [n for path, n in counts.items() if path not in rare] + [sum(counts[path] for path in rare)]
+    expected = [p * ROWS for path, p in wanted.items() if path not in rare] + [sum(wanted[path] for path in rare) * ROWS]
+    if expected[-1] < 1e-9:
+        observed, expected = observed[:-1], expected[:-1]
+    assert len(observed) > 3
+    scale = sum(observed) / sum(expected)
+    assert stats.chisquare(observed, [value * scale for value in expected]).pvalue > 1e-3
+
+
+def test_sampled_medusa_equals_sampled_plain_decoding_for_one_seed(tiny_model):
+    prompt = random_prompt(9)
+    options = {"max_new_tokens": 40, "do_sample": True, "temperature": 1.2, "seed": 5}
+    plain = tiny_model.generate(prompt, tree=MedusaTree([]), **options)
+    for seed in range(3):
+        assert torch.equal(tiny_model.generate(prompt, tree=random_tree(seed, 60), **options), plain)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"repetition_penalty": 1.5}])
+def test_processors_shape_the_distribution_alike_with_and_without_a_tree(tiny_model, settings):
+    prompt = random_prompt(9)
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.5, "seed": 5, **settings}
+    plain = tiny_model.generate(prompt, tree=MedusaTree([]), **options)
+    assert torch.equal(tiny_model.generate(prompt, **options), plain)
+    free = tiny_model.generate(prompt, max_new_tokens=30, do_sample=True, temperature=1.5, seed=5)
+    assert not torch.equal(free, plain)
+
+
+def test_top_k_of_one_is_greedy(tiny_model):
+    prompt = random_prompt(9)
+    sampled = tiny_model.generate(prompt, max_new_tokens=30, do_sample=True, top_k=1, seed=1)
+    assert torch.equal(sampled, tiny_model.generate(prompt, max_new_tokens=30))
+
+
+def test_seed_reproduces_a_run_and_another_differs(tiny_model):
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.5}
+    first, again, other = (tiny_model.generate(random_prompt(9), seed=seed, **options) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    torch.manual_seed(3)
+    unseeded = tiny_model.generate(random_prompt(9), **options)
+    torch.manual_seed(3)
+    assert torch.equal(tiny_model.generate(random_prompt(9), **options), unseeded)
+
+
+def test_a_rows_draws_do_not_depend_on_its_company(tiny_model):
+    prompts = [random_prompt(length, seed) for seed, length in enumerate((12, 7, 3))]
+    options = {"max_new_tokens": 25, "do_sample": True, "temperature": 1.3, "seed": 9}
+    ids, mask = left_padded(prompts)
+    batch = tiny_model.generate(ids, mask, **options)
+    alone = tiny_model.generate(prompts[0], **options)
+    assert batch[0, 12:].tolist() == alone[0, 12:].tolist()
+    fewer = tiny_model.generate(*left_padded(prompts[:2]), **options)
+    assert batch[:2, 12:].tolist() == fewer[:, 12:].tolist()
+    same = tiny_model.generate(prompts[1].expand(2, -1), **options)
+    assert same[0].tolist() != same[1].tolist()
+
+
+def test_typical_acceptance_with_a_seed_repeats_and_accepts_more(tiny_model):
+    options = {"max_new_tokens": 60, "do_sample": True, "temperature": 1.5, "seed": 2, "return_dict_in_generate": True}
+    exact = tiny_model.generate(random_prompt(9), **options)
+    typical = [tiny_model.generate(random_prompt(9), acceptance="typical", **options) for _ in range(2)]
+    assert torch.equal(typical[0].sequences, typical[1].sequences)
+    assert typical[0].steps <= exact.steps
+
+
+def test_typical_acceptance_without_sampling_is_greedy(tiny_model):
+    prompt = random_prompt(9)
+    greedy = tiny_model.generate(prompt, max_new_tokens=30)
+    assert torch.equal(tiny_model.generate(prompt, max_new_tokens=30, acceptance="typical"), greedy)
+
+
+def test_token_without_probability_is_never_drawn():
+    scores = torch.full((1, 5, 7), -torch.inf)
+    scores[..., [2, 5]] = 0.0
+    numbers = torch.tensor([[0.0, 0.25, 0.4999999, 0.5, 1 - 2**-53]], dtype=torch.float64)
+    assert draw(scores, numbers).tolist() == [[2, 2, 2, 5, 5]]
+
+
+def test_streams_of_near_seeds_and_rows_share_nothing():
+    tables = torch.cat([uniforms(seed, rows=4, length=50, device=torch.device("cpu")) for seed in range(4)])
+    assert tables.unique().numel() == tables.numel()
+    assert torch.equal(uniforms(1, 2, 50, torch.device("cpu")), tables[4:6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0, wanted more than 0"),
+        ({"temperature": 0.0}, "do_sample=False"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2.0}, "min_p"),
+        ({"acceptance": "loose"}, "wanted 'exact' or 'typical'"),
+    ],
+)
+def test_nonsense_setting_is_refused(tiny_model, settings, message):
+    with pytest.raises(InvalidInput, match=message):
+        tiny_model.generate(random_prompt(5), do_sample=True, **settings)
