@@ -6,10 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tiny import random_heads, random_tree, tiny_backbone
 from transformers.utils import logging
 
 from medusa import MedusaModel
+from tiny import random_heads, random_tree, tiny_backbone
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

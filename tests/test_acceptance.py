@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny import random_tree
 
 from medusa import MedusaTree
 from medusa.acceptance import TypicalAcceptance, accept_exact, accept_typical
 from medusa.errors import InvalidInput
+from tiny import random_tree
 
 
 def walk_exact(tree: MedusaTree, tokens: list[int], said: list[int]) -> list[int]:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, VOCAB, WINDOWED, random_prompt, tiny_backbone
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from medusa import MedusaModel, MedusaTree
 from medusa.backbone import Backbone
 from medusa.errors import UnsupportedBackbone
+from tiny import ARCHITECTURES, VOCAB, WINDOWED, random_prompt, tiny_backbone
 
 
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES])

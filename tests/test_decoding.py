@@ -4,6 +4,10 @@ import threading
 
 import pytest
 import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+
+from medusa import MedusaModel, MedusaTree
 from tiny import (
     ARCHITECTURES,
     VOCAB,
@@ -15,10 +19,6 @@ from tiny import (
     random_tree,
     tiny_backbone,
 )
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProcessor, StoppingCriteria
-
-from medusa import MedusaModel, MedusaTree
 
 NEW = 24
 LENGTHS = (17, 5, 1, 11)

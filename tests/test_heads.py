@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from tiny import VOCAB, random_heads, tiny_backbone
 from torch import nn
 
 from medusa import MedusaHeads, MedusaModel, MedusaTree
 from medusa.errors import CheckpointError
 from medusa.heads import load_heads, save_heads
+from tiny import VOCAB, random_heads, tiny_backbone
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 from scipy import stats
-from tiny import left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 from torch import Tensor
 
 from medusa import MedusaHeads, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
 from medusa.sampling import draw, uniforms
+from tiny import left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 VOCAB, LENGTH, ROWS = 4, 3, 6000
 
@@ -59,7 +59,12 @@ def test_sampled_output_has_the_backbones_distribution(toy, tree, temperature, r
     model = MedusaModel(toy, oracle_heads(toy, right), TREES[tree])
     prompt = torch.tensor([[1, 2, 3]])
     output = model.generate(
-        prompt.expand(ROWS, -1), max_new_tokens=LENGTH, do_sample=True, temperature=temperature, seed=11, eos_token_id=[]
+        prompt.expand(ROWS, -1),
+        max_new_tokens=LENGTH,
+        do_sample=True,
+        temperature=temperature,
+        seed=11,
+        eos_token_id=[],
     )
     wanted = exact_distribution(toy, prompt, temperature)
     counts = dict.fromkeys(wanted, 0)

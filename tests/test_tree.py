@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny import random_tree
 
 from medusa import MedusaTree
 from medusa.errors import CheckpointError, InvalidTree
+from tiny import random_tree
 
 
 def test_nodes_are_in_lexicographic_order_with_parents_first():

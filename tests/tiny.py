@@ -75,9 +75,13 @@ WINDOWED: dict[str, dict[str, Any]] = {
 
 
 def tiny_backbone(
-    model_type: str = "llama", attention: str | None = None, dtype: torch.dtype = torch.float32, **overrides: Any
+    model_type: str = "llama",
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    gain: float = 4.0,
+    **overrides: Any,
 ) -> PreTrainedModel:
-    """A random causal LM of four layers whose logits are not flat; it never says eos unless told to."""
+    """A random causal LM of four layers that never says eos unless told to; a gain above 1 keeps its logits from being flat."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -101,15 +105,13 @@ def tiny_backbone(
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(gain)
     backbone.generation_config.eos_token_id = sizes["eos_token_id"]
     backbone.generation_config.pad_token_id = 0
     return backbone
 
 
-def random_heads(
-    backbone: PreTrainedModel, num_heads: int = 3, num_layers: int = 1, shared: bool = False
-) -> MedusaHeads:
+def random_heads(backbone: PreTrainedModel, num_heads: int = 3, num_layers: int = 1, shared: bool = False) -> MedusaHeads:
     """Heads with random weights, for a backbone."""
     heads = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), num_heads, num_layers, shared)
     generator = torch.Generator().manual_seed(num_heads)

@@ -65,8 +65,8 @@ class Backbone:
             for field, rule in LOGIT_RULES.items()
             if isinstance(getattr(self.config, field, None), int | float)
         ]
-        self._window: int | None = getattr(self.config, "sliding_window", None)
-        self._chunk: int | None = getattr(self.config, "attention_chunk_size", None)
+        self._window: int = getattr(self.config, "sliding_window", None) or 0
+        self._chunk: int = getattr(self.config, "attention_chunk_size", None) or 0
         self.mask_kinds = self._mask_kinds(name)
 
     def _mask_kinds(self, name: str) -> tuple[str, ...]:
@@ -136,7 +136,8 @@ class Backbone:
         if attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache.aim(slots, visible=length)
-        return self._decode(ids, attention_mask, positions, cache)[:, -1]
+        # A clone: compiled steps are specialised to the strides of a row on its own.
+        return self._decode(ids, attention_mask, positions, cache)[:, -1].clone(memory_format=torch.contiguous_format)
 
     def verify(
         self,
@@ -154,7 +155,7 @@ class Backbone:
         if self.context is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
             positions = positions.clamp(max=self.context - 1)
         cache.aim(slots, visible)
-        masks = self._tree_masks(tree, slots, positions, lengths, pads, visible)
+        masks = self._tree_masks(tree, base, positions, lengths, pads, visible)
         return self._decode(ids, masks, positions, cache)
 
     def _decode(self, ids: Tensor, masks: Masks, positions: Tensor, cache: TreeCache) -> Tensor:
@@ -164,24 +165,28 @@ class Backbone:
         return output.last_hidden_state
 
     def _tree_masks(
-        self, tree: TreeTensors, slots: Tensor, positions: Tensor, lengths: Tensor, pads: Tensor, visible: int
+        self, tree: TreeTensors, base: Tensor, positions: Tensor, lengths: Tensor, pads: Tensor, visible: int
     ) -> Masks:
         """The masks of every kind of layer, (B, 1, N, visible), to be added to attention scores."""
-        slot = torch.arange(visible, device=slots.device)
+        slot = torch.arange(visible, device=base.device)
         committed = (slot < lengths[:, None]) & (slot >= pads[:, None])  # (B, visible)
-        allowed = committed[:, None].expand(-1, len(tree), -1)
-        allowed = allowed.index_copy(2, slots, tree.ancestors.expand(len(pads), -1, -1))  # (B, N, visible)
+        # Gathered rather than copied in with index_copy, which inductor gets wrong for bool on a CPU (torch 2.13).
+        node = (slot - base).clamp(0, len(tree) - 1)  # the node in each slot, where there is one
+        in_tree = (slot >= base) & (slot < base + len(tree))
+        allowed = committed[:, None] | (tree.ancestors.index_select(1, node) & in_tree)  # (B, N, visible)
         masks = {}
         for kind in self.mask_kinds:
             seen = allowed
             if kind != "full_attention":
-                # (B, visible): the position of the token in each slot
-                at = (slot - pads[:, None]).index_copy(1, slots, positions)[:, None]
+                at = torch.where(in_tree, positions.index_select(1, node), slot - pads[:, None])[:, None]  # by slot
                 query = positions[..., None]
-                near = query - at < self._window if kind == "sliding_attention" else query // self._chunk == at // self._chunk
+                if kind == "sliding_attention":
+                    near = query - at < self._window
+                else:
+                    near = query // self._chunk == at // self._chunk
                 seen = allowed & near
             # float, not bool: eager attention adds the mask. finfo.min, not -inf: a row of -inf is NaN
-            bias = torch.zeros((), dtype=self.dtype, device=slots.device)
+            bias = torch.zeros((), dtype=self.dtype, device=base.device)
             masks[kind] = torch.where(seen, bias, torch.finfo(self.dtype).min)[:, None]
         return masks if len(masks) > 1 else masks[self.mask_kinds[0]]
 
@@ -211,18 +216,30 @@ class Backbone:
             cache.keep((prompt + path).expand(2, -1), target)
             kept = lengths + len(path)
             second = self.verify(nodes, tree, kept[0], kept, pads, prompt + len(path) + len(tree), cache)
-        except (TypeError, AttributeError, NotImplementedError, RuntimeError, ValueError, IndexError, KeyError) as error:
+        except (
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+            IndexError,
+            KeyError,
+        ) as error:
             raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {str(error).splitlines()[0]}") from error
         phases = (
             (first, prompts, "a tree's logits differ from its paths' logits"),
-            (second, torch.cat([prompts, nodes[:, path]], dim=1), "logits after keeping a path differ from a fresh pass"),
+            (
+                second,
+                torch.cat([prompts, nodes[:, path]], dim=1),
+                "logits after keeping a path differ from a fresh pass",
+            ),
         )
         for hidden, prefix, what in phases:
-            error = self._probe_error(hidden, prefix, pads.tolist(), nodes, tree)
+            difference = self._probe_error(hidden, prefix, pads.tolist(), nodes, tree)
             limit = 2e-3 if self.dtype == torch.float32 else 0.1
-            if not error < limit:  # NaN is no match either
+            if not difference < limit:  # NaN is no match either
                 raise UnsupportedBackbone(
-                    f"{name} with {self.attention} attention is not exact under Medusa: {what} by {error:.1e} "
+                    f"{name} with {self.attention} attention is not exact under Medusa: {what} by {difference:.1e} "
                     f"(limit {limit:.0e}); try attn_implementation='eager' or float32"
                 )
 

@@ -103,9 +103,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
     absent = [
         name
         for name, field in fields.items()
-        if name not in mapping
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in mapping and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if absent:
         raise ConfigError(f"{source}: {', '.join(absent)} must be given")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ StoppingCriterion = Callable[[Tensor, None], Tensor]
 CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph
 
 
+class RequestCache(Protocol):
+    """The KV cache of a request; `TreeCache` is one."""
+
+    capacity: int
+
+    def keep(self, source: Tensor, target: Tensor) -> None: ...
+
+
 class Decodable(Protocol):
     """What the loop needs of a model; `MedusaModel` is one."""
 
@@ -28,9 +36,9 @@ class Decodable(Protocol):
     vocab_size: int
     device: torch.device
 
-    def new_cache(self, capacity: int): ...
+    def new_cache(self, capacity: int) -> RequestCache: ...
 
-    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache) -> tuple[Tensor, Tensor]: ...
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
 
     def draft_and_verify(
         self,
@@ -42,7 +50,7 @@ class Decodable(Protocol):
         lengths: Tensor,
         pads: Tensor,
         visible: int,
-        cache,
+        cache: Any,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -100,7 +108,7 @@ class DecodingState:
     hidden: Tensor  # (B, d): at the last committed token
     tree: TreeTensors
     levels: tuple[tuple[Tensor, Tensor], ...]
-    cache: object
+    cache: RequestCache
     uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position
     # The same facts on the host, where a sync has brought them anyway.
     host_pads: list[int]

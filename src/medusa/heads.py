@@ -10,6 +10,7 @@ import dataclasses
 import pickle
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medusa.config import CONFIG_FILE, HEADS_FILE, MedusaConfig
+from medusa.config import CONFIG_FILE, HEADS_FILE, MedusaConfig, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 
 
@@ -89,23 +90,30 @@ class MedusaHeads(nn.ModuleList):
     @classmethod
     def for_lm_head(cls, lm_head: nn.Module, num_heads: int, num_layers: int = 1, shared: bool = False) -> MedusaHeads:
         """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
-        weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+        weight: Tensor = lm_head.weight  # type: ignore[assignment]
+        bias: Tensor | None = getattr(lm_head, "bias", None)
         vocab_size, hidden_size = weight.shape
-        heads = cls(
-            hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, weight.device, weight.dtype
-        )
+        heads = cls(hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, weight.device, weight.dtype)
         heads.share(lm_head)
         if not shared:
             with torch.no_grad():
-                for head in heads:
-                    head[-1].weight.copy_(weight)
+                for k in range(num_heads):
+                    heads.lm_head(k).weight.copy_(weight)  # type: ignore[operator]
                     if bias is not None:
-                        head[-1].bias.copy_(bias)
+                        heads.lm_head(k).bias.copy_(bias)  # type: ignore[operator]
         return heads
 
     @property
     def num_layers(self) -> int:
         return self.config.medusa_num_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def parts(self, k: int) -> nn.Sequential:
+        """Head k + 1: its residual blocks, then its own LM head if it has one."""
+        return cast(nn.Sequential, self[k])
 
     def share(self, lm_head: nn.Module) -> None:
         """Name the backbone's LM head (d -> V), used by heads that have none of their own."""
@@ -114,7 +122,7 @@ class MedusaHeads(nn.ModuleList):
     def lm_head(self, k: int) -> nn.Module:
         """The (d -> V) map of head k + 1: its own or the backbone's."""
         if not self.config.medusa_shared_lm_head:
-            return self[k][self.num_layers]
+            return self.parts(k)[self.num_layers]
         if not self._shared:
             raise CheckpointError("these heads share the backbone's LM head, but none was named; call heads.share(lm_head)")
         return self._shared[0]
@@ -125,9 +133,7 @@ class MedusaHeads(nn.ModuleList):
         k: int,
     ) -> Tensor:  # (..., d)
         """The hidden state of head k + 1, before its LM head."""
-        for block in self[k][: self.num_layers]:
-            h = block(h)
-        return h
+        return self.parts(k)[: self.num_layers](h)
 
     def forward(
         self,
@@ -176,7 +182,8 @@ def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHe
             raise CheckpointError(f"{path} is broken or holds code and was not loaded ({reason[:120]})") from None
     else:
         raise CheckpointError(f"no Medusa heads in {folder}: wanted {HEADS_FILE}; pass heads=FOLDER or train some")
-    config = MedusaConfig.load(folder) if (folder / CONFIG_FILE).is_file() else None
+    # Often the backbone's own config, where heads lie beside it: only what the tensors do not say is taken from it.
+    config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     return heads_from_tensors(tensors, config, str(path), dtype)
 
 
@@ -184,7 +191,7 @@ _NAME = re.compile(r"(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
 
 
 def heads_from_tensors(
-    tensors: dict[str, Tensor], config: MedusaConfig | None, source: str, dtype: torch.dtype | None = None
+    tensors: dict[str, Tensor], config: dict[str, Any], source: str, dtype: torch.dtype | None = None
 ) -> MedusaHeads:
     """Heads of the sizes that the tensors have, holding them; CheckpointError where they do not make up heads."""
     parsed = {name: _NAME.fullmatch(name) for name in tensors}
@@ -199,9 +206,9 @@ def heads_from_tensors(
         vocab_size, hidden_size = _size(tensors, f"0.{num_layers}.weight", source)
     else:
         hidden_size = _size(tensors, "0.0.linear.weight", source)[0]
-        if config is None:
+        if not isinstance(config.get("vocab_size"), int):
             raise CheckpointError(f"{source} shares the LM head and has no {CONFIG_FILE} that gives vocab_size")
-        vocab_size = config.vocab_size
+        vocab_size = config["vocab_size"]
     bias = any(not match[3] and match[4] == "bias" for match in found)
     with torch.device("meta"):
         heads = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, bias)
@@ -210,11 +217,12 @@ def heads_from_tensors(
         got = tuple(tensors[name].shape) if name in tensors else None
         want = tuple(wanted[name]) if name in wanted else None
         if got != want:
-            raise CheckpointError(f"{source}: tensor {name} has shape {got}, wanted {want} ({num_heads} heads of {num_layers} layers)")
+            raise CheckpointError(
+                f"{source}: tensor {name} has shape {got}, wanted {want} ({num_heads} heads of {num_layers} layers)"
+            )
     dtype = dtype or next(iter(tensors.values())).dtype
     heads.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    if config is not None:
-        heads.config = dataclasses.replace(heads.config, base_model_name_or_path=config.base_model_name_or_path)
+    heads.config = dataclasses.replace(heads.config, base_model_name_or_path=config.get("base_model_name_or_path"))
     return heads
 
 

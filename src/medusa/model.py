@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,9 @@ from medusa.config import TREE_FILE
 from medusa.decoding import DecodingOptions, DecodingStep, decode
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads, load_heads, save_heads
+from medusa.hub import local_folder
 from medusa.sampling import Processors
 from medusa.tree import MedusaTree, TreeTensors
-from medusa.hub import local_folder
 
 DEFAULT_MAX_NEW_TOKENS = 256
 # Processors that look at nothing but the scores are applied to all nodes at once.
@@ -101,6 +102,7 @@ class MedusaModel:
         tree.check(self.num_heads, self.vocab_size)
         self.tree = tree
         self._compiled: Callable | None = None
+        self._compiler_failed = False
         self._backbone.probe()
 
     @classmethod
@@ -181,7 +183,7 @@ class MedusaModel:
 
     def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, Tensor, Tensor]:
         """The tree's tokens (B, N), hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
-        if not compiled or self._compiled is False:
+        if not compiled or self._compiler_failed:
             return self._draft_and_verify(*args)
         if self._compiled is None:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -190,8 +192,8 @@ class MedusaModel:
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
             return self._compiled(*args)
-        except Exception as error:  # noqa: BLE001: compilers fail in ways of their own
-            self._compiled = False
+        except Exception as error:  # compilers fail in ways of their own
+            self._compiler_failed = True
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             warnings.warn(f"torch.compile failed, decoding goes on uncompiled: {reason}", RuntimeWarning, stacklevel=2)
             return self._draft_and_verify(*args)
@@ -207,11 +209,11 @@ class MedusaModel:
         visible: int,
         cache: TreeCache,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with record_function("medusa.heads"):
+        with _span("medusa.heads"):
             tokens = root[:, None]
-            if tree.num_heads:
+            if tree.num_heads and self.heads is not None:
                 tokens = tree.assemble(root, self.heads(hidden, tree.num_heads))
-        with record_function("medusa.backbone"):
+        with _span("medusa.backbone"):
             states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)
             return tokens, states, self._backbone.logits(states)
 
@@ -328,8 +330,7 @@ class MedusaModel:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
-        attention_mask: Tensor | None = None,
-        **_: Any,
+        **model_kwargs: Any,  # transformers would give an attention_mask named here twice
     ) -> Tensor | MedusaGenerateOutput:
         """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
 
@@ -351,7 +352,7 @@ class MedusaModel:
             seed=_seed(None),
         )
         pad = generation_config.pad_token_id
-        steps = decode(self, input_ids, attention_mask, self.tree, options)
+        steps = decode(self, input_ids, model_kwargs.get("attention_mask"), self.tree, options)
         return self._collect(steps, input_ids, None, pad, bool(generation_config.return_dict_in_generate))
 
     def _max_new_tokens(self, input_ids: Tensor, attention_mask: Tensor | None, given: int | None) -> int:
@@ -449,6 +450,11 @@ def classify(processors: list) -> Processors:
         if isinstance(processor, STATEFUL):
             raise InvalidInput(f"{type(processor).__name__} keeps state between calls and cannot follow a tree of candidates")
     return Processors(tuple((processor, not isinstance(processor, CONTEXT_FREE)) for processor in processors))
+
+
+def _span(name: str) -> AbstractContextManager:
+    """A named stretch for the profiler; compiled code has none."""
+    return nullcontext() if torch.compiler.is_compiling() else record_function(name)
 
 
 def _seed(seed: int | None) -> int:

@@ -56,9 +56,7 @@ class MedusaTree:
         9
         """
         return cls(
-            path
-            for depth in range(1, len(sizes) + 1)
-            for path in itertools.product(*(range(size) for size in sizes[:depth]))
+            path for depth in range(1, len(sizes) + 1) for path in itertools.product(*(range(size) for size in sizes[:depth]))
         )
 
     def __len__(self) -> int:

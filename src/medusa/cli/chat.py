@@ -30,9 +30,7 @@ def chat_command(
     trust_remote_code: common.TrustOption = False,
 ) -> None:
     """Talk to a model that has a chat template. /reset forgets the conversation, /quit or end of file leaves."""
-    options = common.sampling_options(
-        temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed
-    )
+    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")

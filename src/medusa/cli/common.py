@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from medusa.tree import MedusaTree
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the backbone, or `embedded`.", show_default=True)]
-HeadsOption = Annotated[str | None, typer.Option("--heads", help="Folder or hub id of the heads [default: the model's own folder].")]
+HeadsOption = Annotated[
+    str | None, typer.Option("--heads", help="Folder or hub id of the heads [default: the model's own folder].")
+]
 TreeOption = Annotated[
-    str | None, typer.Option("--tree", help="A tree file, or `root` for plain decoding [default: the one beside the heads].")
+    str | None,
+    typer.Option("--tree", help="A tree file, or `root` for plain decoding [default: the one beside the heads]."),
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32 [default: the backbone's own].")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … [default: cuda where there is one].")]
@@ -26,10 +29,15 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (a slow first step).")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy; more samples from the model's own distribution.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 is greedy; more samples from the model's own distribution.")
+]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Sample within this share of the probability.")]
-MinP = Annotated[float | None, typer.Option("--min-p", help="Sample tokens of at least this share of the likeliest one's probability.")]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Sample tokens of at least this share of the likeliest one's probability."),
+]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages tokens already there.")]
 Acceptance = Annotated[str, typer.Option("--acceptance", help="exact (lossless) or typical (paper 2.3.1).")]
 Epsilon = Annotated[float, typer.Option("--epsilon", help="Hard threshold of typical acceptance.")]

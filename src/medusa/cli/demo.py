@@ -27,7 +27,9 @@ def demo_command(
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
-    check_float32: Annotated[bool, typer.Option("--float32-check/--no-float32-check", help="Compare outputs in float32 too.")] = True,
+    check_float32: Annotated[
+        bool, typer.Option("--float32-check/--no-float32-check", help="Compare outputs in float32 too.")
+    ] = True,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:

@@ -38,9 +38,7 @@ def generate_command(
 ) -> None:
     """Continue a prompt; text is streamed to stdout, figures go to stderr."""
     text = common.read_prompt(prompt, prompt_file)
-    options = common.sampling_options(
-        temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed
-    )
+    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     from medusa.text import Detokenizer

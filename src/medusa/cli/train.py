@@ -24,7 +24,9 @@ def train_command(
     shared_lm_head: Annotated[
         bool | None, typer.Option("--shared-lm-head/--own-lm-heads", help="Predict through the backbone's LM head.")
     ] = None,
-    targets: Annotated[str | None, typer.Option("--targets", help="soft (the backbone's distribution) or hard [default: soft].")] = None,
+    targets: Annotated[
+        str | None, typer.Option("--targets", help="soft (the backbone's distribution) or hard [default: soft].")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimiser steps; wins over --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data [default: 2].")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: 8]")] = None,
@@ -33,7 +35,9 @@ def train_command(
     warmup_steps: Annotated[int | None, typer.Option("--warmup-steps", help="[default: 40]")] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens a block [default: 2048].")] = None,
     save_steps: Annotated[int | None, typer.Option("--save-steps", help="Steps between checkpoints [default: 500].")] = None,
-    eval_steps: Annotated[int | None, typer.Option("--eval-steps", help="Steps between evaluations [default: at the end].")] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option("--eval-steps", help="Steps between evaluations [default: at the end].")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="[default: 0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
     dtype: common.DtypeOption = None,

@@ -48,9 +48,7 @@ def tune_command(
     chosen = [block.long() for block in blocks[::stride][:max_prompts]]
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("calibrating", total=len(chosen))
-        calibration = calibrate(
-            medusa, chosen, max_new_tokens, ranks, temperature, on_progress=lambda: progress.advance(task)
-        )
+        calibration = calibrate(medusa, chosen, max_new_tokens, ranks, temperature, on_progress=lambda: progress.advance(task))
     tree = search_tree(calibration.accuracies, nodes)
     expected = expected_acceptance_length(tree, calibration.accuracies)
     if output is not None:

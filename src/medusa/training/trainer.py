@@ -48,7 +48,15 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length", "loss_chunk", "soft_top"):
+        for name in (
+            "num_heads",
+            "epochs",
+            "batch_size",
+            "gradient_accumulation",
+            "max_length",
+            "loss_chunk",
+            "soft_top",
+        ):
             if getattr(self, name) <= 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted more than 0")
         if not self.learning_rate > 0:
@@ -82,7 +90,7 @@ class Medusa1Objective(nn.Module):
             shift = k + 1
             n = width - 1 - shift
             here = Targets(targets.tokens[:, shift:].flatten(0, 1), targets.weights[:, shift:].flatten(0, 1))
-            states = hidden[:, :n].flatten(0, 1).to(self.heads[k][0].linear.weight.dtype)
+            states = hidden[:, :n].flatten(0, 1).to(self.heads.dtype)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
                 states = self.heads.residual(states, k)
             total = linear_cross_entropy(states, self.heads.lm_head(k), here, self.recipe.loss_chunk, self.compute)
@@ -110,13 +118,14 @@ class Medusa1Trainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         objective = self.model
-        hits, asked = 0, 0
+        num_heads = len(objective.heads)
+        hits, asked = torch.zeros(num_heads, EVALUATED_RANKS, dtype=torch.long), torch.zeros(num_heads, dtype=torch.long)
         loss, batches = 0.0, 0
         for batch in self.get_eval_dataloader(eval_dataset):
             batch = self._prepare_inputs(batch)
             with torch.no_grad():
                 loss += objective(**batch)["loss"].item()
-                hidden = objective._model[0].hidden_states(batch["input_ids"]).to(objective.heads[0][0].linear.weight.dtype)
+                hidden = objective._model[0].hidden_states(batch["input_ids"]).to(objective.heads.dtype)
                 counted = batch["labels"] != IGNORED
                 got, times = rank_hits(objective.heads, hidden, batch["input_ids"], counted, EVALUATED_RANKS)
             hits, asked, batches = hits + got, asked + times, batches + 1
@@ -195,6 +204,7 @@ def train(
         save_steps=config.save_steps,
         save_total_limit=2,
         seed=config.seed,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         report_to="none",
         remove_unused_columns=False,
         use_cpu=model.device.type == "cpu",
@@ -215,5 +225,3 @@ def train(
     record = {"config": dataclasses.asdict(config), "metrics": metrics, "log": trainer.state.log_history}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return metrics
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,15 @@ def calibrate(
     hits = torch.zeros(model.num_heads, ranks, dtype=torch.long)
     asked = torch.zeros(model.num_heads, dtype=torch.long)
     for number, prompt in enumerate(prompts):
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
         ids = model.generate(prompt[None], max_new_tokens=max_new_tokens, seed=seed + number, **sampling)
         with torch.inference_mode():
             ids = ids.to(model.device)
             hidden = model.hidden_states(ids)
-        # A head is asked at the last committed token, so its guesses lie beyond the first root: two places past the prompt.
-        counted = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) > len(prompt)
-        got, times = rank_hits(model.heads, hidden, ids, counted, ranks)
+        # Heads are asked from the last token of the prompt on.
+        start = len(prompt) - 1
+        counted = torch.ones_like(ids[:, start:], dtype=torch.bool)
+        got, times = rank_hits(model.heads, hidden[:, start:], ids[:, start:], counted, ranks)
         hits += got
         asked += times
         if on_progress:

@@ -28,7 +28,7 @@ def search_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Medusa
         if not all(0 <= a <= 1 for a in row):
             raise InvalidInput(f"accuracies of head {head} go beyond [0, 1]: {list(row)}")
     # Ranks by falling accuracy, so that a path's best unused sibling is the next in its head's order.
-    order = [sorted(range(len(row)), key=lambda i, row=row: -row[i]) for row in accuracies]
+    order = [sorted(range(len(row)), key=[-a for a in row].__getitem__) for row in accuracies]
 
     def candidate(prefix: tuple[int, ...], value: float, place: int):
         head = len(prefix)

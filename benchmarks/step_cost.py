@@ -1,0 +1,185 @@
+"""What a step costs: time against tree size on random-weight Llamas, split into its parts.
+
+    python benchmarks/step_cost.py [--shapes 160m 1.1b vicuna-7b] [--nodes 1 16 32 64] [--shared] [--json FILE]
+
+Random heads are nearly never right, so every step accepts about one token and costs are those of a step alone. Each
+tree is measured in turn within each round; ratios are to the plain step of the same run. Bytes are those of the weights
+that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from medusa import MedusaHeads, MedusaModel, MedusaTree
+from medusa.decoding import DecodingOptions, DecodingState, prefill, step
+
+SHAPES = {
+    "160m": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+    "1.1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4),
+    "vicuna-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+}
+PARTS = ("backbone", "heads", "accept", "keep")
+
+
+def tree_of(nodes: int, heads: int) -> MedusaTree:
+    """A tree of a size that uses all heads: the chain of first guesses, then further guesses level by level."""
+    if nodes == 1:
+        return MedusaTree([])
+    paths: list[tuple[int, ...]] = [(0,) * depth for depth in range(1, heads + 1)][: nodes - 1]
+    rank = 1
+    while len(paths) < nodes - 1:
+        paths += [(0,) * depth + (rank,) for depth in range(heads)][: nodes - 1 - len(paths)]
+        rank += 1
+    return MedusaTree(paths)
+
+
+def build(shape: str, num_heads: int, shared: bool, device: str) -> MedusaModel:
+    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **SHAPES[shape])
+    with torch.device(device):
+        torch.manual_seed(0)
+        backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        heads = MedusaHeads.for_lm_head(backbone.lm_head, num_heads, shared=shared)
+        for parameter in heads.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return MedusaModel(backbone, heads, tree_of(num_heads + 1, num_heads))
+
+
+def weight_bytes(model: MedusaModel, tree: MedusaTree) -> int:
+    backbone = sum(p.numel() * p.element_size() for p in model.backbone.parameters())
+    table = model.backbone.get_input_embeddings().weight
+    heads = model.heads[: tree.depth].parameters()
+    return backbone - table.numel() * table.element_size() + sum(p.numel() * p.element_size() for p in heads)
+
+
+def cache_bytes(state: DecodingState) -> int:
+    layers = state.cache.layers
+    length = state.prompt_length
+    return sum(t[:, :, :length].numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.ones(2**28 if device != "cpu" else 2**27, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(8):
+        start = now(device)
+        target.copy_(source)
+        seconds.append(now(device) - start)
+    return 2 * source.numel() * source.element_size() / min(seconds)
+
+
+def now(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, device: str) -> list[dict]:
+    ids = torch.randint(model.vocab_size, (1, args.context), device=device)
+    options = DecodingOptions(max_new_tokens=1024, compiled=args.compiled)
+    trees = {nodes: tree_of(nodes, model.num_heads) for nodes in sizes}
+    states = {nodes: prefill(model, ids, None, tree, options) for nodes, tree in trees.items()}
+    seconds: dict[int, list[float]] = {nodes: [] for nodes in trees}
+    for round_ in range(args.rounds + 1):
+        for nodes, state in states.items():
+            for _ in range(args.steps):
+                start = now(device)
+                step(model, state, options)
+                if round_:  # the first round warms up
+                    seconds[nodes].append(now(device) - start)
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for nodes, state in states.items():
+        median = statistics.median(seconds[nodes])
+        moved = weight_bytes(model, trees[nodes]) + cache_bytes(state)
+        rows.append(
+            {
+                "nodes": nodes,
+                "milliseconds": 1e3 * median,
+                "overhead": median / statistics.median(seconds[sizes[0]]),
+                "parts": split(model, state, options, args.steps, device),
+                "bytes": moved,
+                "bandwidth_share": moved / median / bandwidth,
+            }
+        )
+    return rows
+
+
+def split(model: MedusaModel, state: DecodingState, options: DecodingOptions, steps: int, device: str) -> dict[str, float]:
+    """The share of each part in the time of a step, from the profiler."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
+    start = now(device)
+    with profile(activities=activities) as profiler:
+        start = now(device)
+        for _ in range(steps):
+            step(model, state, options)
+        total = now(device) - start
+    averages = {event.key: event for event in profiler.key_averages()}
+    shares = {}
+    for part in PARTS:
+        event = averages.get(f"medusa.{part}")
+        time_us = 0 if event is None else event.device_time_total if device != "cpu" else event.cpu_time_total
+        shares[part] = time_us * 1e-6 / total
+    return {**shares, "rest": max(0.0, 1 - sum(shares.values()))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--shapes", nargs="+", default=["vicuna-7b"] if cuda else ["160m", "1.1b"], choices=[*SHAPES])
+    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--num-heads", type=int, default=5)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each tree in each round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--shared", action="store_true", help="heads share the LM head")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.nodes[0] != 1:
+        parser.error("--nodes must begin with 1, the plain step that the others are compared with")
+
+    logging.set_verbosity_error()
+    device = "cuda" if cuda else "cpu"
+    console = Console(file=sys.stdout, width=120)
+    results = {}
+    for shape in args.shapes:
+        model = build(shape, args.num_heads, args.shared, device)
+        rows = results[shape] = measure(model, args.nodes, args, device)
+        kind = "shared LM head" if args.shared else "own LM heads"
+        table = Table(title=f"{shape}, bfloat16, {device}, {args.num_heads} heads ({kind})", title_justify="left")
+        for column in ("nodes", "ms", "overhead", *PARTS, "rest", "GB", "of copy bandwidth"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            shares = (f"{row['parts'][part]:.1%}" for part in (*PARTS, "rest"))
+            table.add_row(
+                str(row["nodes"]),
+                f"{row['milliseconds']:.2f}",
+                f"{row['overhead']:.2f}",
+                *shares,
+                f"{row['bytes'] / 1e9:.2f}",
+                f"{row['bandwidth_share']:.0%}",
+            )
+        console.print(table)
+        del model
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"torch": torch.__version__, "shared": args.shared, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

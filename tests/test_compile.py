@@ -1,0 +1,76 @@
+"""Claims about compiled decoding: the same output, one graph for many steps, and a fallback that says so."""
+
+import warnings
+
+import pytest
+import torch
+
+from medusa import MedusaModel
+from tiny import plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
+
+
+def compiled_model(model_type: str = "llama", **overrides) -> MedusaModel:
+    backbone = tiny_backbone(model_type, **overrides)
+    return MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 12}),
+        ("gemma3_text", {"sliding_window": 12, "query_pre_attn_scalar": 16}),
+    ],
+)
+def test_compiled_output_is_the_same_and_shapes_stay_static(model_type, overrides, monkeypatch):
+    # The eager backend traces like the default one, which is what recompiles, but needs no C++ compiler's minutes.
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compile_(fn, **{**options, "mode": None, "backend": "eager"}))
+    model = compiled_model(model_type, **overrides)
+    prompt = random_prompt(20)
+    wanted = plain_greedy(model.backbone, prompt, 24)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert model.generate(prompt, max_new_tokens=24, compile=True)[0, 20:].tolist() == wanted
+        with torch._dynamo.config.patch(error_on_recompile=True):  # a second request, of another length
+            other = random_prompt(31, seed=1)
+            output = model.generate(other, max_new_tokens=17, compile=True)
+    assert output[0, 31:].tolist() == plain_greedy(model.backbone, other, 17)
+
+
+def test_inductor_gives_the_same_output():
+    model = compiled_model(num_hidden_layers=1)
+    prompt = random_prompt(9)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True):
+        output = model.generate(prompt, max_new_tokens=12, compile=True)
+    assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 12)
+
+
+def test_failing_compiler_warns_once_and_decoding_goes_on(monkeypatch):
+    def broken(*_args, **_options):
+        def run(*_):
+            raise RuntimeError("no compiler here")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = compiled_model()
+    prompt = random_prompt(9)
+    with pytest.warns(RuntimeWarning, match="decoding goes on uncompiled: no compiler here") as caught:
+        output = model.generate(prompt, max_new_tokens=20, compile=True)
+        model.generate(prompt, max_new_tokens=20, compile=True)
+    assert len([w for w in caught if issubclass(w.category, RuntimeWarning)]) == 1
+    assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 20)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_same_output():
+    backbone = tiny_backbone().cuda()
+    model = MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
+    prompt = random_prompt(9).cuda()
+    wanted = model.generate(prompt, max_new_tokens=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True), wanted)
