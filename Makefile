@@ -19,7 +19,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python benchmarks/decode.py --json results/decode.json
+	$(BIN)/python benchmarks/decode.py --compiled --json results/decode.json
 	$(BIN)/python benchmarks/step_cost.py --json results/step_cost.json
 
 # torch first and pinned: asked for as a dependency it could come as another, far larger build.

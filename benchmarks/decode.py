@@ -27,8 +27,8 @@ from medusa.evaluation.compare import (
     Decoder,
     compare,
     medusa_decoder,
+    overhead,
     repeated_ngrams,
-    step_seconds,
     transformers_decoder,
 )
 from medusa.evaluation.prompts import held_out_prompts
@@ -71,7 +71,7 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args
     theirs = {"do_sample": True, "temperature": setting.temperature, "top_k": 0} if sampled else {}
     decoders: dict[str, Decoder] = {"generate": transformers_decoder(model, args.new_tokens, **theirs)}
     for name, tree in trees.items():
-        decoders[name] = medusa_decoder(model, args.new_tokens, tree, compile=setting.compiled, eos_token_id=[], **ours)
+        decoders[name] = medusa_decoder(model, args.new_tokens, tree, compile=setting.compiled, **ours)
     results = compare(decoders, batches, args.rounds, on_progress=on_progress)
     plain, generate = results["plain"], results["generate"]
     rows = {}
@@ -86,7 +86,7 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args
         if measured.steps:
             row |= {
                 "acceleration_rate": measured.acceleration_rate,
-                "overhead": step_seconds(measured) / step_seconds(plain),
+                "overhead": overhead(measured, plain),
             }
         # Sampled, transformers draws from another stream; our plain loop and Medusa share theirs.
         against = plain if sampled else generate

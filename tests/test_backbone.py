@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from medusa import MedusaModel, MedusaTree
 from medusa.backbone import Backbone
-from medusa.errors import UnsupportedBackbone
+from medusa.errors import ContextOverflow, UnsupportedBackbone
 from tiny import ARCHITECTURES, VOCAB, WINDOWED, random_prompt, tiny_backbone
 
 
@@ -68,6 +68,7 @@ def test_cache_is_allocated_once():
     assert all(layer.keys.shape[2] == 40 for layer in cache.layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [
@@ -76,9 +77,33 @@ def test_cache_is_allocated_once():
         ("falcon", {"alibi": True, "new_decoder_architecture": False}),
     ],
 )
-def test_alibi_models_are_refused(model_type, overrides):
+def test_alibi_models_are_refused(model_type, overrides, dtype):
     with pytest.raises(UnsupportedBackbone):
-        Backbone(tiny_backbone(model_type, **overrides)).probe()
+        Backbone(tiny_backbone(model_type, dtype=dtype, **overrides)).probe()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3"])
+def test_probe_accepts_low_precision(model_type, dtype):
+    Backbone(tiny_backbone(model_type, dtype=dtype)).probe()
+
+
+def test_context_ends_where_the_rotation_would_change():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 24,
+    }
+    backbone = tiny_backbone("phi3", rope_parameters=rope, original_max_position_embeddings=24)
+    with pytest.raises(ContextOverflow, match="exceed the context of 24"):
+        MedusaModel(backbone).generate(random_prompt(10), max_new_tokens=20)
+
+
+def test_gpt_neo_is_refused():
+    with pytest.raises(UnsupportedBackbone, match="GPT-Neo"):
+        Backbone(tiny_backbone("gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 2]]))
 
 
 def test_recurrent_model_is_refused_with_the_reason():

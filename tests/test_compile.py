@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medusa import MedusaModel
+from medusa.decoding import DecodingOptions, prefill, step
 from tiny import plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 
@@ -43,7 +44,8 @@ def test_inductor_gives_the_same_output():
     model = compiled_model(num_hidden_layers=1)
     prompt = random_prompt(9)
     torch._dynamo.reset()
-    with warnings.catch_warnings(record=True):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # a fallback would show nothing
         output = model.generate(prompt, max_new_tokens=12, compile=True)
     assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 12)
 
@@ -66,6 +68,21 @@ def test_failing_compiler_warns_once_and_decoding_goes_on(monkeypatch):
 
 
 @pytest.mark.gpu
+def test_step_synchronises_once():
+    backbone = tiny_backbone().cuda()
+    model = MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
+    options = DecodingOptions(max_new_tokens=40)
+    state = prefill(model, random_prompt(9).cuda(), None, model.tree, options)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            step(model, state, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) == 1
+
+
+@pytest.mark.gpu
 def test_cuda_graphs_give_the_same_output():
     backbone = tiny_backbone().cuda()
     model = MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
@@ -74,3 +91,19 @@ def test_cuda_graphs_give_the_same_output():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True), wanted)
+
+
+def test_compiled_step_that_computes_something_else_is_not_used(monkeypatch):
+    def wrong(fn, **_options):
+        def run(*args):
+            tokens, states, logits = fn(*args)
+            return tokens, states, logits.roll(1, dims=-1)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    model = compiled_model()
+    prompt = random_prompt(9)
+    with pytest.warns(RuntimeWarning, match="differ from the uncompiled one's"):
+        output = model.generate(prompt, max_new_tokens=20, compile=True)
+    assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 20)

@@ -106,14 +106,37 @@ def test_id_zero_is_a_token_and_is_kept():
     assert new_tokens(output.sequences, 4) == [[0] * 11] and output.steps == 6
 
 
-@pytest.mark.parametrize("seed", range(6))
+TWO_A_STEP = MedusaTree([(rank,) for rank in range(VOCAB)])  # the whole vocabulary: a guess is always right
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])  # those whose output has such a token
 def test_output_ends_at_eos_inside_an_accepted_path(tiny_model, seed):
     prompt = random_prompt(6, seed)
     full = plain_greedy(tiny_model.backbone, prompt, 30)
-    eos = [full[7], full[19]]
-    wanted = full[: 1 + min(full.index(token) for token in eos)]
-    output = tiny_model.generate(prompt, max_new_tokens=30, eos_token_id=eos, return_dict_in_generate=True)
+    # A token that first comes as the root of a step of two: the path goes on behind it.
+    eos = next(token for i, token in enumerate(full) if i % 2 == 0 and full.index(token) == i and i)
+    wanted = full[: full.index(eos) + 1]
+    options = {"max_new_tokens": 30, "tree": TWO_A_STEP, "return_dict_in_generate": True}
+    output = tiny_model.generate(prompt, eos_token_id=[eos, VOCAB - 1 if VOCAB - 1 not in full else eos], **options)
     assert new_tokens(output.sequences, 6) == [wanted] and output.finish_reasons == ["eos"]
+    assert output.acceptance_lengths[0][:-1] == [2] * (len(wanted) // 2)
+
+
+def test_a_stop_inside_an_accepted_path_leaves_nothing_behind_it(tiny_model):
+    prompt = random_prompt(6, seed=1)
+    full = plain_greedy(tiny_model.backbone, prompt, 20)
+    index = next(i for i, token in enumerate(full) if i % 2 == 0 and full.index(token) == i and i)
+    stop = StoppingCriteriaList([_StopAt(full[index])])
+    output = tiny_model.generate(
+        prompt, max_new_tokens=20, stopping_criteria=stop, tree=TWO_A_STEP, return_dict_in_generate=True
+    )
+    assert new_tokens(output.sequences, 6) == [full[: index + 1]]
+    assert output.acceptance_lengths == [[2] * (index // 2) + [1]]
+
+
+def test_prompt_of_one_token(tiny_model):
+    prompt = random_prompt(1)
+    assert new_tokens(tiny_model.generate(prompt, max_new_tokens=20), 1) == [plain_greedy(tiny_model.backbone, prompt, 20)]
 
 
 @pytest.mark.parametrize("limit", range(1, 9))

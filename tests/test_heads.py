@@ -102,6 +102,28 @@ def test_pickle_with_code_is_refused(tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content", [[1, 2], {1: torch.zeros(2)}, {"0.0.linear.weight": 3}, {"0.1.weight": torch.zeros(2).int()}]
+)
+def test_pickle_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(CheckpointError, match="wanted"):
+        load_heads(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"no pickle", b"\x80\x02.", b""])
+def test_file_that_is_no_pickle_is_refused(tmp_path, content):
+    (tmp_path / "medusa_lm_head.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="was not loaded"):
+        load_heads(tmp_path)
+
+
+def test_names_for_more_heads_than_tensors_are_refused(tmp_path):
+    torch.save({"99999999.0.weight": torch.zeros(2, 2)}, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(CheckpointError, match="names for 100000000 heads"):
+        load_heads(tmp_path)
+
+
 def test_missing_heads_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no Medusa heads in"):
         load_heads(tmp_path)

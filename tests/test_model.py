@@ -145,8 +145,8 @@ def test_stop_strings_end_where_transformers_ends(embedded_model, embedded_token
     [
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, InvalidInput, "the prompt is empty"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, InvalidInput, "the prompt is empty"),
-        ({"input_ids": torch.zeros(4, dtype=torch.long)}, InvalidInput, r"wanted integers \(batch, length\)"),
-        ({"input_ids": torch.zeros(1, 4)}, InvalidInput, "wanted integers"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, InvalidInput, r"wanted a tensor of integers \(batch, length\)"),
+        ({"input_ids": torch.zeros(1, 4)}, InvalidInput, "wanted a tensor of integers"),
         ({"input_ids": torch.tensor([[1, 64]])}, InvalidInput, "the vocabulary has 64 tokens"),
         ({"input_ids": torch.tensor([[1, -1]])}, InvalidInput, "go from -1"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, InvalidInput, "padding_side = 'left'"),
@@ -154,6 +154,13 @@ def test_stop_strings_end_where_transformers_ends(embedded_model, embedded_token
         ({"attention_mask": torch.tensor([[0, 0, 0, 0]])}, InvalidInput, "its prompt is empty"),
         ({"attention_mask": torch.ones(1, 5)}, InvalidInput, "they must agree"),
         ({"max_new_tokens": 0}, InvalidInput, "max_new_tokens is 0"),
+        ({"input_ids": [[1, 2]]}, InvalidInput, "input_ids is list"),
+        ({"attention_mask": [[1, 1, 1, 1]]}, InvalidInput, "they must agree"),
+        ({"max_new_tokens": 5.5}, InvalidInput, "max_new_tokens is 5.5, wanted an integer"),
+        ({"seed": "a"}, InvalidInput, "seed is 'a'"),
+        ({"stop_strings": [""]}, InvalidInput, "a stop string is empty"),
+        ({"tree": "root"}, InvalidInput, "tree is a str"),
+        ({"input_ids": torch.ones(1, 300, dtype=torch.long)}, ContextOverflow, "256; shorten the prompt"),
         ({"max_new_tokens": 253}, ContextOverflow, "exceed the context of 256; lower max_new_tokens to 252"),
         ({"tree": MedusaTree.dense([1, 1, 1, 1])}, InvalidTree, "needs 4 heads, there are 3"),
     ],
@@ -171,6 +178,49 @@ def test_processor_with_state_is_refused(tiny_model):
     )
     with pytest.raises(InvalidInput, match="cannot follow a tree"):
         tiny_model.generate(random_prompt(4), logits_processor=LogitsProcessorList([watermark]))
+
+
+def test_processors_that_count_rows_are_refused(tiny_model):
+    with pytest.raises(InvalidInput, match="PrefixConstrainedLogitsProcessor"):
+        tiny_model.backbone.generate(
+            random_prompt(4),
+            max_new_tokens=4,
+            pad_token_id=0,
+            prefix_allowed_tokens_fn=lambda batch, ids: [1],
+            custom_generate=tiny_model.custom_generate,
+        )
+
+
+def test_minimum_length_counts_from_the_padded_prompt(tiny_model):
+    prompts = [random_prompt(9), random_prompt(4, seed=1)]
+    ids, mask = left_padded(prompts)
+    eos = plain_greedy(tiny_model.backbone, prompts[1], 20)[1]
+    options = {"max_new_tokens": 20, "min_new_tokens": 6, "eos_token_id": eos}
+    wanted = [plain_greedy(tiny_model.backbone, prompt, **options) for prompt in prompts]
+    output = tiny_model.backbone.generate(
+        ids, attention_mask=mask, pad_token_id=0, do_sample=False, custom_generate=tiny_model.custom_generate, **options
+    )
+    for row, tokens in zip(output[:, 9:].tolist(), wanted, strict=True):
+        assert row[: len(tokens)] == tokens
+
+
+@pytest.mark.parametrize("settings", [{"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.4}, {"suppress_tokens": [27, 1]}])
+def test_generation_config_of_the_backbone_is_honoured(settings):
+    backbone = tiny_backbone()
+    backbone.generation_config.update(**settings)
+    model = MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=48))
+    prompt = random_prompt(9)
+    wanted = plain_greedy(backbone, prompt, 30)
+    assert model.generate(prompt, max_new_tokens=30)[0, 9:].tolist() == wanted
+    backbone.generation_config = type(backbone.generation_config)(pad_token_id=0)
+    assert plain_greedy(backbone, prompt, 30) != wanted
+
+
+def test_heads_given_to_two_models_serve_both():
+    heads = random_heads(tiny_backbone())
+    exact = MedusaModel(tiny_backbone(), heads)
+    MedusaModel(tiny_backbone(dtype=torch.bfloat16), heads)
+    assert exact.generate(random_prompt(5), max_new_tokens=8).shape == (1, 13) and heads.dtype == torch.float32
 
 
 def test_sampling_settings_without_sampling_warn(tiny_model):

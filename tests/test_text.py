@@ -42,3 +42,24 @@ def test_unfinished_character_comes_out_at_the_end(embedded_tokenizer):
     detokenizer = Detokenizer(embedded_tokenizer)
     assert detokenizer.put(ids[:-1]) == ""
     assert "\ufffd" in detokenizer.end()
+
+
+def test_prompt_may_end_inside_a_character(embedded_tokenizer):
+    ids = embedded_tokenizer("🎉")["input_ids"]
+    rest = embedded_tokenizer("abc")["input_ids"]
+    detokenizer = Detokenizer(embedded_tokenizer, ids[:2])
+    assert detokenizer.put(ids[2:]) + detokenizer.put(rest) + detokenizer.end() == "🎉abc"
+
+
+def test_bytes_that_are_no_character_hold_nothing_back(embedded_tokenizer):
+    broken = embedded_tokenizer("🎉")["input_ids"][-1]  # a continuation byte
+    counting = Counting(embedded_tokenizer)
+    detokenizer = Detokenizer(counting)
+    text = detokenizer.put([broken] * 100 + embedded_tokenizer("ok")["input_ids"])
+    assert text.endswith("ok") and counting.longest < 12
+
+
+def test_special_tokens_hold_nothing_back(embedded_tokenizer):
+    counting = Counting(embedded_tokenizer)
+    detokenizer = Detokenizer(counting)
+    assert detokenizer.put([0] * 50 + embedded_tokenizer("ok")["input_ids"]) == "ok" and counting.longest < 12

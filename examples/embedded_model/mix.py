@@ -1,7 +1,7 @@
 """Mix training text for the embedded heads: `python mix.py BACKBONE CONTINUATIONS.jsonl OUT.jsonl`.
 
-All of the backbone's own continuations and as many blocks of its training files: the first are what decoding meets, the
-second keep the heads from learning only what the backbone says greedily.
+The backbone's own continuations, each twice, and half as many blocks of its training files: the first are what decoding
+meets, the second keep the heads from learning only what the backbone says.
 """
 
 import json
@@ -24,7 +24,7 @@ def main() -> None:
         blocks += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     rng = np.random.default_rng(0)
     chosen = rng.permutation(len(blocks))[: len(own)]
-    own += [json.dumps({"input_ids": blocks[i]}) for i in chosen]
+    own = own * 2 + [json.dumps({"input_ids": blocks[i]}) for i in chosen]
     out.write_text("\n".join(own) + "\n")
     print(f"{len(own)} blocks of {length} tokens")
 

@@ -11,7 +11,6 @@ class _Cursor:
     """Where the next forward pass writes and how far it reads; one per cache, shared by its layers."""
 
     slots: Tensor | None = None  # (n,) long: slots of the tokens being processed
-    start: int = 0  # slots filled before them, as far as the backbone needs to know
     visible: int = 0  # keys and values returned: slots 0 .. visible - 1
 
 
@@ -50,7 +49,7 @@ class TreeCacheLayer(CacheLayerMixin):
         return self.cursor.visible, 0
 
     def get_seq_length(self) -> int:
-        return self.cursor.start
+        return 0  # asked only to make positions and masks, which are always given or those of a prefill
 
     def get_max_length(self) -> int:
         return self.capacity
@@ -64,9 +63,9 @@ class TreeCache(Cache):
         self.capacity = capacity
         super().__init__(layers=[TreeCacheLayer(capacity, self.cursor) for _ in range(num_layers)])
 
-    def aim(self, slots: Tensor, visible: int, start: int = 0) -> None:
+    def aim(self, slots: Tensor, visible: int) -> None:
         """Say where the next forward pass writes its keys and values, and how many slots it sees."""
-        self.cursor.slots, self.cursor.visible, self.cursor.start = slots, visible, start
+        self.cursor.slots, self.cursor.visible = slots, visible
 
     def keep(
         self,

@@ -34,7 +34,9 @@ class Decodable(Protocol):
     num_heads: int
     context: int | None
     vocab_size: int
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def new_cache(self, capacity: int) -> RequestCache: ...
 
@@ -79,8 +81,10 @@ class DecodingOptions:
     compiled: bool = False
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise InvalidInput(f"max_new_tokens is {self.max_new_tokens}, wanted at least 1")
+        for name, least in (("max_new_tokens", 1), ("seed", None)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+                raise InvalidInput(f"{name} is {value!r}, wanted an integer{' of at least 1' if least else ''}")
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,10 @@ class DecodingState:
         return self.prompts.shape[1]
 
     def prefixes(self) -> list[Tensor | None]:
-        """The tokens of every unfinished row, without padding, for processors that look at them."""
+        """The tokens of every unfinished row, its padding included, for processors that look at them."""
         return [
-            None if self.finish_reasons[row] else torch.cat([prompt[pad:], prompt.new_tensor(tokens)])
-            for row, (prompt, pad, tokens) in enumerate(zip(self.prompts, self.host_pads, self.generated, strict=True))
+            None if done else torch.cat([prompt, prompt.new_tensor(tokens)])
+            for prompt, tokens, done in zip(self.prompts, self.generated, self.finish_reasons, strict=True)
         ]
 
 
@@ -196,7 +200,7 @@ def prefill(
     if options.do_sample and options.typical is None:
         state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + tree.depth + 2, device)
     logits = logits[:, None]
-    scores = options.processors(logits, state.prefixes()) if options.processors else logits
+    scores = options.processors(logits, state.prefixes(), state.host_pads) if options.processors else logits
     said = draw(scores.float(), state.uniforms[:, :1]) if state.uniforms is not None else scores.argmax(-1)
     state.root = said[:, 0]
     state.host_roots = state.root.tolist()
@@ -216,7 +220,7 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
         state.root,
         state.hidden,
         state.tree,
-        torch.tensor(base, device=state.root.device),
+        torch.full((), base, device=state.root.device),  # filled on the device: no copy from the host
         state.lengths,
         state.pads,
         visible,
@@ -248,7 +252,7 @@ def accept(state: DecodingState, options: DecodingOptions, tokens: Tensor, logit
     """The longest path of the tree that the backbone would have said."""
     scores = logits
     if options.processors:
-        scores = options.processors(logits, state.prefixes(), NodePrefixes(tokens, state.levels))
+        scores = options.processors(logits, state.prefixes(), state.host_pads, NodePrefixes(tokens, state.levels))
     if options.do_sample and options.typical is not None:
         return accept_typical(state.tree, tokens, scores.float(), options.typical)
     if state.uniforms is None:
@@ -298,8 +302,10 @@ def check_request(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
-    if ids.ndim != 2 or ids.is_floating_point():
-        raise InvalidInput(f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}, wanted integers (batch, length)")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")
+    ids = ids.long()
     batch, length = ids.shape
     if batch == 0 or length == 0:
         raise InvalidInput("the prompt is empty; give at least one token, such as the bos token")
@@ -307,10 +313,9 @@ def check_request(
         raise InvalidInput(f"input_ids go from {ids.min()} to {ids.max()}, the vocabulary has {model.vocab_size} tokens")
     tree.check(model.num_heads, model.vocab_size)
     if attention_mask is not None:
-        if attention_mask.shape != ids.shape:
-            raise InvalidInput(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(ids.shape)}; they must agree"
-            )
+        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        if shape != ids.shape:
+            raise InvalidInput(f"attention_mask has shape {shape}, input_ids {ids.shape}; they must agree")
         attention_mask = attention_mask.to(model.device, torch.long)
         if not (attention_mask.diff(dim=1) >= 0).all() or attention_mask.min() < 0 or attention_mask.max() > 1:
             raise InvalidInput("attention_mask is not left-padded; set tokenizer.padding_side = 'left'")
@@ -319,9 +324,10 @@ def check_request(
         if attention_mask.all():
             attention_mask = None
     longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
+    left = (model.context or 0) - longest
     if model.context is not None and longest + options.max_new_tokens > model.context:
         raise ContextOverflow(
             f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
-            f"lower max_new_tokens to {max(model.context - longest, 0)} or shorten the prompt"
+            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
         )
     return ids.to(model.device), attention_mask

@@ -7,7 +7,6 @@ predicts token t+k+1. Tensors and files count from 0, so head k is `heads[k - 1]
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -107,6 +106,23 @@ class MedusaHeads(nn.ModuleList):
     def num_layers(self) -> int:
         return self.config.medusa_num_layers
 
+    def bound_to(self, lm_head: nn.Module, device: torch.device, dtype: torch.dtype) -> MedusaHeads:
+        """These heads for one backbone: the same tensors where device and dtype agree, the given ones left as they are."""
+        config = self.config
+        with torch.device("meta"):
+            bound = MedusaHeads(
+                config.hidden_size,
+                config.vocab_size,
+                len(self),
+                config.medusa_num_layers,
+                config.medusa_shared_lm_head,
+                config.medusa_lm_head_bias,
+            )
+        bound.load_state_dict({name: t.to(device, dtype) for name, t in self.state_dict().items()}, assign=True)
+        bound.config = config
+        bound.share(lm_head)
+        return bound.requires_grad_(False).eval()
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
@@ -177,9 +193,11 @@ def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHe
         path = pickle_path
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # what a broken pickle raises is anyone's guess
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} is broken or holds code and was not loaded ({reason[:120]})") from None
+        if not isinstance(tensors, dict):
+            raise CheckpointError(f"{path} holds a {type(tensors).__name__}, wanted named tensors")
     else:
         raise CheckpointError(f"no Medusa heads in {folder}: wanted {HEADS_FILE}; pass heads=FOLDER or train some")
     # Often the backbone's own config, where heads lie beside it: only what the tensors do not say is taken from it.
@@ -194,6 +212,11 @@ def heads_from_tensors(
     tensors: dict[str, Tensor], config: dict[str, Any], source: str, dtype: torch.dtype | None = None
 ) -> MedusaHeads:
     """Heads of the sizes that the tensors have, holding them; CheckpointError where they do not make up heads."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name!r} is {getattr(tensor, 'dtype', type(tensor).__name__)}, wanted float tensors"
+            )
     parsed = {name: _NAME.fullmatch(name) for name in tensors}
     unknown = [name for name, match in parsed.items() if match is None]
     if unknown or not tensors:
@@ -201,6 +224,8 @@ def heads_from_tensors(
     found = [match for match in parsed.values() if match is not None]
     num_heads = 1 + max(int(match[1]) for match in found)
     num_layers = 1 + max((int(match[2]) for match in found if match[3]), default=-1)
+    if max(num_heads, num_layers) > len(tensors):
+        raise CheckpointError(f"{source} has {len(tensors)} tensors and names for {num_heads} heads of {num_layers} layers")
     own = any(not match[3] for match in found)
     if own:
         vocab_size, hidden_size = _size(tensors, f"0.{num_layers}.weight", source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,14 +19,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.utils import ModelOutput
 
 from medusa.acceptance import TypicalAcceptance
-from medusa.backbone import Backbone
+from medusa.backbone import Backbone, token_ids
 from medusa.cache import TreeCache
 from medusa.config import TREE_FILE
 from medusa.decoding import DecodingOptions, DecodingStep, decode
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads, load_heads, save_heads
 from medusa.hub import local_folder
-from medusa.sampling import Processors
+from medusa.sampling import Processors, Reads
 from medusa.tree import MedusaTree, TreeTensors
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -43,8 +44,24 @@ CONTEXT_FREE = (
     hf.InfNanRemoveLogitsProcessor,
     hf.LogitNormalization,
 )
-# Processors that carry state from call to call cannot be asked about the branches of a tree.
-STATEFUL = (hf.UnbatchedClassifierFreeGuidanceLogitsProcessor, hf.SynthIDTextWatermarkLogitsProcessor)
+# Processors that count tokens from the start of the padded batch.
+LENGTH_BASED = (
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.ExponentialDecayLengthPenalty,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+)
+# Processors that carry state from call to call, or take a row of scores for a row of the batch.
+REFUSED = (
+    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    hf.ClassifierFreeGuidanceLogitsProcessor,
+    hf.SynthIDTextWatermarkLogitsProcessor,
+    hf.PrefixConstrainedLogitsProcessor,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+)
 
 
 @dataclass
@@ -82,11 +99,9 @@ class MedusaModel:
             )
         self._backbone = Backbone(backbone)
         self.backbone = backbone
-        self.heads = heads
         self.num_heads = len(heads) if heads is not None else 0
         self.context = self._backbone.context
         self.vocab_size = self._backbone.vocab_size
-        self.device = self._backbone.device
         if heads is not None:
             wanted = (self._backbone.hidden_size, self.vocab_size)
             got = (heads.config.hidden_size, heads.config.vocab_size)
@@ -95,14 +110,14 @@ class MedusaModel:
                     f"heads are for hidden size {got[0]} and {got[1]} tokens, the backbone has {wanted[0]} and "
                     f"{wanted[1]}; use heads trained on this backbone"
                 )
-            heads.share(self._backbone.lm_head)
-            heads.to(self._backbone.lm_head_device, self._backbone.dtype).eval()
+            heads = heads.bound_to(self._backbone.lm_head, self._backbone.lm_head_device, self._backbone.dtype)
+        self.heads = heads
         if tree is None:
             tree = MedusaTree.dense([1] * self.num_heads)
         tree.check(self.num_heads, self.vocab_size)
         self.tree = tree
         self._compiled: Callable | None = None
-        self._compiler_failed = False
+        self._compiled_shapes: dict[tuple[int, ...], bool] = {}  # whether each shape compiled, and rightly
         self._backbone.probe()
 
     @classmethod
@@ -153,6 +168,11 @@ class MedusaModel:
         self.tree.save(Path(folder) / TREE_FILE)
 
     @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self._backbone.device
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text, by the backbone's generation config."""
         return self._backbone.eos_token_ids
@@ -183,20 +203,42 @@ class MedusaModel:
 
     def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, Tensor, Tensor]:
         """The tree's tokens (B, N), hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
-        if not compiled or self._compiler_failed:
+        if not compiled:
             return self._draft_and_verify(*args)
+        root, _, tree, *_, visible, _ = args
+        shape = (len(root), len(tree), tree.num_heads, tree.num_ranks, visible)
+        if shape not in self._compiled_shapes:
+            self._compiled_shapes[shape] = self._compile(tree, args)
+        if not self._compiled_shapes[shape]:
+            return self._draft_and_verify(*args)
+        return self._run_compiled(args)
+
+    def _run_compiled(self, args: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._compiled is not None
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled(*args)
+
+    def _compile(self, tree: TreeTensors, args: tuple) -> bool:
+        """Compile for one shape; False, with a warning, where that fails or computes something else."""
         if self._compiled is None:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._compiled = torch.compile(self._draft_and_verify, fullgraph=True, dynamic=False, mode=mode)
         try:
-            if self.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            return self._compiled(*args)
+            # Every tree, batch and capacity is a graph of its own, and dynamo stops at eight unless told otherwise.
+            with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+                _check_compiled(tree, self._run_compiled(args), self._draft_and_verify(*args))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # compilers fail in ways of their own
-            self._compiler_failed = True
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            warnings.warn(f"torch.compile failed, decoding goes on uncompiled: {reason}", RuntimeWarning, stacklevel=2)
-            return self._draft_and_verify(*args)
+            cause = str(error.__cause__ or error).strip() or type(error).__name__
+            warnings.warn(
+                f"torch.compile failed, decoding goes on uncompiled: {cause.splitlines()[0][:200]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
 
     def _draft_and_verify(
         self,
@@ -235,7 +277,7 @@ class MedusaModel:
         epsilon: float = TypicalAcceptance.epsilon,
         delta: float = TypicalAcceptance.delta,
         seed: int | None = None,
-        eos_token_id: int | list[int] | None = None,
+        eos_token_id: int | list[int] | Tensor | None = None,
         stop_strings: str | list[str] | None = None,
         tokenizer: Any = None,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -244,35 +286,25 @@ class MedusaModel:
         compile: bool = False,
     ) -> Iterator[DecodingStep]:
         """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
-        config = self.backbone.generation_config
-        max_new_tokens = self._max_new_tokens(input_ids, attention_mask, max_new_tokens)
-
-        def setting(given, name):
-            return given if given is not None else getattr(config, name, None)
-
-        processors = [*build_processors(repetition_penalty=setting(repetition_penalty, "repetition_penalty"))]
-        processors += logits_processor or []
-        if do_sample:
-            processors += build_processors(
-                temperature=setting(temperature, "temperature"),
-                top_k=setting(top_k, "top_k"),
-                top_p=setting(top_p, "top_p"),
-                min_p=setting(min_p, "min_p"),
-            )
-        elif any(value is not None for value in (temperature, top_k, top_p, min_p)):
+        if tree is not None and not isinstance(tree, MedusaTree):
+            raise InvalidInput(f"tree is a {type(tree).__name__}, wanted a MedusaTree; load a file with MedusaTree.load")
+        warpers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        check_sampling(**warpers, repetition_penalty=repetition_penalty)
+        if not do_sample and any(value is not None for value in warpers.values()):
             warnings.warn("temperature, top_k, top_p and min_p do nothing without do_sample=True", stacklevel=2)
-            build_processors(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # still no nonsense
+        eos = self.eos_token_ids if eos_token_id is None else token_ids(eos_token_id)
+        changes = {**warpers, "repetition_penalty": repetition_penalty, "do_sample": do_sample, "eos_token_id": list(eos)}
+        processors = self._processors(changes, input_ids, logits_processor)
         criteria = [*(stopping_criteria or [])]
-        if stop_strings:
+        if stop_strings is not None:
+            given = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+            if not all(given):
+                raise InvalidInput("a stop string is empty and would end every text at once")
             if tokenizer is None:
                 raise InvalidInput("stop_strings needs the tokenizer; pass tokenizer=...")
-            criteria.append(StopStringCriteria(tokenizer, stop_strings))
-        if eos_token_id is None:
-            eos = self.eos_token_ids
-        else:
-            eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+            criteria.append(StopStringCriteria(tokenizer, given))
         options = DecodingOptions(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._max_new_tokens(input_ids, attention_mask, max_new_tokens),
             do_sample=do_sample,
             typical=typical_thresholds(acceptance, epsilon, delta),
             processors=classify(processors),
@@ -318,10 +350,11 @@ class MedusaModel:
         Raises:
             InvalidInput, ContextOverflow, InvalidTree: before any work is done.
         """
-        if streamer is not None and input_ids.shape[0] > 1:
-            raise InvalidInput(f"a streamer takes one row, got {input_ids.shape[0]}; use model.stream for batches")
+        if streamer is not None and len(input_ids) > 1:
+            raise InvalidInput(f"a streamer takes one row, got {len(input_ids)}; use model.stream for batches")
         steps = self.stream(input_ids, attention_mask, **options)
-        return self._collect(steps, input_ids, streamer, pad_token_id, return_dict_in_generate)
+        eos = self.eos_token_ids if options.get("eos_token_id") is None else token_ids(options["eos_token_id"])
+        return self._collect(steps, input_ids, streamer, pad_token_id, eos, return_dict_in_generate)
 
     def custom_generate(
         self,
@@ -340,32 +373,60 @@ class MedusaModel:
             raise InvalidInput("this Medusa model was made for another backbone object")
         if generation_config.num_beams not in (None, 1) or generation_config.num_return_sequences not in (None, 1):
             raise InvalidInput("Medusa decodes greedily or by sampling, one sequence a prompt; unset num_beams")
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name, None):
+                raise InvalidInput(f"{name} is not there under Medusa; unset it")
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        eos = [c.eos_token_id for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in token_ids(c.eos_token_id)]
         options = DecodingOptions(
             max_new_tokens=min(limits) - input_ids.shape[1],
             do_sample=bool(generation_config.do_sample),
             processors=classify(logits_processor),
-            eos_token_ids=tuple(int(token) for ids in eos for token in torch.as_tensor(ids).flatten()),
+            eos_token_ids=tuple(eos),
             stopping_criteria=criteria,
             seed=_seed(None),
         )
-        pad = generation_config.pad_token_id
+        pad = next(iter(token_ids(generation_config.pad_token_id)), None)
         steps = decode(self, input_ids, model_kwargs.get("attention_mask"), self.tree, options)
-        return self._collect(steps, input_ids, None, pad, bool(generation_config.return_dict_in_generate))
+        return self._collect(
+            steps, input_ids, None, pad, options.eos_token_ids, bool(generation_config.return_dict_in_generate)
+        )
 
     def _max_new_tokens(self, input_ids: Tensor, attention_mask: Tensor | None, given: int | None) -> int:
-        if given is None:
-            given = getattr(self.backbone.generation_config, "max_new_tokens", None)
-        if given is not None or input_ids.ndim != 2:
-            return given if given is not None else DEFAULT_MAX_NEW_TOKENS
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+        config = self.backbone.generation_config
+        length = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.ndim else 0
+        if given is not None:
+            return given
+        if config.max_new_tokens is not None:
+            return config.max_new_tokens
+        if config.max_length is not None:
+            return config.max_length - length
+        longest = length if attention_mask is None or not length else int(attention_mask.sum(-1).amax())
         left = DEFAULT_MAX_NEW_TOKENS if self.context is None else self.context - longest
         return max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
 
+    def _processors(self, changes: dict[str, Any], input_ids: Tensor, given: LogitsProcessorList | None) -> list:
+        """The processors transformers' `generate` would apply, by the generation config and what the call changes in it.
+
+        One departure: a top-k of 50 that nobody asked for is not applied.
+        """
+        config = copy.deepcopy(self.backbone.generation_config)
+        config.update(**{name: value for name, value in changes.items() if value is not None})
+        self.backbone._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.device)
+        length = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.ndim else 0
+        return self.backbone._get_logits_processor(
+            config, input_ids_seq_length=length, logits_processor=LogitsProcessorList(given or []), device=self.device
+        )
+
     def _collect(
-        self, steps: Iterator[DecodingStep], input_ids: Tensor, streamer: Any, pad: int | None, as_dict: bool
+        self,
+        steps: Iterator[DecodingStep],
+        input_ids: Tensor,
+        streamer: Any,
+        pad: int | None,
+        eos: tuple[int, ...],
+        as_dict: bool,
     ) -> Tensor | MedusaGenerateOutput:
         """Run the steps to the end and put the rows together."""
         generated: list[list[int]] = [[] for _ in range(len(input_ids))]
@@ -388,7 +449,7 @@ class MedusaModel:
         if pad is None:
             pad = self.backbone.generation_config.pad_token_id
         if pad is None:
-            pad = next(iter(self.eos_token_ids), 0)
+            pad = next(iter(eos), 0)
         width = max(map(len, generated))
         new = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in generated])
         sequences = torch.cat([input_ids, new.to(input_ids)], dim=1)
@@ -417,39 +478,41 @@ def typical_thresholds(acceptance: str, epsilon: float, delta: float) -> Typical
     return TypicalAcceptance(epsilon, delta) if acceptance == "typical" else None
 
 
-def build_processors(
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-) -> list[hf.LogitsProcessor]:
-    """transformers' processors in transformers' order; settings that change nothing make none."""
-    if temperature is not None and not temperature > 0:
-        raise InvalidInput(f"temperature is {temperature}, wanted more than 0; for greedy decoding pass do_sample=False")
-    built: list[hf.LogitsProcessor] = []
-    try:
-        if repetition_penalty not in (None, 1.0):
-            built.append(hf.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-        if temperature not in (None, 1.0):
-            built.append(hf.TemperatureLogitsWarper(float(temperature)))
-        if top_k not in (None, 0):
-            built.append(hf.TopKLogitsWarper(top_k))
-        if top_p not in (None, 1.0):
-            built.append(hf.TopPLogitsWarper(float(top_p)))
-        if min_p not in (None, 0.0):
-            built.append(hf.MinPLogitsWarper(float(min_p)))
-    except ValueError as error:
-        raise InvalidInput(str(error)) from None
-    return built
+def check_sampling(**settings: float | None) -> None:
+    """Refuse settings that make no sense, by name; None is not set."""
+    ranges = {
+        "temperature": (lambda v: v > 0, "more than 0; for greedy decoding pass do_sample=False"),
+        "top_k": (lambda v: v >= 0 and v == int(v), "an integer of at least 0, where 0 is off"),
+        "top_p": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
+        "min_p": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+        "repetition_penalty": (lambda v: v > 0, "more than 0"),
+    }
+    for name, value in settings.items():
+        right, wanted = ranges[name]
+        if value is not None and not right(value):
+            raise InvalidInput(f"{name} is {value}, wanted {wanted}")
 
 
 def classify(processors: list) -> Processors:
-    """Mark each processor by whether it looks at the tokens so far; refuse those that cannot follow a tree."""
+    """Mark each processor by what it looks at; refuse those that cannot follow a tree."""
+    steps: list[tuple[Any, Reads]] = []
     for processor in processors:
-        if isinstance(processor, STATEFUL):
-            raise InvalidInput(f"{type(processor).__name__} keeps state between calls and cannot follow a tree of candidates")
-    return Processors(tuple((processor, not isinstance(processor, CONTEXT_FREE)) for processor in processors))
+        if isinstance(processor, REFUSED):
+            name = type(processor).__name__
+            raise InvalidInput(f"{name} keeps state between calls or counts rows, and cannot follow a tree of candidates")
+        reads: Reads = "length" if isinstance(processor, LENGTH_BASED) else "tokens"
+        # The very class: a subclass may look at more.
+        steps.append((processor, "scores" if type(processor) in CONTEXT_FREE else reads))
+    return Processors(tuple(steps))
+
+
+def _check_compiled(tree: TreeTensors, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    """Raise where compiled code computes something else: compilers have been wrong (see `Backbone._tree_masks`)."""
+    same = ((got[0] == wanted[0])[:, None] | ~tree.ancestors).all(-1)  # heads may break a near-tie the other way
+    a, b = got[2][same].float(), wanted[2][same].float()
+    limit = 1e-3 if got[2].dtype == torch.float32 else 0.1
+    if not (a - b).norm() < limit * (b - b.mean()).norm():
+        raise RuntimeError("the compiled step's logits differ from the uncompiled one's")
 
 
 def _span(name: str) -> AbstractContextManager:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from torch import Tensor
 from medusa.tree import TreeTensors
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+Reads = Literal["scores", "tokens", "length"]  # nothing else; the row's tokens; its tokens with their padding
 
 
 @dataclass(frozen=True)
 class Processors:
-    """Logits processors in order, each with whether it looks at the tokens so far."""
+    """Logits processors in order, each with what it looks at besides the scores."""
 
-    steps: tuple[tuple[LogitsProcessor, bool], ...] = ()
+    steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.steps)
@@ -25,13 +27,14 @@ class Processors:
     def __call__(
         self,
         logits: Tensor,  # (B, N, V)
-        prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far; None: the row is finished
+        prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, padded; None: the row is finished
+        pads: Sequence[int],  # per row, how many of them are padding
         nodes: NodePrefixes | None = None,  # None: logits follow the prefixes themselves, N = 1
     ) -> Tensor:  # (B, N, V) float32
         """Scores of every node, each processor having seen the prefix of that node's own path."""
         scores = logits.float()
-        for process, needs_prefix in self.steps:
-            if not needs_prefix:
+        for process, reads in self.steps:
+            if reads == "scores":
                 flat = scores.flatten(0, 1)
                 scores = process(flat.new_empty((len(flat), 0), dtype=torch.long), flat).view_as(scores)
                 continue
@@ -39,6 +42,8 @@ class Processors:
             for row, prefix in enumerate(prefixes):
                 if prefix is None:
                     continue
+                if reads == "tokens":
+                    prefix = prefix[pads[row] :]
                 if nodes is None:
                     scores[row] = process(prefix[None], scores[row])
                     continue

@@ -33,7 +33,10 @@ class MedusaTree:
     """
 
     def __init__(self, paths: Iterable[Sequence[int]]):
-        given = [tuple(path) for path in paths]
+        try:
+            given = [tuple(path) for path in paths]
+        except TypeError:
+            raise InvalidTree("a tree is a list of paths of ranks, such as [(0,), (0, 1)]") from None
         for path in given:
             if not path:
                 raise InvalidTree("the root is implicit; remove the empty path")
@@ -113,6 +116,8 @@ class MedusaTree:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"no tree file {path}") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read the tree file {path}: {error.strerror}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from None
         paths = found.get("paths") if isinstance(found, dict) else found

@@ -126,6 +126,11 @@ def tiny_folder(tmp_path):
         (["inspect", "no-such-folder/at-all"], "is no folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
         (["tune", "embedded"], "no prompts"),
+        (["tune", "embedded", "--prompts", "x", "--nodes", "0"], "--nodes is 0"),
+        (["generate", "embedded", "x", "--tree", "."], "cannot read the tree file"),
+        (["generate", "embedded", "x", "--device", "cuda:99"], "is not there"),
+        (["generate", "embedded", "x", "--stop", ""], "a stop string is empty"),
+        (["generate", "embedded", "x", "--acceptance", "typical"], "needs a temperature"),
         (["demo", "--prompts", "0"], "wanted at least 1"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from medusa.cli import common
-from medusa.errors import InvalidInput
+from medusa.errors import ContextOverflow, InvalidInput
 
 
 def chat_command(
@@ -63,6 +63,10 @@ def chat_command(
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass  # the answer ends here, the conversation goes on
+        except ContextOverflow as error:
+            common.note(f"medusa: {error}; /reset begins anew")
+            messages.pop()
+            continue
         rest = detokenizer.end()
         print(rest)
         messages.append({"role": "assistant", "content": answer + rest})

@@ -59,6 +59,8 @@ def sampling_options(
     """The keyword arguments of `MedusaModel.generate` for the command line's options."""
     if temperature < 0:
         raise InvalidInput(f"temperature is {temperature}, wanted 0 (greedy) or more")
+    if acceptance == "typical" and not temperature:
+        raise InvalidInput("typical acceptance needs a temperature: at 0 it is greedy decoding; pass --temperature 0.7, say")
     options: dict[str, Any] = {
         "repetition_penalty": repetition_penalty,
         "acceptance": acceptance,
@@ -90,7 +92,13 @@ def dtype_named(name: str | None):
 def default_device(name: str | None) -> str:
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def load_tree(name: str | None) -> MedusaTree | None:
@@ -157,7 +165,10 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if sys.stdin.isatty():
         raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
 
 
 def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = None):
@@ -165,7 +176,10 @@ def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = No
     import torch
 
     if messages is not None:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # jinja2's, which templates raise on roles they do not take
+            raise InvalidInput(f"the model's chat template refuses the conversation: {error}") from None
     else:
         ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids and tokenizer.bos_token_id is not None:

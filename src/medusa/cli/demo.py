@@ -30,6 +30,7 @@ def demo_command(
     check_float32: Annotated[
         bool, typer.Option("--float32-check/--no-float32-check", help="Compare outputs in float32 too.")
     ] = True,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Save a picture of the result here.")] = None,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
@@ -58,20 +59,24 @@ def demo_command(
         )
     text = tokenizer.decode(recorded["medusa"].tokens())
     record["text"] = text
+    table = _table(record, len(batches), max_new_tokens, loaded)
+    if svg is not None:
+        _save_picture(svg, tokenizer, recorded, table)
     if as_json:
         print(json.dumps(record))
         return
     if console.is_terminal:
         _replay(console, tokenizer, recorded)
     else:
-        console.print(_panel(tokenizer, "medusa", recorded["medusa"], None))
-    console.print(_table(record, len(batches), max_new_tokens, loaded))
+        console.print(_side_by_side(tokenizer, recorded, None))
+    console.print(table)
 
 
 class _Recording:
     """When each step of a run came, and its tokens."""
 
-    def __init__(self, steps: list[tuple[float, list[int]]]):
+    def __init__(self, prompt: list[int], steps: list[tuple[float, list[int]]]):
+        self.prompt = prompt
         self.steps = steps
 
     def tokens(self) -> list[int]:
@@ -81,7 +86,7 @@ class _Recording:
 def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tuple[dict[str, Any], dict[str, _Recording]]:
     from rich.progress import Progress
 
-    from medusa.evaluation.compare import compare, medusa_decoder, step_seconds, transformers_decoder
+    from medusa.evaluation.compare import compare, medusa_decoder, overhead, transformers_decoder
     from medusa.tree import MedusaTree
 
     root = MedusaTree([])
@@ -100,7 +105,7 @@ def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tup
             (time.perf_counter() - start, step.tokens[0])
             for step in model.stream(batches[0], max_new_tokens=max_new_tokens, tree=tree, compile=compile)
         ]
-        recorded[name] = _Recording(steps)
+        recorded[name] = _Recording(batches[0][0].tolist(), steps)
     generate, plain, medusa = (results[name] for name in decoders)
     record: dict[str, Any] = {
         "generate": {"tokens_per_second": generate.tokens_per_second},
@@ -108,7 +113,7 @@ def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tup
         "medusa": {
             "tokens_per_second": medusa.tokens_per_second,
             "acceleration_rate": medusa.acceleration_rate,
-            "overhead": step_seconds(medusa) / step_seconds(plain),
+            "overhead": overhead(medusa, plain),
         },
         "speedup_vs_generate": medusa.tokens_per_second / generate.tokens_per_second,
         "speedup_vs_plain": medusa.tokens_per_second / plain.tokens_per_second,
@@ -144,7 +149,7 @@ def _panel(tokenizer, name: str, recording: _Recording, at: float | None):
 
     from medusa.text import Detokenizer
 
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, recording.prompt)
     text, shown, tokens = Text(), 0, 0
     for number, (when, step) in enumerate(recording.steps):
         if at is not None and when > at:
@@ -154,27 +159,41 @@ def _panel(tokenizer, name: str, recording: _Recording, at: float | None):
     return Panel(text, title=name, subtitle=f"{tokens} tokens in {shown} steps", height=None)
 
 
-def _replay(console, tokenizer, recorded: dict[str, _Recording]) -> None:
-    """Show both runs at once, each at the pace at which it ran alone."""
-    from rich.columns import Columns
-    from rich.live import Live
+def _side_by_side(tokenizer, recorded: dict[str, _Recording], at: float | None):
     from rich.table import Table
 
+    grid = Table.grid(expand=True)
+    for _ in recorded:
+        grid.add_column(ratio=1)
+    grid.add_row(*(_panel(tokenizer, name, recording, at) for name, recording in recorded.items()))
+    return grid
+
+
+def _replay(console, tokenizer, recorded: dict[str, _Recording]) -> None:
+    """Show both runs at once, each at the pace at which it ran alone."""
+    from rich.live import Live
+
     end = max(recording.steps[-1][0] for recording in recorded.values())
-
-    def frame(at: float | None):
-        grid = Table.grid(expand=True)
-        for _ in recorded:
-            grid.add_column(ratio=1)
-        grid.add_row(*(_panel(tokenizer, name, recording, at) for name, recording in recorded.items()))
-        return Columns([grid], expand=True)
-
-    with Live(frame(0.0), console=console, refresh_per_second=20, vertical_overflow="crop") as live:
+    with Live(console=console, refresh_per_second=20, vertical_overflow="crop") as live:
         start = time.perf_counter()
         while (at := time.perf_counter() - start) < end:
-            live.update(frame(at))
+            live.update(_side_by_side(tokenizer, recorded, at))
             time.sleep(0.05)
-        live.update(frame(None))
+        live.vertical_overflow = "visible"
+        live.update(_side_by_side(tokenizer, recorded, None), refresh=True)
+
+
+def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], table) -> None:
+    """Both runs at the moment when Medusa had finished, and the figures, as SVG."""
+    import io
+
+    from rich.console import Console
+
+    screen = Console(record=True, width=150, file=io.StringIO())
+    screen.print(_side_by_side(tokenizer, recorded, recorded["medusa"].steps[-1][0]))
+    screen.print(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    screen.save_svg(str(path), title="medusa demo")
 
 
 def _table(record: dict[str, Any], prompts: int, max_new_tokens: int, model):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from medusa.cli import common
+from medusa.errors import InvalidInput
 
 
 def inspect_command(
@@ -23,6 +24,8 @@ def inspect_command(
 
     file = Path(path)
     record: dict = {}
+    if file.is_file() and file.suffix != ".json":
+        raise InvalidInput(f"{path} is no tree file; give the folder that the heads are in")
     if file.is_file():
         tree: MedusaTree | None = MedusaTree.load(file)
     else:

@@ -22,7 +22,9 @@ def tune_command(
     max_new_tokens: common.MaxNewTokens = 128,
     temperature: common.Temperature = 0.0,
     ranks: Annotated[int, typer.Option("--ranks", help="Guesses of each head that are scored.")] = 16,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the tree (JSON).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the tree; calibration.json goes beside it.")
+    ] = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
@@ -33,6 +35,9 @@ def tune_command(
         raise InvalidInput("no prompts; pass --prompts FILE.jsonl with text like the model will see")
     if temperature < 0:
         raise InvalidInput(f"temperature is {temperature}, wanted 0 (greedy) or more")
+    for name, value in (("nodes", nodes), ("max-prompts", max_prompts), ("prompt-tokens", prompt_tokens), ("ranks", ranks)):
+        if value < 1:
+            raise InvalidInput(f"--{name} is {value}, wanted at least 1")
     from rich.console import Console
     from rich.progress import Progress
 
@@ -54,7 +59,9 @@ def tune_command(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         tree.save(output)
-        common.note(f"tree saved as {output}")
+        record = {"prompts": prompts.name, "temperature": temperature, **calibration.to_dict()}
+        (output.parent / "calibration.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        common.note(f"tree saved as {output}, the accuracies beside it as calibration.json")
     if as_json:
         paths = [list(path) for path in tree.paths]
         print(json.dumps({"paths": paths, "expected_acceptance_length": expected, "calibration": calibration.to_dict()}))

@@ -21,6 +21,7 @@ class Decoded:
     tokens: list[list[int]]  # per row, the new tokens
     steps: int | None = None  # decoding steps; None where the decoder does not say
     row_steps: int | None = None  # the steps that rows took part in, summed over rows
+    step_seconds: float = 0.0  # of the steps after the first, which has the prefill
 
 
 Decoder = Callable[[Tensor], Decoded]  # of prompts (B, P)
@@ -34,6 +35,7 @@ class Measurement:
     seconds: list[list[float]] = field(default_factory=list)  # [batch][round]
     steps: int = 0
     row_steps: int = 0
+    step_seconds: list[float] = field(default_factory=list)  # per batch and round, the mean of a step
 
     @property
     def tokens(self) -> int:
@@ -81,13 +83,15 @@ def medusa_decoder(model: MedusaModel, max_new_tokens: int, tree: MedusaTree | N
 
     def decode(ids: Tensor) -> Decoded:
         rows: list[list[int]] = [[] for _ in ids]
-        steps, row_steps = 0, 0
+        steps, row_steps, later = 0, 0, []
         for step in model.stream(ids, max_new_tokens=max_new_tokens, tree=tree, **options):
+            if steps:
+                later.append(step.seconds)
             steps += 1
             for row, tokens in zip(rows, step.tokens, strict=True):
                 row += tokens
                 row_steps += bool(tokens)
-        return Decoded(rows, steps, row_steps)
+        return Decoded(rows, steps, row_steps, statistics.fmean(later) if later else 0.0)
 
     return decode
 
@@ -124,6 +128,7 @@ def compare(
                     torch.cuda.synchronize()
                 measured = results[name]
                 measured.seconds[-1].append(time.perf_counter() - start)
+                measured.step_seconds.append(decoded.step_seconds)
                 if round_ == 0:
                     measured.outputs.append(decoded.tokens)
                     measured.steps += decoded.steps or 0
@@ -143,6 +148,6 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def step_seconds(measured: Measurement) -> float:
-    """Seconds per decoding step, prefill shared out among them."""
-    return measured.total_seconds / measured.steps
+def overhead(measured: Measurement, plain: Measurement) -> float:
+    """Time of a decoding step over that of a plain one, the prefill left out (paper B.1)."""
+    return statistics.median(measured.step_seconds) / statistics.median(plain.step_seconds)

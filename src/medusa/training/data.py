@@ -33,6 +33,11 @@ def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise InvalidInput(f"{path}:{number} is not valid JSON: {error}") from None
             if not isinstance(sample, dict) or not ("text" in sample or "input_ids" in sample):
                 raise InvalidInput(f"{path}:{number} has neither 'text' nor 'input_ids'")
+            ids = sample.get("input_ids")
+            if ids is None and not isinstance(sample["text"], str):
+                raise InvalidInput(f"{path}:{number}: 'text' is a {type(sample['text']).__name__}, wanted a string")
+            if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+                raise InvalidInput(f"{path}:{number}: 'input_ids' is not a list of integers")
             yield sample
 
 
@@ -47,10 +52,9 @@ def load_blocks(path: str | Path, tokenizer: Any, max_length: int, vocab_size: i
         ids = sample.get("input_ids")
         if ids is None:
             ids = tokenizer(sample["text"], verbose=False)["input_ids"]
-        ids = torch.tensor(ids, dtype=torch.int32)
-        if ids.numel() and (ids.min() < 0 or ids.max() >= vocab_size):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise InvalidInput(f"{path}: sample {number} has ids outside the vocabulary of {vocab_size} tokens")
-        blocks += [block for block in ids.split(max_length) if len(block) >= shortest]
+        blocks += [block for block in torch.tensor(ids, dtype=torch.int32).split(max_length) if len(block) >= shortest]
     if not blocks:
         raise InvalidInput(f"{path} holds no sample of at least {shortest} tokens")
     return blocks

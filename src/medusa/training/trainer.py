@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from medusa.errors import InvalidInput, MedusaError
 from medusa.heads import MedusaHeads, save_heads
@@ -59,6 +60,8 @@ class TrainingConfig:
         ):
             if getattr(self, name) <= 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted more than 0")
+        if self.seed < 0:
+            raise InvalidInput(f"seed is {self.seed}, wanted at least 0")
         if not self.learning_rate > 0:
             raise InvalidInput(f"learning_rate is {self.learning_rate}, wanted more than 0")
 
@@ -141,6 +144,15 @@ class Medusa1Trainer(Trainer):
         return (output["loss"], output) if return_outputs else output["loss"]
 
 
+class _Progress(ProgressCallback):
+    """A bar on stderr with the newest figures beside it; stdout is for results."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs:
+            shown = {key: logs[key] for key in ("loss", "eval_loss", "eval_head1_top1") if key in logs}
+            self.training_bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()})
+
+
 class _StopOnNonsense(TrainerCallback):
     """Stop when the loss is no number: going on would only overwrite good checkpoints."""
 
@@ -163,12 +175,16 @@ def train(
 
     Args:
         model: the backbone; heads it has already are the starting point, else new ones are made.
-        resume: go on from the newest checkpoint in `output`.
+        resume: go on from the newest checkpoint in `output`; without one, start.
 
     Raises:
         InvalidInput: data that cannot be used.
     """
     output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"cannot write to {output}: {error.strerror}") from None
     backbone = model.backbone
     backbone.requires_grad_(False)
     shortest = config.num_heads + 3
@@ -218,7 +234,10 @@ def train(
         data_collator=collate,
         callbacks=[_StopOnNonsense()],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Progress())
+    checkpoint = get_last_checkpoint(str(output)) if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_blocks else {}
     heads.to(backbone.dtype)
     save_heads(heads, output, base_model=backbone.config._name_or_path or None)

@@ -1,0 +1,42 @@
+"""Claims about the documentation: what it shows runs, and what it names exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_readmes_python_runs(capsys):
+    for block in blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert "def walk(top)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "examples/embedded_model/README.md"])
+def test_files_that_documents_name_exist(document):
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"`((?:src|tests|docs|examples|benchmarks)/[\w./-]+)`", text))
+    named |= set(re.findall(r"\]\((?!http)([\w./-]+)\)", text))
+    assert all((ROOT / name).exists() for name in named), named
+
+
+def test_commands_that_the_readme_shows_have_those_options():
+    for line in re.findall(r"^    medusa (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        verb = line.split()[0]
+        done = subprocess.run([sys.executable, "-m", "medusa", verb, "--help"], capture_output=True, text=True)
+        options = re.findall(r"--[\w-]+", line)
+        assert done.returncode == 0 and all(option in done.stdout for option in options), line
+
+
+@pytest.mark.parametrize("script", ["decode.py", "step_cost.py"])
+def test_benchmark_scripts_start(script):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
