@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa.errors import InvalidInput, MedusaError
@@ -234,7 +234,8 @@ def train(
         data_collator=collate,
         callbacks=[_StopOnNonsense()],
     )
-    trainer.remove_callback(ProgressCallback)
+    for callback in (ProgressCallback, PrinterCallback):  # both write to stdout
+        trainer.remove_callback(callback)
     trainer.add_callback(_Progress())
     checkpoint = get_last_checkpoint(str(output)) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
