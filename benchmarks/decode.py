@@ -62,8 +62,8 @@ def settings(args: argparse.Namespace) -> list[Setting]:
 def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args: argparse.Namespace, on_progress) -> dict:
     """Measure one setting; a row per decoder."""
     prompts = [prompt.ids for prompt in held_out_prompts()]
-    stride = max(1, len(prompts) // args.prompts)
-    prompts = prompts[::stride][: max(args.prompts, setting.batch)]
+    count = max(args.prompts, setting.batch)
+    prompts = prompts[:: max(1, len(prompts) // count)][:count]
     batches = [torch.stack(prompts[i : i + setting.batch]) for i in range(0, len(prompts), setting.batch)]
     batches = [batch for batch in batches if len(batch) == setting.batch]
     sampled = setting.temperature > 0
@@ -92,8 +92,26 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args
         against = plain if sampled else generate
         wanted = [row_ for rows_ in against.outputs for row_ in rows_]
         row["identical_outputs"] = sum(a == b for a, b in zip(outputs, wanted, strict=True)) / len(wanted)
+        if not sampled:
+            row["gaps_where_outputs_part"] = gaps_where_outputs_part(model, prompts, outputs, wanted)
         rows[name] = row
     return {**dataclasses.asdict(setting), "prompts": len(batches) * setting.batch, "decoders": rows}
+
+
+@torch.inference_mode()
+def gaps_where_outputs_part(model: MedusaModel, prompts: list, outputs: list, wanted: list) -> list[float]:
+    """Why outputs differ: for each prompt where they do, how far apart the two tokens' logits are at the first difference,
+    in steps of the dtype at that size. A few steps are a near-tie that rounding decides."""
+    gaps = []
+    for prompt, a, b in zip(prompts, outputs, wanted, strict=False):
+        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if place is not None:
+            ids = torch.cat([prompt, torch.tensor(a[:place], dtype=torch.long)])[None]
+            logits = model.logits(model.hidden_states(ids.to(model.device)))[0, -1].float()
+            largest = logits[[a[place], b[place]]].abs().max()
+            spacing = torch.finfo(model.backbone.dtype).eps * 2.0 ** largest.log2().floor()
+            gaps.append(float((logits[a[place]] - logits[b[place]]).abs() / spacing))
+    return gaps
 
 
 def show(result: dict, console: Console) -> None:
@@ -115,6 +133,9 @@ def show(result: dict, console: Console) -> None:
             f"{row['repeated_8grams']:.0%}",
         )
     console.print(table)
+    gaps = [gap for row in result["decoders"].values() for gap in row.get("gaps_where_outputs_part", [])]
+    if gaps:
+        console.print(f"where greedy outputs part, the two tokens' logits are at most {max(gaps):.0f} roundings apart\n")
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def build(shape: str, num_heads: int, shared: bool, device: str) -> MedusaModel:
 def weight_bytes(model: MedusaModel, tree: MedusaTree) -> int:
     backbone = sum(p.numel() * p.element_size() for p in model.backbone.parameters())
     table = model.backbone.get_input_embeddings().weight
-    heads = model.heads[: tree.depth].parameters()
+    heads = (p for k in range(tree.depth) for p in model.heads.parts(k).parameters())
     return backbone - table.numel() * table.element_size() + sum(p.numel() * p.element_size() for p in heads)
 
 
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--nodes", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     parser.add_argument("--num-heads", type=int, default=5)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=6, help="steps of each tree in each round")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="steps of each tree in each round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shared", action="store_true", help="heads share the LM head")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--json", type=Path)
