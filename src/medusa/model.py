@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,54 +13,22 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import logits_process as hf
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.utils import ModelOutput
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.backbone import Backbone, token_ids
 from medusa.cache import TreeCache
+from medusa.compilation import CompiledStep
 from medusa.config import TREE_FILE
 from medusa.decoding import DecodingOptions, DecodingStep, decode
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads, load_heads, save_heads
 from medusa.hub import local_folder
-from medusa.sampling import Processors, Reads
+from medusa.processors import check_sampling, classify, processors_for
 from medusa.tree import MedusaTree, TreeTensors
 
 DEFAULT_MAX_NEW_TOKENS = 256
-# Processors that look at nothing but the scores are applied to all nodes at once.
-CONTEXT_FREE = (
-    hf.TemperatureLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.TopHLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.SuppressTokensLogitsProcessor,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-)
-# Processors that count tokens from the start of the padded batch.
-LENGTH_BASED = (
-    hf.MinLengthLogitsProcessor,
-    hf.MinNewTokensLengthLogitsProcessor,
-    hf.ForcedBOSTokenLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-)
-# Processors that carry state from call to call, or take a row of scores for a row of the batch.
-REFUSED = (
-    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    hf.ClassifierFreeGuidanceLogitsProcessor,
-    hf.SynthIDTextWatermarkLogitsProcessor,
-    hf.PrefixConstrainedLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-)
 
 
 @dataclass
@@ -116,8 +83,7 @@ class MedusaModel:
             tree = MedusaTree.dense([1] * self.num_heads)
         tree.check(self.num_heads, self.vocab_size)
         self.tree = tree
-        self._compiled: Callable | None = None
-        self._compiled_shapes: dict[tuple[int, ...], bool] = {}  # whether each shape compiled, and rightly
+        self._compiled_step = CompiledStep(self._draft_and_verify)
         self._backbone.probe()
 
     @classmethod
@@ -203,42 +169,7 @@ class MedusaModel:
 
     def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, Tensor, Tensor]:
         """The tree's tokens (B, N), hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
-        if not compiled:
-            return self._draft_and_verify(*args)
-        root, _, tree, *_, visible, _ = args
-        shape = (len(root), len(tree), tree.num_heads, tree.num_ranks, visible)
-        if shape not in self._compiled_shapes:
-            self._compiled_shapes[shape] = self._compile(tree, args)
-        if not self._compiled_shapes[shape]:
-            return self._draft_and_verify(*args)
-        return self._run_compiled(args)
-
-    def _run_compiled(self, args: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._compiled is not None
-        if self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(*args)
-
-    def _compile(self, tree: TreeTensors, args: tuple) -> bool:
-        """Compile for one shape; False, with a warning, where that fails or computes something else."""
-        if self._compiled is None:
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._compiled = torch.compile(self._draft_and_verify, fullgraph=True, dynamic=False, mode=mode)
-        try:
-            # Every tree, batch and capacity is a graph of its own, and dynamo stops at eight unless told otherwise.
-            with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-                _check_compiled(tree, self._run_compiled(args), self._draft_and_verify(*args))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # compilers fail in ways of their own
-            cause = str(error.__cause__ or error).strip() or type(error).__name__
-            warnings.warn(
-                f"torch.compile failed, decoding goes on uncompiled: {cause.splitlines()[0][:200]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return False
-        return True
+        return self._compiled_step(*args) if compiled else self._draft_and_verify(*args)
 
     def _draft_and_verify(
         self,
@@ -294,7 +225,7 @@ class MedusaModel:
             warnings.warn("temperature, top_k, top_p and min_p do nothing without do_sample=True", stacklevel=2)
         eos = self.eos_token_ids if eos_token_id is None else token_ids(eos_token_id)
         changes = {**warpers, "repetition_penalty": repetition_penalty, "do_sample": do_sample, "eos_token_id": list(eos)}
-        processors = self._processors(changes, input_ids, logits_processor)
+        length = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.ndim else 0
         criteria = [*(stopping_criteria or [])]
         if stop_strings is not None:
             given = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
@@ -307,7 +238,7 @@ class MedusaModel:
             max_new_tokens=self._max_new_tokens(input_ids, attention_mask, max_new_tokens),
             do_sample=do_sample,
             typical=typical_thresholds(acceptance, epsilon, delta),
-            processors=classify(processors),
+            processors=processors_for(self.backbone, changes, length, logits_processor, self.device),
             eos_token_ids=eos,
             stopping_criteria=criteria,
             seed=_seed(seed),
@@ -406,19 +337,6 @@ class MedusaModel:
         left = DEFAULT_MAX_NEW_TOKENS if self.context is None else self.context - longest
         return max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
 
-    def _processors(self, changes: dict[str, Any], input_ids: Tensor, given: LogitsProcessorList | None) -> list:
-        """The processors transformers' `generate` would apply, by the generation config and what the call changes in it.
-
-        One departure: a top-k of 50 that nobody asked for is not applied.
-        """
-        config = copy.deepcopy(self.backbone.generation_config)
-        config.update(**{name: value for name, value in changes.items() if value is not None})
-        self.backbone._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self.device)
-        length = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.ndim else 0
-        return self.backbone._get_logits_processor(
-            config, input_ids_seq_length=length, logits_processor=LogitsProcessorList(given or []), device=self.device
-        )
-
     def _collect(
         self,
         steps: Iterator[DecodingStep],
@@ -476,43 +394,6 @@ def typical_thresholds(acceptance: str, epsilon: float, delta: float) -> Typical
     if acceptance not in ("exact", "typical"):
         raise InvalidInput(f"acceptance is {acceptance!r}, wanted 'exact' or 'typical'")
     return TypicalAcceptance(epsilon, delta) if acceptance == "typical" else None
-
-
-def check_sampling(**settings: float | None) -> None:
-    """Refuse settings that make no sense, by name; None is not set."""
-    ranges = {
-        "temperature": (lambda v: v > 0, "more than 0; for greedy decoding pass do_sample=False"),
-        "top_k": (lambda v: v >= 0 and v == int(v), "an integer of at least 0, where 0 is off"),
-        "top_p": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
-        "min_p": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-        "repetition_penalty": (lambda v: v > 0, "more than 0"),
-    }
-    for name, value in settings.items():
-        right, wanted = ranges[name]
-        if value is not None and not right(value):
-            raise InvalidInput(f"{name} is {value}, wanted {wanted}")
-
-
-def classify(processors: list) -> Processors:
-    """Mark each processor by what it looks at; refuse those that cannot follow a tree."""
-    steps: list[tuple[Any, Reads]] = []
-    for processor in processors:
-        if isinstance(processor, REFUSED):
-            name = type(processor).__name__
-            raise InvalidInput(f"{name} keeps state between calls or counts rows, and cannot follow a tree of candidates")
-        reads: Reads = "length" if isinstance(processor, LENGTH_BASED) else "tokens"
-        # The very class: a subclass may look at more.
-        steps.append((processor, "scores" if type(processor) in CONTEXT_FREE else reads))
-    return Processors(tuple(steps))
-
-
-def _check_compiled(tree: TreeTensors, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    """Raise where compiled code computes something else: compilers have been wrong (see `Backbone._tree_masks`)."""
-    same = ((got[0] == wanted[0])[:, None] | ~tree.ancestors).all(-1)  # heads may break a near-tie the other way
-    a, b = got[2][same].float(), wanted[2][same].float()
-    limit = 1e-3 if got[2].dtype == torch.float32 else 0.1
-    if not (a - b).norm() < limit * (b - b.mean()).norm():
-        raise RuntimeError("the compiled step's logits differ from the uncompiled one's")
 
 
 def _span(name: str) -> AbstractContextManager:
