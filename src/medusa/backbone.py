@@ -227,8 +227,10 @@ class Backbone:
             ValueError,
             IndexError,
             KeyError,
+            AssertionError,
         ) as error:
-            raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {str(error).splitlines()[0]}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {reason}") from error
         phases = (
             (first, prompts, "a tree's logits differ from its paths' logits"),
             (

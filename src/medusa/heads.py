@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,7 +150,9 @@ class MedusaHeads(nn.ModuleList):
         k: int,
     ) -> Tensor:  # (..., d)
         """The hidden state of head k + 1, before its LM head."""
-        return self.parts(k)[: self.num_layers](h)
+        for block in islice(self.parts(k), self.num_layers):  # a slice would build a module at every step
+            h = block(h)
+        return h
 
     def forward(
         self,

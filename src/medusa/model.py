@@ -235,7 +235,7 @@ class MedusaModel:
                 raise InvalidInput("stop_strings needs the tokenizer; pass tokenizer=...")
             criteria.append(StopStringCriteria(tokenizer, given))
         options = DecodingOptions(
-            max_new_tokens=self._max_new_tokens(input_ids, attention_mask, max_new_tokens),
+            max_new_tokens=self._max_new_tokens(length, attention_mask, max_new_tokens),
             do_sample=do_sample,
             typical=typical_thresholds(acceptance, epsilon, delta),
             processors=processors_for(self.backbone, changes, length, logits_processor, self.device),
@@ -324,9 +324,8 @@ class MedusaModel:
             steps, input_ids, None, pad, options.eos_token_ids, bool(generation_config.return_dict_in_generate)
         )
 
-    def _max_new_tokens(self, input_ids: Tensor, attention_mask: Tensor | None, given: int | None) -> int:
+    def _max_new_tokens(self, length: int, attention_mask: Tensor | None, given: int | None) -> int:
         config = self.backbone.generation_config
-        length = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.ndim else 0
         if given is not None:
             return given
         if config.max_new_tokens is not None:
