@@ -32,7 +32,7 @@ from medusa.evaluation.compare import (
     transformers_decoder,
 )
 from medusa.evaluation.prompts import held_out_prompts
-from medusa.tuning.search import search_tree
+from medusa.search import search_tree
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

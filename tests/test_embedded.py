@@ -50,7 +50,7 @@ def test_nothing_held_out_is_for_both_calibration_and_test():
 
 
 def test_tree_is_the_searched_one_of_its_calibration():
-    from medusa.tuning.search import search_tree
+    from medusa.search import search_tree
 
     calibration = json.loads((EMBEDDED / "calibration.json").read_text())
     tree = MedusaTree.load(EMBEDDED / "medusa_tree.json")

@@ -122,9 +122,22 @@ class Backbone:
     def hidden_states(
         self,
         ids: Tensor,  # (B, T) long, padded at the right if at all
+        segments: Tensor | None = None,  # (B, T) long: the text that each token belongs to; None: one text a row
     ) -> Tensor:  # (B, T, d)
-        """The last hidden state of every position in one causal pass, without a cache."""
-        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        """The last hidden state of every position in one causal pass, without a cache.
+
+        Texts packed into one row see nothing of one another, and each counts its positions from 0.
+        """
+        if segments is None:
+            return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        slot = torch.arange(ids.shape[1], device=ids.device)
+        begins = torch.ones_like(segments, dtype=torch.bool)
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        positions = slot - torch.where(begins, slot, 0).cummax(-1).values
+        allowed = (segments[:, :, None] == segments[:, None]) & (slot[:, None] >= slot)
+        masks = self._masks(allowed, positions, positions)
+        output = self.decoder(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)
+        return output.last_hidden_state
 
     def prefill(
         self,
@@ -177,19 +190,25 @@ class Backbone:
         node = (slot - base).clamp(0, len(tree) - 1)  # the node in each slot, where there is one
         in_tree = (slot >= base) & (slot < base + len(tree))
         allowed = committed[:, None] | (tree.ancestors.index_select(1, node) & in_tree)  # (B, N, visible)
+        at = torch.where(in_tree, positions.index_select(1, node), slot - pads[:, None])  # by slot
+        return self._masks(allowed, positions, at)
+
+    def _masks(
+        self,
+        allowed: Tensor,  # (B, N, S) bool: what each query may see but for windows
+        positions: Tensor,  # (B, N) long: of the queries
+        at: Tensor,  # (B, S) long: of what is seen
+    ) -> Masks:
+        """The masks of every kind of layer, (B, 1, N, S), to be added to attention scores."""
         masks = {}
         for kind in self.mask_kinds:
-            seen = allowed
-            if kind != "full_attention":
-                at = torch.where(in_tree, positions.index_select(1, node), slot - pads[:, None])[:, None]  # by slot
-                query = positions[..., None]
-                if kind == "sliding_attention":
-                    near = query - at < self._window
-                else:
-                    near = query // self._chunk == at // self._chunk
-                seen = allowed & near
+            seen, query, key = allowed, positions[..., None], at[:, None]
+            if kind == "sliding_attention":
+                seen = allowed & (query - key < self._window)
+            elif kind == "chunked_attention":
+                seen = allowed & (query // self._chunk == key // self._chunk)
             # float, not bool: eager attention adds the mask. finfo.min, not -inf: a row of -inf is NaN
-            bias = torch.zeros((), dtype=self.dtype, device=base.device)
+            bias = torch.zeros((), dtype=self.dtype, device=allowed.device)
             masks[kind] = torch.where(seen, bias, torch.finfo(self.dtype).min)[:, None]
         return masks if len(masks) > 1 else masks[self.mask_kinds[0]]
 

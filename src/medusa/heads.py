@@ -166,15 +166,20 @@ class MedusaHeads(nn.ModuleList):
         return torch.stack([self.lm_head(k)(state) for k, state in enumerate(states)])
 
 
-def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None) -> None:
-    """Write `medusa_lm_head.safetensors` and its `config.json`, each whole or not at all."""
+def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:
+    """Write `medusa_lm_head.safetensors` and its `config.json`, each whole or not at all.
+
+    Args:
+        config: write `config.json`; not where it is the backbone's own.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
     partial = folder / f"{HEADS_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / HEADS_FILE)
-    dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
+    if config:
+        dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
 
 
 def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHeads:

@@ -18,6 +18,7 @@ def rank_hits(
     ids: Tensor,  # (B, T) long: the tokens they were computed on
     counted: Tensor,  # (B, T) bool: whether the token there is one to be guessed
     ranks: int,
+    segments: Tensor | None = None,  # (B, T) long: the text each token belongs to; a head is not asked across texts
 ) -> tuple[Tensor, Tensor]:  # (K, ranks) long, (K,) long
     """How often the token k + 1 places on was exactly the i-th guess of head k, and how often head k was asked."""
     num_heads = len(heads)
@@ -27,6 +28,8 @@ def rank_hits(
         if ids.shape[1] <= shift:
             break
         chosen = counted[:, shift:]
+        if segments is not None:
+            chosen = chosen & (segments[:, shift:] == segments[:, :-shift])
         state, wanted = hidden[:, :-shift][chosen], ids[:, shift:][chosen]
         for part, token in zip(state.split(1024), wanted.split(1024)):  # logits of a chunk at a time
             guesses = heads.lm_head(k)(heads.residual(part, k)).topk(ranks, dim=-1).indices

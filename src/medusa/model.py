@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.utils import ModelOutput
 
 from medusa.acceptance import TypicalAcceptance
+from medusa.adapter import has_adapter, load_adapter
 from medusa.backbone import Backbone, token_ids
 from medusa.cache import TreeCache
 from medusa.compilation import CompiledStep
@@ -100,7 +101,8 @@ class MedusaModel:
 
         Args:
             backbone: a local folder or hub id, for `AutoModelForCausalLM`.
-            heads: a folder or hub id with the heads; None where the backbone's folder holds them too.
+            heads: a folder or hub id with the heads, and the adapter of a backbone trained with them (Medusa-2); None
+                where the backbone's folder holds them too.
             tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
             dtype: of backbone and heads; None keeps the backbone's own.
             device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given).
@@ -117,6 +119,8 @@ class MedusaModel:
             tree = MedusaTree.load(heads_folder / TREE_FILE)
         loaded = load_heads(heads_folder)
         module = load_backbone(folder, dtype=dtype, device_map=device_map, **kwargs)
+        if heads is not None and has_adapter(heads_folder):
+            load_adapter(module, heads_folder)
         try:
             return cls(module, loaded, tree)
         except UnsupportedBackbone:
@@ -156,9 +160,10 @@ class MedusaModel:
     def hidden_states(
         self,
         ids: Tensor,  # (B, T) long, padded at the right if at all
+        segments: Tensor | None = None,  # (B, T) long: the text each token belongs to, where rows hold several
     ) -> Tensor:  # (B, T, d)
         """The last hidden state of every position, as the heads read it."""
-        return self._backbone.hidden_states(ids)
+        return self._backbone.hidden_states(ids, segments)
 
     def logits(
         self,

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medusa.training.losses import IGNORED, Targets, hard_targets, linear_cross_entropy, soft_targets
+from medusa.training.losses import (
+    Targets,
+    cross_entropy,
+    hard_targets,
+    in_chunks,
+    kl_divergence,
+    linear_cross_entropy,
+    soft_targets,
+)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -15,10 +23,9 @@ def test_hard_loss_and_gradients_equal_plain_cross_entropy(bias, chunk):
     lm_head = nn.Linear(8, 30, bias=bias)
     states = torch.randn(20, 8, requires_grad=True)
     labels = torch.randint(0, 30, (20,))
-    labels[[3, 11]] = IGNORED
     got = linear_cross_entropy(states, lm_head, hard_targets(labels), chunk)
     got_gradients = torch.autograd.grad(got, [states, *lm_head.parameters()])
-    wanted = F.cross_entropy(lm_head(states), labels, ignore_index=IGNORED, reduction="sum")
+    wanted = F.cross_entropy(lm_head(states), labels, reduction="sum")
     torch.testing.assert_close(got, wanted)
     for a, b in zip(got_gradients, torch.autograd.grad(wanted, [states, *lm_head.parameters()]), strict=True):
         torch.testing.assert_close(a, b)
@@ -27,12 +34,12 @@ def test_hard_loss_and_gradients_equal_plain_cross_entropy(bias, chunk):
 def test_soft_loss_of_the_whole_vocabulary_equals_plain_cross_entropy_with_probabilities():
     torch.manual_seed(0)
     teacher, lm_head = nn.Linear(8, 30), nn.Linear(8, 30)
-    states, counted = torch.randn(20, 8, requires_grad=True), torch.rand(20) > 0.3
+    states = torch.randn(20, 8, requires_grad=True)
     with torch.no_grad():
         p = teacher(states).softmax(-1)
-    targets = soft_targets(states.detach(), teacher, counted, top=30, chunk=6)
+    targets = soft_targets(states.detach(), teacher, top=30, chunk=6)
     got = linear_cross_entropy(states, lm_head, targets, 6)
-    wanted = F.cross_entropy(lm_head(states), p, reduction="none")[counted].sum()
+    wanted = F.cross_entropy(lm_head(states), p, reduction="sum")
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(
         torch.autograd.grad(got, lm_head.weight)[0],
@@ -44,9 +51,9 @@ def test_soft_loss_of_the_whole_vocabulary_equals_plain_cross_entropy_with_proba
 
 def test_soft_targets_keep_the_likeliest_tokens_and_sum_to_one():
     teacher = nn.Linear(8, 30)
-    targets = soft_targets(torch.randn(5, 8), teacher, torch.tensor([True] * 4 + [False]), top=4)
+    targets = soft_targets(torch.randn(5, 8), teacher, top=4)
     assert targets.tokens.shape == (5, 4)
-    torch.testing.assert_close(targets.weights.sum(-1), torch.tensor([1.0, 1, 1, 1, 0]))
+    torch.testing.assert_close(targets.weights.sum(-1), torch.ones(5))
 
 
 def test_no_more_than_a_chunk_of_logits_is_held(monkeypatch):
@@ -71,3 +78,53 @@ def test_gradient_is_scaled_by_what_follows():
     once = torch.autograd.grad(linear_cross_entropy(states, lm_head, targets), lm_head.weight)[0]
     thrice = torch.autograd.grad(3 * linear_cross_entropy(states, lm_head, targets), lm_head.weight)[0]
     torch.testing.assert_close(3 * once, thrice)
+
+
+class Capped(nn.Linear):
+    """An LM head that is more than a matrix."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+def test_an_lm_head_that_is_more_than_a_matrix_is_asked_itself():
+    torch.manual_seed(0)
+    lm_head, states = Capped(8, 30), torch.randn(20, 8, requires_grad=True)
+    labels = torch.randint(0, 30, (20,))
+    got = linear_cross_entropy(states, lm_head, hard_targets(labels), 6)
+    wanted = F.cross_entropy(lm_head(states), labels, reduction="sum")
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, states)[0], torch.autograd.grad(wanted, states)[0])
+
+
+def test_distillation_in_chunks_is_the_kl_divergence_and_its_gradient():
+    torch.manual_seed(0)
+    student, teacher, states = nn.Linear(8, 30), nn.Linear(8, 30), torch.randn(20, 8, requires_grad=True)
+    got = in_chunks(lambda x: kl_divergence(student(x), teacher(x).detach()), states, chunk=6)
+    p = teacher(states).softmax(-1).detach()
+    wanted = (p * (p.log() - student(states).log_softmax(-1))).sum()
+    torch.testing.assert_close(got, wanted)
+    inputs = [states, student.weight]
+    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert kl_divergence(teacher(states), teacher(states)).abs() < 1e-5
+
+
+def test_a_chunk_at_a_time_is_kept_of_what_a_loss_computes():
+    lm_head, states = nn.Linear(4, 50), torch.randn(64, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = in_chunks(lambda x, y: cross_entropy(lm_head(x), y), states, torch.zeros(64, dtype=torch.long), chunk=16)
+    assert not any(shape[-1:] == (50,) and len(shape) == 2 and shape != (50, 4) for shape in kept)
+    loss.backward()
+    assert states.grad is not None and lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_in_low_precision_is_close_to_float32(dtype):
+    torch.manual_seed(0)
+    lm_head, states = nn.Linear(64, 500), torch.randn(256, 64)
+    labels = torch.randint(0, 500, (256,))
+    got = linear_cross_entropy(states, lm_head, hard_targets(labels), 50, compute=dtype)
+    wanted = F.cross_entropy(lm_head(states), labels, reduction="sum")
+    assert got.dtype == torch.float32 and abs(got / wanted - 1) < 1e-3

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the backbone, or `embedded`.", show_default=True)]
 HeadsOption = Annotated[
-    str | None, typer.Option("--heads", help="Folder or hub id of the heads [default: the model's own folder].")
+    str | None, typer.Option("--heads", help="Folder or hub id of the heads (default: the model's own folder).")
 ]
 TreeOption = Annotated[
     str | None,
-    typer.Option("--tree", help="A tree file, or `root` for plain decoding [default: the one beside the heads]."),
+    typer.Option("--tree", help="A tree file, or `root` for plain decoding (default: the one beside the heads)."),
 ]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32 [default: the backbone's own].")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … [default: cuda where there is one].")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32 (default: the backbone's own).")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … (default: cuda where there is one).")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (a slow first step).")]

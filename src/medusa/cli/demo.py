@@ -18,7 +18,7 @@ COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "br
 
 def demo_command(
     model: common.ModelArgument = "embedded",
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Your own prompt [default: held-out code].")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: held-out code).")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,

@@ -15,7 +15,7 @@ from medusa.cli import common
 
 def generate_command(
     model: common.ModelArgument = "embedded",
-    prompt: Annotated[str | None, typer.Argument(help="The prompt [default: stdin].", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt (default: stdin).", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,

@@ -1,90 +1,111 @@
-"""medusa train: train heads for a backbone."""
+"""medusa train: train heads for a backbone, and the backbone with them."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from medusa.cli import common
-from medusa.errors import InvalidInput
+from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
+
+METHOD_HELP = f"Recipe to begin with: {', '.join(recipe_names())}."
 
 
+def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of TrainingConfig; those the user sets arrive as the dict `options`."""
+    hints = typing.get_type_hints(TrainingConfig)
+    parameters = []
+    for field in dataclasses.fields(TrainingConfig):
+        kind = hints[field.name]
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        flag = f"--{field.name.replace('_', '-')}"
+        default = "" if field.default is None else f" (default: {field.default}, if the method does not say otherwise)"
+        shown = f"{'|'.join(choices)}: " if choices else ""
+        if kind is bool:
+            flag = f"{flag}/--no-{field.name.replace('_', '-')}"
+        option = typer.Option(flag, help=f"{shown}{field.metadata['help']}{default}", show_default=False)
+        plain = str if choices else (float if kind == (float | None) else kind)
+        annotation = Annotated[plain | None, option]
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    @functools.wraps(command)
+    def wrapped(**arguments: Any) -> None:
+        options = {parameter.name: arguments.pop(parameter.name) for parameter in parameters}
+        command(**arguments, options={name: value for name, value in options.items() if value is not None})
+
+    own = inspect.signature(command, eval_str=True)
+    kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "options"]
+    wrapped.__signature__ = own.replace(parameters=kept + parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in kept + parameters}
+    del wrapped.__wrapped__  # type: ignore[attr-defined]
+    return wrapped
+
+
+@with_training_options
 def train_command(
+    options: dict[str, Any],
     model: common.ModelArgument,
-    data: Annotated[Path, typer.Option("--data", help='JSONL with "text" or "input_ids" on each line.')],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for heads, checkpoints and the record.")],
-    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="Held-out JSONL to measure the heads on.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML of the same options; flags win over it.")] = None,
-    heads: Annotated[str | None, typer.Option("--heads", help="Heads to start from [default: copies of the LM head].")] = None,
-    num_heads: Annotated[int | None, typer.Option("--num-heads", help="K [default: 5].")] = None,
-    num_layers: Annotated[int | None, typer.Option("--num-layers", help="Residual blocks a head [default: 1].")] = None,
-    shared_lm_head: Annotated[
-        bool | None, typer.Option("--shared-lm-head/--own-lm-heads", help="Predict through the backbone's LM head.")
+    data: Annotated[str, typer.Option("--data", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split].")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for all that comes of it.")] = None,
+    method: Annotated[str, typer.Option("--method", help=METHOD_HELP)] = "medusa-1",
+    config: Annotated[Path | None, typer.Option("--config", help="YAML of the options below; flags win over it.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", help="Data to measure on (default: some is held out).")
     ] = None,
-    targets: Annotated[
-        str | None, typer.Option("--targets", help="soft (the backbone's distribution) or hard [default: soft].")
+    heads: Annotated[str | None, typer.Option("--heads", help="Heads to start from (default: copies of the LM head).")] = None,
+    hidden_states: Annotated[
+        Path | None, typer.Option("--hidden-states", help="Keep the backbone's hidden states here and train from them.")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimiser steps; wins over --epochs.")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data [default: 2].")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: 8]")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option("--gradient-accumulation", help="[default: 1]")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak [default: 2e-3].")] = None,
-    warmup_steps: Annotated[int | None, typer.Option("--warmup-steps", help="[default: 40]")] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens a block [default: 2048].")] = None,
-    save_steps: Annotated[int | None, typer.Option("--save-steps", help="Steps between checkpoints [default: 500].")] = None,
-    eval_steps: Annotated[
-        int | None, typer.Option("--eval-steps", help="Steps between evaluations [default: at the end].")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="[default: 0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
+    preview: Annotated[
+        int, typer.Option("--preview", help="Show this many samples, what is learnt coloured; no training.")
+    ] = 0,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Train Medusa-1 heads on a frozen backbone (paper 2.2.1)."""
-    settings = _read_yaml(config)
-    flags = {
-        "num_heads": num_heads,
-        "num_layers": num_layers,
-        "shared_lm_head": shared_lm_head,
-        "targets": targets,
-        "max_steps": max_steps,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps,
-        "max_length": max_length,
-        "save_steps": save_steps,
-        "eval_steps": eval_steps,
-        "seed": seed,
-    }
-    settings |= {key: value for key, value in flags.items() if value is not None}
-    for path in (data, eval_data):
-        if path is not None and not path.is_file():
-            raise InvalidInput(f"no data file {path}")
+    """Train Medusa heads, and with medusa-2 the backbone too (paper 2.2). Runs under `accelerate launch` as well."""
+    if output is None and not preview:
+        raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
+    settings = (read_options(config) if config else {}) | options
+    recipe = resolve(method, settings, str(config) if config else "training options")
 
     common.quiet_transformers()
-    from medusa.config import from_mapping
     from medusa.heads import load_heads
     from medusa.hub import local_folder
-    from medusa.model import MedusaModel, load_backbone
-    from medusa.training.trainer import TrainingConfig, train
+    from medusa.model import MedusaModel
+    from medusa.training.data import load_rows
+    from medusa.training.run import train
 
-    recipe = from_mapping(TrainingConfig, settings, str(config) if config else "training options")
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    backbone = load_backbone(
-        local_folder(common.model_folder(model)),
-        dtype=common.dtype_named(dtype),
-        device_map=common.default_device(device),
-        trust_remote_code=trust_remote_code,
-    )
+    folder = local_folder(common.model_folder(model))
+    if preview:
+        _preview(data, tokenizer, recipe, preview, len(tokenizer))
+        return
+    assert output is not None
+    backbone = _load_backbone(folder, recipe.quantization, dtype, device, trust_remote_code)
     start = load_heads(local_folder(heads)) if heads else None
-    metrics = train(MedusaModel(backbone, start), tokenizer, data, output, recipe, eval_data, resume)
+    medusa = MedusaModel(backbone, start)
+    length = min(recipe.max_length, medusa.context or recipe.max_length)
+    rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=True)
+    eval_rows = load_rows(eval_data, tokenizer, length, medusa.vocab_size) if eval_data else None
+    common.note(f"{len(rows)} rows, {rows.tokens:,} tokens, {rows.labelled:,} of them to be learnt")
+    if rows.cut:
+        common.note(f"{rows.cut} samples were longer than {length} tokens and were cut")
+    if rows.skips:
+        common.note(f"skipped {rows.skips}")
+    metrics = train(medusa, rows, output, recipe, eval_rows, resume, hidden_states)
+    if recipe.backbone == "full":
+        tokenizer.save_pretrained(output)
     if as_json:
         print(json.dumps({"output": str(output), "metrics": metrics}))
         return
@@ -93,17 +114,39 @@ def train_command(
         if f"eval_head{k}_top1" in metrics:
             tops = "  ".join(f"top-{i} {metrics[f'eval_head{k}_top{i}']:.3f}" for i in (1, 2, 3, 5))
             print(f"head {k}: {tops}")
+    if "eval_acceleration_rate" in metrics:
+        print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens a step, {recipe.tree_nodes} nodes")
 
 
-def _read_yaml(path: Path | None) -> dict:
-    if path is None:
-        return {}
-    import yaml
+def _load_backbone(folder: Path, quantization: str, dtype: str | None, device: str | None, trust_remote_code: bool) -> Any:
+    from medusa.model import load_backbone
+    from medusa.quantization import quantized
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidInput(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise InvalidInput(f"{path} holds a {type(found).__name__}, wanted `option: value` lines")
-    return found
+    return load_backbone(
+        folder,
+        dtype=common.dtype_named(dtype),
+        device_map=common.default_device(device),
+        trust_remote_code=trust_remote_code,
+        **quantized(quantization, common.dtype_named(dtype)),
+    )
+
+
+def _preview(data: str, tokenizer: Any, recipe: TrainingConfig, count: int, vocab_size: int) -> None:
+    """Samples as the model will see them: what is learnt in colour, the rest dim."""
+    from itertools import islice
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from medusa.training.data import load_rows, spoken_runs
+
+    rows = load_rows(data, tokenizer, recipe.max_length, vocab_size, recipe.packing)
+    console = Console()
+    for number, row in enumerate(islice(rows, count), 1):
+        text = Text()
+        for spoken, ids in spoken_runs(row):
+            text.append(tokenizer.decode(ids), style="bold green" if spoken else "dim")
+        console.rule(f"row {number} of {len(rows)}: {len(row)} tokens, {int(row.spoken.sum())} learnt ({row.source})")
+        console.print(text)
+    if rows.skips:
+        common.note(f"skipped {rows.skips}")

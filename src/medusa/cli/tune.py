@@ -42,9 +42,9 @@ def tune_command(
     from rich.progress import Progress
 
     from medusa.metrics import expected_acceptance_length
+    from medusa.search import search_tree
     from medusa.training.data import load_blocks
     from medusa.tuning.calibrate import calibrate
-    from medusa.tuning.search import search_tree
 
     medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code)
     tokenizer = common.load_tokenizer(model, trust_remote_code)

@@ -1,9 +1,10 @@
-"""Training text: JSONL samples cut into blocks of token ids."""
+"""Training data: samples as token ids with labels, packed into rows, batched."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +12,197 @@ import torch
 from torch import Tensor
 
 from medusa.errors import InvalidInput
+from medusa.samples import Sample, Skips, read_samples
 from medusa.training.losses import IGNORED
+from medusa.training.templates import encode_conversation, overlaps
+
+SHORTEST = 3  # head 1 guesses the token two places on: below this a sample teaches nothing
 
 
-def read_samples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, each with "text" or "input_ids".
+@dataclass(frozen=True)
+class Row:
+    """One row of training data: a sample, or several packed end to end."""
+
+    ids: Tensor  # (T,) int32
+    spoken: Tensor  # (T,) bool: the token is one to be learnt
+    lengths: tuple[int, ...]  # of the samples in it; sums to T
+    source: str = ""  # where its first sample stands
+    hidden: Tensor | None = None  # (T, d): the frozen backbone's hidden states, where they are kept
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set in memory; its rows, in order, with what was left out of it."""
+
+    rows: list[Row]
+    skips: Skips = field(default_factory=Skips)
+    cut: int = 0  # conversations longer than a row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[int, Row]:
+        return number, self.rows[number]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+    @property
+    def labelled(self) -> int:
+        return sum(int(row.spoken.sum()) for row in self.rows)
+
+    def fingerprint(self) -> str:
+        """A hash of every token, label and border, in order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr(row.lengths).encode())
+            digest.update(row.ids.numpy().tobytes())
+            digest.update(row.spoken.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_rows(
+    source: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    vocab_size: int,
+    packing: bool = False,
+    progress: bool = False,
+) -> Rows:
+    """Every usable sample of a data set as rows of at most `max_length` tokens.
+
+    Plain text is cut into several rows; a conversation or a prompt with its completion that is longer is cut at the end.
+
+    Args:
+        packing: put short samples into one row, where they see nothing of one another.
+        progress: show a bar on stderr.
 
     Raises:
-        InvalidInput: no such file, a line that is no JSON object, or one with neither key; the line is named.
+        InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or nothing to learn at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InvalidInput(f"no data file {path}")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                sample = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise InvalidInput(f"{path}:{number} is not valid JSON: {error}") from None
-            if not isinstance(sample, dict) or not ("text" in sample or "input_ids" in sample):
-                raise InvalidInput(f"{path}:{number} has neither 'text' nor 'input_ids'")
-            ids = sample.get("input_ids")
-            if ids is None and not isinstance(sample["text"], str):
-                raise InvalidInput(f"{path}:{number}: 'text' is a {type(sample['text']).__name__}, wanted a string")
-            if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
-                raise InvalidInput(f"{path}:{number}: 'input_ids' is not a list of integers")
-            yield sample
+    skips = Skips()
+    samples: Iterable[Sample] = read_samples(source, skips)
+    if progress:
+        from tqdm.auto import tqdm
 
-
-def load_blocks(path: str | Path, tokenizer: Any, max_length: int, vocab_size: int, shortest: int) -> list[Tensor]:
-    """Every sample's token ids, cut into blocks of at most `max_length`; blocks below `shortest` teach nothing.
-
-    Raises:
-        InvalidInput: see `read_samples`; ids outside the vocabulary; or no block at all.
-    """
-    blocks = []
-    for number, sample in enumerate(read_samples(path), 1):
-        ids = sample.get("input_ids")
-        if ids is None:
-            ids = tokenizer(sample["text"], verbose=False)["input_ids"]
+        samples = tqdm(samples, desc="Reading", unit=" samples", delay=1)
+    rows, shortened = [], 0
+    for sample in samples:
+        ids, spoken = _encode(sample, tokenizer)
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise InvalidInput(f"{path}: sample {number} has ids outside the vocabulary of {vocab_size} tokens")
-        blocks += [block for block in torch.tensor(ids, dtype=torch.int32).split(max_length) if len(block) >= shortest]
-    if not blocks:
-        raise InvalidInput(f"{path} holds no sample of at least {shortest} tokens")
-    return blocks
+            raise InvalidInput(f"{sample.source} has ids outside the vocabulary of {vocab_size} tokens")
+        whole = sample.messages is not None or sample.prompt is not None
+        cut = min(max_length, len(ids)) if whole else len(ids)
+        parts = zip(
+            torch.tensor(ids[:cut], dtype=torch.int32).split(max_length),
+            torch.tensor(spoken[:cut], dtype=torch.bool).split(max_length),
+            strict=True,
+        )
+        kept = [Row(part, labels, (len(part),), sample.source) for part, labels in parts if labels[SHORTEST - 1 :].any()]
+        if not kept:
+            skips.add(_why_unusable(ids, spoken, cut), sample.source)
+        rows += kept
+        shortened += cut < len(ids) and bool(kept)
+    if not rows:
+        raise InvalidInput(f"{source} holds nothing to learn: {skips}")
+    return Rows(pack(rows, max_length) if packing else rows, skips, shortened)
 
 
-def collate(blocks: list[Tensor]) -> dict[str, Tensor]:
-    """Right-padded `input_ids` and `labels`, (B, T) long; padding is label IGNORED and unseen by a causal model."""
-    width = max(map(len, blocks))
-    ids = torch.zeros(len(blocks), width, dtype=torch.long)
-    labels = torch.full((len(blocks), width), IGNORED)
-    for row, block in enumerate(blocks):
-        ids[row, : len(block)] = block
-        labels[row, : len(block)] = block
-    return {"input_ids": ids, "labels": labels}
+def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids, and for each whether it is to be learnt."""
+    if sample.input_ids is not None:
+        return list(sample.input_ids), [True] * len(sample.input_ids)
+    if sample.messages is not None:
+        spoken_last = max((i for i, m in enumerate(sample.messages) if m["role"] == "assistant"), default=-1)
+        if spoken_last < 0:
+            return [], []
+        try:
+            return encode_conversation(tokenizer, sample.messages[: spoken_last + 1])
+        except InvalidInput as error:
+            raise InvalidInput(f"{sample.source}: {error}") from None
+    assert sample.text is not None
+    if sample.prompt is None:
+        ids = tokenizer(sample.text, verbose=False)["input_ids"]
+        return ids, [True] * len(ids)
+    text, end = sample.prompt + sample.text, []
+    if tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids = encoded["input_ids"]
+    if end and ids[-1:] == end:  # a tokenizer that ends its texts by itself
+        end = []
+    spoken = overlaps(encoded["offset_mapping"], [(len(sample.prompt), len(text))])
+    return ids + end, spoken + [True] * len(end)
+
+
+def _why_unusable(ids: list[int], spoken: list[bool], cut: int) -> str:
+    if not any(spoken):
+        return "with no assistant text"
+    if cut < len(ids) and not any(spoken[:cut]):
+        return f"whose assistant text begins past the {cut} tokens of a row"
+    return f"of fewer than {SHORTEST} tokens"
+
+
+def pack(rows: list[Row], max_length: int) -> list[Row]:
+    """The rows put together, each in the fullest row that still has room, the longest first."""
+    bins: list[list[Row]] = []
+    room: dict[int, list[int]] = {}  # free tokens -> bins with exactly that many
+    for row in sorted(rows, key=len, reverse=True):
+        fits = min((free for free, which in room.items() if free >= len(row) and which), default=None)
+        if fits is None:
+            bins.append([])
+            number, fits = len(bins) - 1, max_length
+        else:
+            number = room[fits].pop()
+        bins[number].append(row)
+        room.setdefault(fits - len(row), []).append(number)
+    return [
+        Row(
+            torch.cat([row.ids for row in parts]),
+            torch.cat([row.spoken for row in parts]),
+            tuple(length for row in parts for length in row.lengths),
+            parts[0].source,
+        )
+        for parts in bins
+    ]
+
+
+def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
+    """A batch, right-padded: `input_ids`, `labels` (IGNORED where nothing is to be learnt) and `segments`, all (B, T) long.
+
+    `segments` numbers the samples of a row from 1; padding is 0. With them come the rows' numbers, `rows` (B,), and
+    `hidden` (B, T, d) where the rows have it.
+    """
+    rows = [row for _, row in numbered]
+    shape = len(rows), max(map(len, rows))
+    ids, labels, segments = (
+        torch.zeros(shape, dtype=torch.long),
+        torch.full(shape, IGNORED),
+        torch.zeros(shape, dtype=torch.long),
+    )
+    batch = {"input_ids": ids, "labels": labels, "segments": segments, "rows": torch.tensor([number for number, _ in numbered])}
+    if rows[0].hidden is not None:
+        batch["hidden"] = rows[0].hidden.new_zeros(*shape, rows[0].hidden.shape[-1])
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = row.ids
+        labels[b, : len(row)] = torch.where(row.spoken, row.ids.long(), IGNORED)
+        segments[b, : len(row)] = torch.arange(1, len(row.lengths) + 1).repeat_interleave(torch.tensor(row.lengths))
+        if row.hidden is not None:
+            batch["hidden"][b, : len(row)] = row.hidden
+    return batch
+
+
+def spoken_runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
+    """The row's token ids in runs of learnt and not learnt, for showing."""
+    start = 0
+    for end in range(1, len(row) + 1):
+        if end == len(row) or row.spoken[end] != row.spoken[start]:
+            yield bool(row.spoken[start]), row.ids[start:end].tolist()
+            start = end

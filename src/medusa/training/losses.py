@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be said at each of n positions: m tokens with weights that sum to 1, or to 0 where nothing counts.
+    """What is to be said at each of n positions: m tokens with weights that sum to 1.
 
     A hard label is one token of weight 1; a soft one is the backbone's own distribution, cut to its m likeliest tokens.
     """
@@ -23,9 +25,9 @@ class Targets:
 
 
 def hard_targets(
-    labels: Tensor,  # (n,) long, IGNORED where nothing counts
+    labels: Tensor,  # (n,) long
 ) -> Targets:
-    return Targets(labels.clamp(min=0)[:, None], (labels != IGNORED).float()[:, None])
+    return Targets(labels[:, None], torch.ones(len(labels), 1, device=labels.device))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -79,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     states: Tensor,  # (n, d)
-    lm_head: torch.nn.Module,  # d -> V, with weight and perhaps bias
+    lm_head: torch.nn.Module,  # d -> V
     targets: Targets,
     chunk: int = 1024,
     compute: torch.dtype = torch.float32,
@@ -89,15 +91,20 @@ def linear_cross_entropy(
     Args:
         compute: dtype of the matrix products; softmax, loss and accumulation are float32 in any case.
     """
-    bias = getattr(lm_head, "bias", None)
-    return _ChunkedCrossEntropy.apply(states, lm_head.weight, bias, targets.tokens, targets.weights, chunk, compute)
+    if type(lm_head) is torch.nn.Linear:
+        return _ChunkedCrossEntropy.apply(states, lm_head.weight, lm_head.bias, targets.tokens, targets.weights, chunk, compute)
+
+    def loss(states: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+        log_p = lm_head(states.to(compute)).float().log_softmax(-1)
+        return -(weights * log_p.gather(1, tokens)).sum()
+
+    return in_chunks(loss, states, targets.tokens, targets.weights, chunk=chunk)
 
 
 @torch.no_grad()
 def soft_targets(
     states: Tensor,  # (n, d): the backbone's hidden states
     logits_of: Callable[[Tensor], Tensor],  # (n, d) -> (n, V), the backbone's own logits
-    counted: Tensor,  # (n,) bool
     top: int,
     chunk: int = 1024,
 ) -> Targets:
@@ -108,4 +115,36 @@ def soft_targets(
         best = logits.topk(min(top, logits.shape[-1]), dim=-1)
         tokens.append(best.indices)
         weights.append(best.values.softmax(-1))
-    return Targets(torch.cat(tokens), torch.cat(weights) * counted[:, None])
+    return Targets(torch.cat(tokens), torch.cat(weights))
+
+
+def in_chunks(
+    loss: Callable[..., Tensor],  # (chunk, ...), … -> (): a sum over its rows
+    *tensors: Tensor,  # each (n, ...)
+    chunk: int = 1024,
+) -> Tensor:  # () float32
+    """A sum over rows, chunk by chunk; what a chunk computes is not kept but made again for the gradient.
+
+    For losses through an LM head whose inner workings we leave to the model: an adapter on it, a cap on its logits.
+    """
+    total = torch.zeros((), device=tensors[0].device)
+    for parts in zip(*(tensor.split(chunk) for tensor in tensors), strict=True):
+        total = total + checkpoint(loss, *parts, use_reentrant=False)
+    return total
+
+
+def cross_entropy(
+    logits: Tensor,  # (n, V)
+    labels: Tensor,  # (n,) long
+) -> Tensor:
+    """-sum log p(label), in float32."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def kl_divergence(
+    logits: Tensor,  # (n, V)
+    teacher: Tensor,  # (n, V): logits too
+) -> Tensor:
+    """sum KL(p_teacher || p), in float32 (paper 2.3.2)."""
+    log_p = logits.float().log_softmax(-1)
+    return F.kl_div(log_p, teacher.float().log_softmax(-1), reduction="sum", log_target=True)

@@ -1,247 +1,168 @@
-"""Medusa-1: heads trained on a frozen backbone (paper 2.2.1), with transformers' Trainer."""
+"""The trainer: transformers' Trainer on the objective, with what it does not do for heads."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import ProgressCallback, Trainer
 
-from medusa.errors import InvalidInput, MedusaError
-from medusa.heads import MedusaHeads, save_heads
-from medusa.metrics import rank_hits
-from medusa.model import MedusaModel
-from medusa.training.data import collate, load_blocks
-from medusa.training.losses import IGNORED, Targets, hard_targets, linear_cross_entropy, soft_targets
+from medusa.errors import MedusaError
+from medusa.metrics import expected_acceptance_length, rank_hits
+from medusa.search import search_tree
+from medusa.training.losses import IGNORED
+from medusa.training.objective import Objective, count_asked
+from medusa.tree import MedusaTree
 
-EVALUATED_RANKS = 5
+EVALUATED_RANKS = 10
+SHOWN_RANKS = 5
+EXPLODED = 4.0  # times the loss of heads that know nothing
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How heads are trained. The defaults are the paper's (appendix B) but for soft targets."""
+class Evaluated:
+    """What the last evaluation counted: hits[k - 1][i] of asked[k - 1]."""
 
-    num_heads: int = 5  # K
-    num_layers: int = 1  # residual blocks per head
-    shared_lm_head: bool = False  # train the residual blocks alone, predict through the backbone's LM head
-    lambda_base: float = 0.8  # lambda_k = lambda_base ** k, Eq. 1
-    targets: Literal["soft", "hard"] = "soft"  # the backbone's distribution at t + k, or the token of the text
-    soft_top: int = 32  # tokens of the backbone's distribution that soft targets keep
-    max_steps: int = -1  # -1: as many as the epochs take
-    epochs: float = 2.0
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float = 2e-3  # peak; cosine to zero after a linear warmup
-    warmup_steps: int = 40
-    weight_decay: float = 0.0
-    max_length: int = 2048
-    loss_chunk: int = 1024  # rows of logits held at a time
-    logging_steps: int = 20
-    eval_steps: int = 0  # 0: at the end
-    save_steps: int = 500
-    seed: int = 0
+    hits: list[list[int]]
+    asked: list[int]
 
-    def __post_init__(self):
-        for name in (
-            "num_heads",
-            "epochs",
-            "batch_size",
-            "gradient_accumulation",
-            "max_length",
-            "loss_chunk",
-            "soft_top",
-        ):
-            if getattr(self, name) <= 0:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted more than 0")
-        if self.seed < 0:
-            raise InvalidInput(f"seed is {self.seed}, wanted at least 0")
-        if not self.learning_rate > 0:
-            raise InvalidInput(f"learning_rate is {self.learning_rate}, wanted more than 0")
+    @property
+    def accuracies(self) -> list[list[float]]:
+        return [[hit / max(asked, 1) for hit in row] for row, asked in zip(self.hits, self.asked, strict=True)]
+
+    def tree(self, num_nodes: int) -> MedusaTree:
+        return search_tree(self.accuracies, num_nodes)
+
+    def acceleration_rate(self, num_nodes: int) -> float:
+        """Tokens a step that the best tree of this size should accept (paper 2.3.3)."""
+        return expected_acceptance_length(self.tree(num_nodes), self.accuracies)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "accuracies": self.accuracies}
 
 
-class Medusa1Objective(nn.Module):
-    """Eq. 1 as a module whose only parameters are the heads'."""
+class MedusaTrainer(Trainer):
+    """transformers' Trainer on the objective.
 
-    def __init__(self, model: MedusaModel, heads: MedusaHeads, config: TrainingConfig):
-        super().__init__()
-        self.heads = heads
-        self._model = (model,)  # in a tuple: the frozen backbone is no part of what is trained or saved
-        self.recipe = config
-        self.compute = next(model.backbone.parameters()).dtype
+    Losses are divided by the tokens asked for in the whole step, over all accumulated batches and processes, so that how a
+    batch is cut up changes nothing. Checkpoints hold what is trained and no frozen weight. Evaluation measures each head's
+    accuracy at each rank, and the acceleration rate that the best tree should get from it.
+    """
 
-    def forward(
-        self,
-        input_ids: Tensor,  # (B, T) long
-        labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
-    ) -> dict[str, Tensor]:
-        """The loss and, under `head_losses`, each head's mean cross-entropy (K,)."""
-        model = self._model[0]
-        with torch.no_grad():
-            hidden = model.hidden_states(input_ids)
-        targets = self._targets(model, hidden, labels)
-        width = labels.shape[1]
-        losses = []
-        for k in range(len(self.heads)):
-            # Head k + 1 at position t says token t + k + 2: what the backbone says at t + k + 1.
-            shift = k + 1
-            n = width - 1 - shift
-            here = Targets(targets.tokens[:, shift:].flatten(0, 1), targets.weights[:, shift:].flatten(0, 1))
-            states = hidden[:, :n].flatten(0, 1).to(self.heads.dtype)
-            with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
-                states = self.heads.residual(states, k)
-            total = linear_cross_entropy(states, self.heads.lm_head(k), here, self.recipe.loss_chunk, self.compute)
-            losses.append(total / here.weights.sum().clamp(min=1))
-        stacked = torch.stack(losses)
-        # Medusa 2.2.1, Eq. 1: lambda_k is the k-th power of a constant
-        weights = torch.tensor([self.recipe.lambda_base**k for k in range(1, len(losses) + 1)], device=stacked.device)
-        return {"loss": (weights * stacked).sum(), "head_losses": stacked.detach()}
+    model: Objective
 
-    def _targets(self, model: MedusaModel, hidden: Tensor, labels: Tensor) -> Targets:
-        """What the backbone (or the text) says after each position but the last, (B, T - 1, m)."""
-        following = labels[:, 1:]
-        if self.recipe.targets == "hard":
-            flat = hard_targets(following.flatten())
-        else:
-            states = hidden[:, :-1].flatten(0, 1)
-            counted = (following != IGNORED).flatten()
-            flat = soft_targets(states, model.logits, counted, self.recipe.soft_top, self.recipe.loss_chunk)
-        shape = (*following.shape, -1)
-        return Targets(flat.tokens.view(shape), flat.weights.view(shape))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by what `_get_num_items_in_batch` gives
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        num_heads = len(self.model.heads)
+        counts = sum(count_asked(batch["labels"], batch["segments"], num_heads) for batch in batch_samples).to(device)
+        return self.accelerator.reduce(counts, "sum")
 
-class Medusa1Trainer(Trainer):
-    """transformers' Trainer on the objective; evaluation is the heads' accuracy at each rank."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        config = self.model.recipe
+        if config.joint and config.lambda_0_schedule == "sine":
+            # Paper B.4: lambda_0 rises by a sine to its peak at the end.
+            done = self.state.global_step / max(self.state.max_steps, 1)
+            self.model.lambda_0 = config.lambda_0 * math.sin(math.pi / 2 * done)
+        output = model(**inputs, counts=num_items_in_batch)
+        loss = output["loss"]
+        self._check(loss.item(), inputs)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, ours are shares of a sum
+        return (loss, output) if return_outputs else loss
+
+    def _check(self, loss: float, inputs: dict[str, Tensor]) -> None:
+        """Stop when the loss is no number or explodes: going on would only overwrite good checkpoints."""
+        config = self.model.recipe
+        vocab_size = self.model.heads.config.vocab_size
+        weight = sum(config.lambda_base**k for k in range(1, len(self.model.heads) + 1))
+        ignorant = math.log(vocab_size) * (1 + config.lambda_0 * weight if config.joint else weight)
+        untrained = self.state.global_step < config.warmup_steps  # new heads say what the LM head says, and are far off
+        if math.isfinite(loss) and (untrained or loss < EXPLODED * ignorant):
+            return
+        rows = self.train_dataset
+        where = ", ".join(dict.fromkeys(rows[number][1].source for number in inputs["rows"].tolist()))
+        raise MedusaError(
+            f"loss is {loss:.4g} at step {self.state.global_step + 1}, on {where}; "
+            "look at these samples, or lower --learning-rate and resume"
+        )
+
+    def create_optimizer(self, model=None):
+        """Heads and backbone at learning rates of their own (paper 2.2.2), biases and vectors without decay."""
+        if self.optimizer is None:
+            config, objective = self.model.recipe, model or self.model
+            backbone_rate = config.backbone_learning_rate or config.learning_rate / 4
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in objective.named_parameters():
+                if parameter.requires_grad:
+                    rate = config.learning_rate if name.removeprefix("module.").startswith("heads.") else backbone_rate
+                    decay = config.weight_decay if parameter.ndim > 1 else 0.0
+                    groups.setdefault((rate, decay), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, objective)
+            options.pop("lr")
+            self.optimizer = kind(
+                [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()], **options
+            )
+        return self.optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         objective = self.model
         num_heads = len(objective.heads)
-        hits, asked = torch.zeros(num_heads, EVALUATED_RANKS, dtype=torch.long), torch.zeros(num_heads, dtype=torch.long)
-        loss, batches = 0.0, 0
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad():
-                loss += objective(**batch)["loss"].item()
-                hidden = objective._model[0].hidden_states(batch["input_ids"]).to(objective.heads.dtype)
-                counted = batch["labels"] != IGNORED
-                got, times = rank_hits(objective.heads, hidden, batch["input_ids"], counted, EVALUATED_RANKS)
-            hits, asked, batches = hits + got, asked + times, batches + 1
-        accuracy = (hits / asked.clamp(min=1)[:, None]).cumsum(-1)
-        metrics = {f"{metric_key_prefix}_loss": loss / max(batches, 1)}
-        for k, row in enumerate(accuracy.tolist(), 1):
-            metrics |= {f"{metric_key_prefix}_head{k}_top{i}": value for i, value in enumerate(row, 1)}
+        ranks = min(EVALUATED_RANKS, objective.heads.config.vocab_size)
+        device = self.args.device
+        hits = torch.zeros(num_heads, ranks, dtype=torch.long, device=device)
+        times, losses = torch.zeros(num_heads, dtype=torch.long, device=device), torch.zeros(3, device=device)
+        objective.eval()
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                batch = self._prepare_inputs(batch)
+                output = self.model_wrapped(**batch) if self.is_fsdp_enabled else objective(**batch)
+                losses += torch.stack([output["loss"], output.get("lm_loss", output["loss"]), torch.ones_like(output["loss"])])
+                hidden, counted = output["hidden"].to(objective.heads.dtype), batch["labels"] != IGNORED
+                got, asked = rank_hits(objective.heads, hidden, batch["input_ids"], counted, ranks, batch["segments"])
+                hits, times = hits + got.to(device), times + asked.to(device)
+        objective.train()
+        hits, times, losses = (self.accelerator.reduce(total, "sum") for total in (hits, times, losses))
+        exact = hits / times.clamp(min=1)[:, None]
+        self.evaluated = Evaluated(hits.tolist(), times.tolist())
+        metrics = {f"{metric_key_prefix}_loss": (losses[0] / losses[2]).item()}
+        if objective.recipe.joint:
+            metrics[f"{metric_key_prefix}_lm_loss"] = (losses[1] / losses[2]).item()
+        for k, row in enumerate(exact.cumsum(-1).tolist(), 1):
+            metrics |= {f"{metric_key_prefix}_head{k}_top{i}": value for i, value in enumerate(row[:SHOWN_RANKS], 1)}
+        metrics[f"{metric_key_prefix}_acceleration_rate"] = self.evaluated.acceleration_rate(objective.recipe.tree_nodes)
         self.log(metrics)
         return metrics
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(**inputs)
-        return (output["loss"], output) if return_outputs else output["loss"]
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Of a checkpoint, what is trained."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state.items() if name in trained})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        parameters = dict((model or self.model).named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
 
 
-class _Progress(ProgressCallback):
+class Progress(ProgressCallback):
     """A bar on stderr with the newest figures beside it; stdout is for results."""
+
+    SHOWN = ("loss", "eval_loss", "eval_head1_top1", "eval_acceleration_rate")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs:
-            shown = {key: logs[key] for key in ("loss", "eval_loss", "eval_head1_top1") if key in logs}
-            self.training_bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()})
-
-
-class _StopOnNonsense(TrainerCallback):
-    """Stop when the loss is no number: going on would only overwrite good checkpoints."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise MedusaError(f"loss is {loss} at step {state.global_step}; lower --learning-rate and resume")
-
-
-def train(
-    model: MedusaModel,
-    tokenizer: Any,
-    data: str | Path,
-    output: str | Path,
-    config: TrainingConfig,
-    eval_data: str | Path | None = None,
-    resume: bool = False,
-) -> dict[str, float]:
-    """Train heads for a backbone and save them in `output`, which then also holds the resolved config and metrics.
-
-    Args:
-        model: the backbone; heads it has already are the starting point, else new ones are made.
-        resume: go on from the newest checkpoint in `output`; without one, start.
-
-    Raises:
-        InvalidInput: data that cannot be used.
-    """
-    output = Path(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput(f"cannot write to {output}: {error.strerror}") from None
-    backbone = model.backbone
-    backbone.requires_grad_(False)
-    shortest = config.num_heads + 3
-    length = min(config.max_length, model.context or config.max_length)
-    train_blocks = load_blocks(data, tokenizer, length, model.vocab_size, shortest)
-    eval_blocks = load_blocks(eval_data, tokenizer, length, model.vocab_size, shortest) if eval_data else None
-
-    lm_head = backbone.get_output_embeddings()
-    heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head)
-    if model.heads is not None:
-        if model.heads.state_dict().keys() != heads.state_dict().keys():
-            raise InvalidInput("the heads given to start from have other sizes than the configuration asks for")
-        heads.load_state_dict(model.heads.state_dict())
-    heads.float()  # trained in float32, saved in the backbone's dtype
-    heads.requires_grad_(True)
-    objective = Medusa1Objective(model, heads, config)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=config.max_steps,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=config.logging_steps,
-        eval_strategy="steps" if eval_blocks and config.eval_steps else "no",
-        eval_steps=config.eval_steps or None,
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        seed=config.seed,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=model.device.type == "cuda",
-    )
-    trainer = Medusa1Trainer(
-        model=objective,
-        args=arguments,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        data_collator=collate,
-        callbacks=[_StopOnNonsense()],
-    )
-    for callback in (ProgressCallback, PrinterCallback):  # both write to stdout
-        trainer.remove_callback(callback)
-    trainer.add_callback(_Progress())
-    checkpoint = get_last_checkpoint(str(output)) if resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if eval_blocks else {}
-    heads.to(backbone.dtype)
-    save_heads(heads, output, base_model=backbone.config._name_or_path or None)
-    record = {"config": dataclasses.asdict(config), "metrics": metrics, "log": trainer.state.log_history}
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return metrics
+            self.training_bar.set_postfix({key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs})

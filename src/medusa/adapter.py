@@ -1,0 +1,115 @@
+"""Adapters: the LoRA that Medusa-2 trains on the backbone (paper 2.2.2, B.2), through peft."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from medusa.errors import CheckpointError, InvalidInput
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: float) -> None:
+    """Put a new LoRA on every linear layer of a backbone, the LM head included; it changes nothing until trained."""
+    peft = _peft()
+    if getattr(backbone, "peft_config", None):
+        raise InvalidInput("the backbone has an adapter already; merge it first (peft: merge_and_unload)")
+    targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
+    _untie(backbone)
+    backbone.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+
+
+def has_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
+    """Read an adapter into a backbone and add it to the weights, so that it costs nothing; a quantised one keeps it beside.
+
+    Raises:
+        CheckpointError: broken, or made for another model.
+    """
+    peft = _peft()
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+        if any(".lora_A" in name and "lm_head" in name for name in tensors):
+            _untie(backbone)
+        peft.inject_adapter_in_model(config, backbone)
+        result = peft.set_peft_model_state_dict(backbone, tensors)
+    except Exception as error:  # peft and safetensors raise whatever comes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"the adapter in {folder} is broken or for another model ({reason})") from None
+    unread = list(result.unexpected_keys) + [name for name in result.missing_keys if ".lora_" in name]
+    if unread:
+        raise CheckpointError(f"the adapter in {folder} is for another model: {unread[0]} has no counterpart")
+    if getattr(backbone, "hf_quantizer", None) is None:
+        _merge(backbone)
+
+
+def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None) -> None:
+    """Write the backbone's adapter as peft's two files."""
+    peft = _peft()
+    (name, config) = next(iter(backbone.peft_config.items()))
+    # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
+    tensors = peft.get_peft_model_state_dict(backbone, adapter_name=name, save_embedding_layers=False)
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
+    saved = copy.copy(config)
+    saved.base_model_name_or_path, saved.inference_mode = base_model, True
+    saved.save_pretrained(str(folder))
+
+
+@contextmanager
+def without_adapter(backbone: PreTrainedModel) -> Iterator[None]:
+    """The original model: within, the adapter is off (paper 2.3.2: a teacher that takes no memory)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+    # Set directly: peft's own switch also takes requires_grad from the adapter and gives it back, and calls this private too.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _merge(backbone: PreTrainedModel) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent = backbone.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+
+
+def _untie(backbone: PreTrainedModel) -> None:
+    """Give an LM head that shares the embedding's matrix one of its own: an adapter on it must not move the embedding."""
+    lm_head: Any = backbone.get_output_embeddings()
+    if lm_head.weight is backbone.get_input_embeddings().weight:
+        lm_head.weight = nn.Parameter(lm_head.weight.detach().clone(), requires_grad=False)
+    backbone.config.get_text_config(decoder=True).tie_word_embeddings = False
+    backbone.config.tie_word_embeddings = False
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, bitsandbytes' quantised ones, GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InvalidInput("adapters need peft: pip install 'medusa-decoding[train]'") from None
+    return peft

@@ -1,0 +1,238 @@
+"""Samples: conversations and texts read from the formats that data sets come in."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa.errors import InvalidInput
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
+# ShareGPT's names of the speakers, and the OpenAI convention's own.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record: exactly one of `messages`, `text` and `input_ids` is given.
+
+    Attributes:
+        source: where it stands, for errors: `file:line` or `file, record n`.
+        prompt: what comes before `text` and is not to be learnt (prompt/completion records).
+    """
+
+    source: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    prompt: str | None = None
+    input_ids: tuple[int, ...] | None = None
+
+
+class Skips:
+    """Samples that were left out, counted by reason."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, source: str) -> None:
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, source)
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.reasons.most_common())
+
+
+def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sample]:
+    """The samples of a JSON, JSONL or Parquet file, of a folder of such files, or of a `datasets` folder or hub id.
+
+    A record is `{"messages": [{"role", "content"}]}`, ShareGPT's `{"conversations": [{"from", "value"}]}`,
+    `{"prompt", "completion"}` (two strings, or two lists of messages), `{"text"}` or `{"input_ids"}`. A hub id may name
+    its split after a colon: `user/name:train_sft` (default: train).
+
+    Args:
+        skips: counts conversations that are empty or whose turns do not alternate; without it they are errors.
+
+    Raises:
+        InvalidInput: no such data, a broken file, or a record of no known or another format; file and line are named.
+    """
+    first_format: str | None = None
+    empty = True
+    for where, record in read_records(source):
+        empty = False
+        if not isinstance(record, dict):
+            raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object")
+        found = next((key for key in FORMATS if record.get(key) is not None), None)
+        if found is None:
+            raise InvalidInput(f"{where} has keys {sorted(record)}, wanted one of {', '.join(FORMATS)}")
+        first_format = first_format or found
+        if found != first_format:
+            raise InvalidInput(f"{where} holds {found!r} where the records before it hold {first_format!r}; split the file")
+        try:
+            yield _sample(where, record, found)
+        except _UnusableConversation as error:
+            if skips is None:
+                raise InvalidInput(f"{where}: {error}") from None
+            skips.add(str(error), where)
+    if empty:
+        raise InvalidInput(f"{source} holds no records")
+
+
+class _UnusableConversation(Exception):
+    """A conversation that nothing can be learnt from; the reason is the message."""
+
+
+def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
+    value = record[found]
+    if found == "input_ids":
+        if not (isinstance(value, list) and all(type(token) is int for token in value)):
+            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
+        return Sample(where, input_ids=tuple(value))
+    if found == "text":
+        return Sample(where, text=_string(where, "text", value))
+    if found == "prompt":
+        completion = record.get("completion")
+        if isinstance(value, list) and isinstance(completion, list):
+            return Sample(where, messages=_messages(where, value + completion))
+        if completion is None:
+            raise InvalidInput(f"{where} has a 'prompt' and no 'completion'")
+        return Sample(where, text=_string(where, "completion", completion), prompt=_string(where, "prompt", value))
+    if not isinstance(value, list):
+        raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, wanted a list of turns")
+    return Sample(where, messages=_messages(where, value))
+
+
+def _string(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, wanted a string")
+    return value
+
+
+def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
+    """The turns as role and content: perhaps a system turn, then user and assistant by turns, from the user on."""
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise InvalidInput(f"{where}: a turn is a {type(turn).__name__}, wanted an object")
+        name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if name not in ROLES:
+            raise InvalidInput(f"{where}: a turn's role is {name!r}, wanted system, user or assistant")
+        messages.append({"role": ROLES[name], "content": _string(where, "content", content)})
+    if not messages:
+        raise _UnusableConversation("with an empty conversation")
+    start = 1 if messages[0]["role"] == "system" else 0
+    # ShareGPT cuts long conversations in pieces, of which the later ones begin in the assistant's turn.
+    if start == 0 and messages[0]["role"] == "assistant":
+        messages = messages[1:]
+    expected = ("user", "assistant")
+    if any(message["role"] != expected[i % 2] for i, message in enumerate(messages[start:])):
+        raise _UnusableConversation("whose turns do not alternate")
+    return tuple(messages)
+
+
+def read_records(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """The raw records of a file, folder or hub id, each with where it stands."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            yield from _records_of_dataset(str(source))
+            return
+        files = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
+        if not files:
+            raise InvalidInput(f"{path} holds no {', '.join(SUFFIXES)} file")
+        for file in files:
+            yield from _records_of_file(file)
+    elif path.is_file():
+        yield from _records_of_file(path)
+    elif path.suffix or path.is_absolute() or str(source).startswith("."):
+        raise InvalidInput(f"no data file {path}")
+    else:
+        yield from _records_of_dataset(str(source))
+
+
+def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        yield from _records_of_parquet(path)
+    elif path.suffix == ".json" and _first_character(path) == "[":
+        try:
+            records = json.loads(path.read_bytes())
+        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+            raise InvalidInput(f"{path} is not valid JSON: {error}") from None
+        yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, 1))
+    else:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except ValueError as error:
+                    raise InvalidInput(f"{path}:{number} is not valid JSON: {error}") from None
+                yield f"{path}:{number}", record
+
+
+def _first_character(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1].decode("latin-1")
+
+
+def _records_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    parquet = _optional("pyarrow.parquet", "Parquet files")
+    import pyarrow
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, record {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InvalidInput(f"{path} is broken or no Parquet file: {' '.join(str(error).split())[:120]}") from None
+
+
+def _records_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
+    datasets = _optional("datasets", "data sets by name")
+    identifier, _, split = name.partition(":")
+    try:
+        if Path(identifier).is_dir():
+            data = datasets.load_from_disk(identifier)
+            if isinstance(data, dict):
+                data = data[split or "train"]
+        else:
+            data = datasets.load_dataset(identifier, split=split or "train", streaming=True)
+        for number, record in enumerate(data, 1):
+            yield f"{name}, record {number}", record
+    except (OSError, ValueError, KeyError, ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InvalidInput(f"{name} is no file here and cannot be read as a data set: {reason[:160]}") from None
+
+
+def _optional(module: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InvalidInput(f"reading {what} needs {module.split('.')[0]}: pip install 'medusa-decoding[data]'") from None

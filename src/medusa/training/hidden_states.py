@@ -1,0 +1,126 @@
+"""Hidden states kept on disk: a frozen backbone runs once over the data, the heads are trained from what it said."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from medusa.errors import InvalidInput
+from medusa.model import MedusaModel
+from medusa.training.data import Row, Rows, collate
+
+SHARD_TOKENS = 1 << 18
+INDEX = "index.json"
+
+
+class RowsWithHiddenStates:
+    """Rows, each with the backbone's hidden states of its tokens, read from the shards that `keep` wrote."""
+
+    def __init__(self, rows: Rows, folder: Path, shards: list[tuple[int, int]]):
+        self._rows, self._folder, self._shards = rows, folder, shards
+        # Of every row: its shard, and where in it its tokens begin.
+        self._places: list[tuple[int, int]] = []
+        for shard, (first, last) in enumerate(shards):
+            start = 0
+            for row in rows.rows[first:last]:
+                self._places.append((shard, start))
+                start += len(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> tuple[int, Row]:
+        _, row = self._rows[number]
+        shard, start = self._places[number]
+        with safe_open(_shard(self._folder, shard), framework="pt") as file:  # mapped: only this row is read
+            hidden = file.get_slice("hidden_states")[start : start + len(row)]
+        return number, dataclasses.replace(row, hidden=hidden)
+
+
+def keep(
+    model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS
+) -> RowsWithHiddenStates:
+    """The hidden states of all rows in `folder`: 2 d bytes a token in bfloat16. What is there already is not made again.
+
+    Raises:
+        InvalidInput: the folder holds those of other data or of another backbone, or the disk is full.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_of = {"data": rows.fingerprint(), "backbone": _fingerprint(model), "shard_tokens": shard_tokens}
+    index = folder / INDEX
+    if index.is_file():
+        found = json.loads(index.read_text(encoding="utf-8"))
+        for name in made_of:
+            if found.get(name) != made_of[name]:
+                raise InvalidInput(f"{folder} holds hidden states of other {name}; give another folder or remove this one")
+    else:
+        index.write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+    shards, first, tokens = [], 0, 0
+    for number, row in enumerate(rows, 1):
+        tokens += len(row)
+        if tokens >= shard_tokens or number == len(rows):
+            shards.append((first, number))
+            first, tokens = number, 0
+    with tqdm(total=rows.tokens, desc="Hidden states", unit=" tokens", unit_scale=True) as bar:
+        for shard, (first, last) in enumerate(shards):
+            part = rows.rows[first:last]
+            if not _is_whole(_shard(folder, shard), sum(map(len, part))):
+                _write(_shard(folder, shard), _compute(model, part, batch_size))
+            bar.update(sum(map(len, part)))
+    return RowsWithHiddenStates(rows, folder, shards)
+
+
+@torch.inference_mode()
+def _compute(model: MedusaModel, rows: list[Row], batch_size: int) -> torch.Tensor:  # (tokens, d)
+    """The hidden states of rows end to end; rows of like length share a batch, which wastes little on padding."""
+    hidden: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([(number, rows[number]) for number in chosen])
+        segments = batch["segments"].to(model.device)
+        packed = segments if bool((segments > 1).any()) else None
+        states = model.hidden_states(batch["input_ids"].to(model.device), packed).cpu()
+        for number, state in zip(chosen, states, strict=True):
+            hidden[number] = state[: len(rows[number])].clone()
+    return torch.cat(hidden)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"hidden_states-{number:05d}.safetensors"
+
+
+def _write(path: Path, hidden: torch.Tensor) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({"hidden_states": hidden}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InvalidInput(f"cannot write {path}: {' '.join(str(error).split())}; what is written is kept") from None
+
+
+def _is_whole(path: Path, tokens: int) -> bool:
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice("hidden_states").get_shape()[0] == tokens
+
+
+def _fingerprint(model: MedusaModel) -> str:
+    """A hash of a sample of every weight, its dtype with it."""
+    digest = hashlib.sha256()
+    for name, tensor in model.backbone.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

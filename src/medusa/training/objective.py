@@ -1,0 +1,150 @@
+"""The objective: Eq. 1 for the heads and, where the backbone is trained too, Eq. 2 (paper 2.2)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from medusa.adapter import without_adapter
+from medusa.heads import MedusaHeads
+from medusa.model import MedusaModel
+from medusa.training.config import TrainingConfig
+from medusa.training.losses import (
+    IGNORED,
+    Targets,
+    cross_entropy,
+    hard_targets,
+    in_chunks,
+    kl_divergence,
+    linear_cross_entropy,
+    soft_targets,
+)
+
+
+def asked(
+    labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
+    segments: Tensor,  # (B, T) long: the text each token belongs to
+    shift: int,
+) -> Tensor:  # (B, T - shift) bool
+    """Where the token `shift` places on is one to be learnt, and of the same text."""
+    return (labels[:, shift:] != IGNORED) & (segments[:, shift:] == segments[:, : labels.shape[1] - shift])
+
+
+def count_asked(
+    labels: Tensor,  # (B, T) long
+    segments: Tensor,  # (B, T) long
+    num_heads: int,
+) -> Tensor:  # (1 + K,) long
+    """How many tokens the LM head, then each head, is asked for in a batch."""
+    return torch.stack([asked(labels, segments, shift).sum() for shift in range(1, num_heads + 2)])
+
+
+class Objective(nn.Module):
+    """The losses of the heads and of the backbone, as the one module that is trained.
+
+    Args:
+        model: the backbone; its parameters are trained as far as they require a gradient.
+        heads: in float32.
+    """
+
+    def __init__(self, model: MedusaModel, heads: MedusaHeads, config: TrainingConfig):
+        super().__init__()
+        self.heads = heads
+        self.backbone = model.backbone
+        self._model = (model,)  # in a tuple: it holds the modules above, and is none itself
+        self.recipe = config
+        self.compute = next(model.backbone.parameters()).dtype
+        if not self.compute.is_floating_point:  # quantised
+            self.compute = model.backbone.dtype
+        self.lambda_0 = config.lambda_0 if config.joint else 1.0  # a schedule may change it
+
+    def train(self, mode: bool = True) -> Objective:
+        super().train(mode)
+        if not self.recipe.joint:
+            self.backbone.eval()  # frozen: no dropout
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T) long
+        labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
+        segments: Tensor,  # (B, T) long: the text each token belongs to, numbered from 1; 0 is padding
+        hidden: Tensor | None = None,  # (B, T, d): the backbone's hidden states, where they are known already
+        counts: Tensor | None = None,  # (1 + K,): divisors of the losses; None: `count_asked` of this batch
+        rows: Tensor | None = None,  # (B,) long: which rows these are, for messages
+    ) -> dict[str, Tensor]:
+        """The `loss`, each head's mean cross-entropy `head_losses` (K,), `lm_loss` of Eq. 2, and the `hidden` states."""
+        model, config = self._model[0], self.recipe
+        if counts is None:
+            counts = count_asked(labels, segments, len(self.heads))
+        counts = counts.clamp(min=1)
+        packed = segments if bool((segments > 1).any()) else None
+        if hidden is None:
+            with torch.set_grad_enabled(config.joint and torch.is_grad_enabled()):
+                hidden = model.hidden_states(input_ids, packed)
+        following = asked(labels, segments, 1)  # positions whose next token counts
+        original = hidden.detach()[:, :-1][following]
+        distill = config.joint and config.lm_loss == "distill"
+        if distill:
+            with torch.no_grad(), without_adapter(self.backbone):
+                original = model.hidden_states(input_ids, packed)[:, :-1][following]
+
+        # Medusa 2.2.1, Eq. 1: lambda_k is the k-th power of a constant
+        head_losses = self._head_losses(hidden, labels, segments, following, original, distill) / counts[1:]
+        powers = torch.arange(1, len(self.heads) + 1, device=head_losses.device)
+        loss = (config.lambda_base**powers * head_losses).sum()
+        output = {"head_losses": head_losses.detach(), "hidden": hidden.detach()}
+        if config.joint:
+            states, wanted = hidden[:, :-1][following], labels[:, 1:][following]
+            if distill:
+                lm_loss = in_chunks(self._distillation, states, original, chunk=config.loss_chunk)
+            else:
+                lm_loss = in_chunks(
+                    lambda states, wanted: cross_entropy(model.logits(states), wanted), states, wanted, chunk=config.loss_chunk
+                )
+            lm_loss = lm_loss / counts[0]
+            output["lm_loss"] = lm_loss.detach()
+            loss = lm_loss + self.lambda_0 * loss  # Medusa 2.2.2, Eq. 2
+        return output | {"loss": loss}
+
+    def _head_losses(
+        self,
+        hidden: Tensor,  # (B, T, d)
+        labels: Tensor,
+        segments: Tensor,
+        following: Tensor,  # (B, T - 1) bool: positions whose next token counts, n of them
+        original: Tensor,  # (n, d): the hidden states there whose distribution soft targets are
+        distill: bool,
+    ) -> Tensor:  # (K,) float32, summed over positions
+        soft = None
+        if self.recipe.targets == "soft":
+            soft = self._soft_targets(original, distill)
+            place = following.flatten().cumsum(0).view_as(following) - 1  # of a position in `soft`
+        losses = []
+        for k in range(len(self.heads)):
+            # Head k + 1 at position t says token t + k + 2: what the backbone says at t + k + 1.
+            shift = k + 2
+            counted = asked(labels, segments, shift)
+            if soft is None:
+                targets = hard_targets(labels[:, shift:][counted])
+            else:
+                at = place[:, k + 1 :][counted]
+                targets = Targets(soft.tokens[at], soft.weights[at])
+            states = hidden[:, : counted.shape[1]][counted].to(self.heads.dtype)
+            with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
+                states = self.heads.residual(states, k)
+            losses.append(linear_cross_entropy(states, self.heads.lm_head(k), targets, self.recipe.loss_chunk, self.compute))
+        return torch.stack(losses)
+
+    def _soft_targets(self, original: Tensor, distill: bool) -> Targets:
+        with without_adapter(self.backbone) if distill else nullcontext():
+            return soft_targets(original, self._model[0].logits, self.recipe.soft_top, self.recipe.loss_chunk)
+
+    def _distillation(self, states: Tensor, original: Tensor) -> Tensor:
+        """sum KL(p_original || p) over rows of hidden states (paper 2.3.2)."""
+        model = self._model[0]
+        with torch.no_grad(), without_adapter(self.backbone):
+            teacher = model.logits(original)
+        return kl_divergence(model.logits(states), teacher)

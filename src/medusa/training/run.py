@@ -1,0 +1,220 @@
+"""A training run: from a backbone and data to a folder of heads, through one stage or two."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import random
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from medusa.adapter import attach_adapter, save_adapter
+from medusa.config import TREE_FILE
+from medusa.errors import InvalidInput
+from medusa.heads import MedusaHeads, load_heads, save_heads
+from medusa.model import MedusaModel
+from medusa.quantization import make_differentiable
+from medusa.training.card import write_card
+from medusa.training.config import TrainingConfig
+from medusa.training.data import Rows, collate
+from medusa.training.hidden_states import keep
+from medusa.training.objective import Objective
+from medusa.training.trainer import MedusaTrainer, Progress
+
+RECORD = "training.json"
+MOST_HELD_OUT = 512  # rows
+
+
+def train(
+    model: MedusaModel,
+    rows: Rows,
+    output: str | Path,
+    config: TrainingConfig,
+    eval_rows: Rows | None = None,
+    resume: bool = False,
+    hidden_states: str | Path | None = None,
+) -> dict[str, float]:
+    """Train heads for a backbone, and the backbone with them where the configuration says so; save all in `output`.
+
+    `output` then holds the heads, the tree built from their accuracies, the adapter or the fine-tuned backbone of
+    Medusa-2, the resolved configuration with log and metrics (`training.json`) and a model card.
+
+    Args:
+        model: the backbone; heads it has already are the starting point, else new ones are made.
+        eval_rows: to measure on; None holds out `config.held_out` of the rows.
+        resume: go on from the newest whole checkpoint in `output`; without one, start.
+        hidden_states: a folder to keep the frozen backbone's hidden states in, and train from them (offline mode).
+
+    Raises:
+        InvalidInput: options or data that cannot be used.
+        MedusaError: a loss that is no number or explodes.
+    """
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"cannot write to {output}: {error.strerror}") from None
+    if hidden_states is not None and config.joint:
+        raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
+    if eval_rows is None:
+        rows, eval_rows = hold_out(rows, config.held_out, config.seed)
+    if config.heads_steps and model.heads is None:
+        first = output / "stage-1"
+        if not (resume and (first / RECORD).is_file()):
+            steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
+            alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
+            train(model, rows, first, alone, eval_rows, resume)
+        model = MedusaModel(model.backbone, load_heads(first))
+
+    base_model = model.backbone.config._name_or_path or None
+    heads = _new_heads(model, config)
+    model = _trainable(model, config)
+    objective = Objective(model, heads, config)
+    data = {"train": rows, "eval": eval_rows}
+    if hidden_states is not None:
+        with PartialState().main_process_first():
+            kept = {name: keep(model, part, Path(hidden_states) / name) for name, part in data.items() if part is not None}
+        data |= kept
+    trainer = MedusaTrainer(
+        model=objective,
+        args=_arguments(model, output, config, evaluate=eval_rows is not None),
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        data_collator=collate,
+    )
+    for callback in (ProgressCallback, PrinterCallback):  # both write to stdout
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
+    metrics = trainer.evaluate() if eval_rows is not None else {}
+    tensors = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if trainer.is_world_process_zero():
+        if tensors is not None:  # gathered from all processes
+            heads = _new_heads(model, config)
+            heads.load_state_dict({k.removeprefix("heads."): t for k, t in tensors.items() if k.startswith("heads.")})
+        _save(output, model, heads, config, base_model)
+        if eval_rows is not None:
+            trainer.evaluated.tree(config.tree_nodes).save(output / TREE_FILE)
+            asked, nodes = max(trainer.evaluated.asked), len(trainer.evaluated.tree(config.tree_nodes))
+            write_card(output, config, base_model, metrics, asked, nodes, rows.tokens, rows.labelled)
+        record = {
+            "config": dataclasses.asdict(config),
+            "base_model": base_model,
+            "data": {"fingerprint": rows.fingerprint(), "rows": len(rows), "tokens": rows.tokens, "labelled": rows.labelled},
+            "skipped": dict(rows.skips.reasons),
+            "cut": rows.cut,
+            "metrics": metrics,
+            "accuracies": trainer.evaluated.to_dict() if eval_rows is not None else None,
+            "log": trainer.state.log_history,
+            "versions": {name: version(name) for name in ("medusa-decoding", "torch", "transformers", "accelerate")},
+        }
+        (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    objective.eval()  # no dropout in what the caller still holds
+    return metrics
+
+
+def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
+    """The rows to train on and those to measure on; none of the latter where the data is too small to spare any."""
+    number = min(MOST_HELD_OUT, round(share * len(rows)))
+    if number == 0:
+        return rows, None
+    chosen = set(random.Random(seed).sample(range(len(rows)), number))
+    kept = [row for number, row in enumerate(rows) if number not in chosen]
+    held = [row for number, row in enumerate(rows) if number in chosen]
+    return dataclasses.replace(rows, rows=kept), Rows(held)
+
+
+def _new_heads(model: MedusaModel, config: TrainingConfig) -> MedusaHeads:
+    """Heads in float32, ready to be trained: those the model has, or new ones."""
+    lm_head = model.backbone.get_output_embeddings()
+    heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head)
+    if model.heads is not None:
+        wanted = {name: tensor.shape for name, tensor in heads.state_dict().items()}
+        if {name: tensor.shape for name, tensor in model.heads.state_dict().items()} != wanted:
+            raise InvalidInput("the heads given to start from have other sizes than the configuration asks for")
+        heads.load_state_dict(model.heads.state_dict())
+    return heads.float().requires_grad_(True)
+
+
+def _trainable(model: MedusaModel, config: TrainingConfig) -> MedusaModel:
+    """The model with that part of its backbone which is to be trained requiring a gradient."""
+    backbone = model.backbone.requires_grad_(False)
+    if config.backbone == "lora":
+        make_differentiable(backbone)
+        attach_adapter(backbone, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    elif config.backbone == "full":
+        backbone.float().requires_grad_(True)
+    else:
+        return model
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.enable_input_require_grads()
+    return MedusaModel(backbone, None)
+
+
+def _arguments(model: MedusaModel, output: Path, config: TrainingConfig, evaluate: bool) -> TrainingArguments:
+    on_gpu = model.device.type == "cuda"
+    small = config.optimizer == "adamw-8bit" or (
+        config.optimizer == "auto" and on_gpu and importlib.util.find_spec("bitsandbytes") is not None
+    )
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=config.max_steps,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        optim="adamw_bnb_8bit" if small else "adamw_torch",
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=config.logging_steps,
+        eval_strategy="steps" if evaluate and config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=on_gpu,
+    )
+
+
+def _newest_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end: its state is its last file."""
+    found = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _save(output: Path, model: MedusaModel, heads: MedusaHeads, config: TrainingConfig, base_model: str | None) -> None:
+    backbone = model.backbone
+    heads.to(torch.float32 if config.backbone == "full" else backbone.dtype)
+    if config.backbone == "full":
+        # One folder of backbone and heads: what the heads are stands in the backbone's own config.
+        for name, value in heads.config.to_dict().items():
+            if name.startswith("medusa_"):
+                setattr(backbone.config, name, value)
+        backbone.save_pretrained(output)
+        save_heads(heads, output, base_model, config=False)
+        return
+    if config.backbone == "lora":
+        save_adapter(backbone, output, base_model)
+    save_heads(heads, output, base_model)

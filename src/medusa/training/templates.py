@@ -1,0 +1,99 @@
+"""Chat templates: a conversation as token ids, and which of them the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from medusa.errors import InvalidInput
+from medusa.samples import Message
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+_STAND_IN = "ASSISTANT5P34KS{}HERE"  # letters and digits, which no template trims or escapes
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:  # ids, and for each whether it is the assistant's speech
+    """A conversation under the tokenizer's chat template.
+
+    The assistant's speech is what it would generate: the content of its turns and the special token that ends them, but
+    neither its header nor the line break after its turn. A template with `{% generation %}` markers says itself what that
+    is. Any other is rendered a second time with stand-ins in the place of the assistant's contents, which shows what it
+    writes around them whatever its turns look like.
+
+    Raises:
+        InvalidInput: no chat template, a slow tokenizer, a template that refuses the conversation or changes the contents.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InvalidInput("masking the prompt needs a fast tokenizer (tokenizers library); this one is slow")
+    if not tokenizer.chat_template:
+        raise InvalidInput("the tokenizer has no chat template; give it one, or give data as 'text' or 'prompt'/'completion'")
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoded["input_ids"]), [bool(spoken) for spoken in encoded["assistant_masks"]]
+    text, spans = render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), overlaps(encoded["offset_mapping"], spans)
+
+
+def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text and the spans of characters in it that the assistant says."""
+    text = _apply(tokenizer, messages)
+    assistant = [message for message in messages if message["role"] == "assistant"]
+    names = iter(map(_STAND_IN.format, range(len(assistant))))
+    standing_in = [{**m, "content": next(names)} if m["role"] == "assistant" else m for m in messages]
+    pieces = re.split(_STAND_IN.format(r"\d+"), _apply(tokenizer, standing_in))
+    if len(pieces) != len(assistant) + 1:
+        raise InvalidInput(
+            f"the chat template shows {len(pieces) - 1} of {len(assistant)} assistant turns; "
+            "mark them with {% generation %} … {% endgeneration %} in the template"
+        )
+    special = sorted({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())} - {""}, key=len)
+    closing = re.compile(r"\s*(" + "|".join(map(re.escape, reversed(special))) + ")") if special else None
+    spans, at = [], len(pieces[0])
+    matched = text.startswith(pieces[0])
+    for message, after in zip(assistant, pieces[1:], strict=True):
+        last = after is pieces[-1]
+        end = next((at + len(c) for c in _as_rendered(message["content"]) if text.startswith(c + after, at)), None)
+        if end is None:  # changed by the template: it ends where what follows it begins
+            end = len(text) - len(after) if last else text.find(after, at)
+            matched = matched and end >= at and text.startswith(after, end)
+        # The turn's end is spoken too, unless it belongs to the next turn: then a conversation would not end with it.
+        ending = closing.match(after) if closing else None
+        final = closing.match(pieces[-1]) if closing else None
+        spoken = len(ending[0]) if ending and final and ending[1] == final[1] else 0
+        spans.append((at, end + spoken))
+        at = end + len(after)
+    if not matched or at != len(text):
+        raise InvalidInput(
+            "the chat template rewrites what the assistant says, so its words cannot be found again; "
+            "mark them with {% generation %} … {% endgeneration %} in the template"
+        )
+    return text, spans
+
+
+def _as_rendered(content: str) -> tuple[str, ...]:
+    return content, content.strip(), content.rstrip(), content.lstrip()
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InvalidInput(f"the chat template refuses a conversation: {' '.join(str(error).split())}") from None
+
+
+def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token, given by its span of characters, has any in one of the spans; both are in order."""
+    inside, at = [], 0
+    for start, end in offsets:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        inside.append(at < len(spans) and end > start and end > spans[at][0])
+    return inside
