@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa.errors import CheckpointError, InvalidInput
@@ -55,12 +55,12 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
         _merge(backbone)
 
 
-def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None) -> None:
-    """Write the backbone's adapter as peft's two files."""
+def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:
+    """Write the backbone's adapter, whose tensors are in `trained` by their names in the backbone, as peft's two files."""
     peft = _peft()
     (name, config) = next(iter(backbone.peft_config.items()))
     # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
-    tensors = peft.get_peft_model_state_dict(backbone, adapter_name=name, save_embedding_layers=False)
+    tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
     saved = copy.copy(config)
     saved.base_model_name_or_path, saved.inference_mode = base_model, True

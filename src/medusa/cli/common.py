@@ -146,10 +146,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 
 def quiet_transformers() -> None:
     """transformers' own progress bars and advice would drown ours."""
+    from logging import CRITICAL, getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(CRITICAL)  # says at import which kernels it has not
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

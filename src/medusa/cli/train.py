@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -96,14 +97,14 @@ def train_command(
     start = load_heads(local_folder(heads)) if heads else None
     medusa = MedusaModel(backbone, start)
     length = min(recipe.max_length, medusa.context or recipe.max_length)
-    rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=True)
+    main = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
+    rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=main)
     eval_rows = load_rows(eval_data, tokenizer, length, medusa.vocab_size) if eval_data else None
-    common.note(f"{len(rows)} rows, {rows.tokens:,} tokens, {rows.labelled:,} of them to be learnt")
-    if rows.cut:
-        common.note(f"{rows.cut} samples were longer than {length} tokens and were cut")
-    if rows.skips:
-        common.note(f"skipped {rows.skips}")
+    if main:
+        _describe(rows, length)
     metrics = train(medusa, rows, output, recipe, eval_rows, resume, hidden_states)
+    if not main:
+        return
     if recipe.backbone == "full":
         tokenizer.save_pretrained(output)
     if as_json:
@@ -116,6 +117,14 @@ def train_command(
             print(f"head {k}: {tops}")
     if "eval_acceleration_rate" in metrics:
         print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens a step, {recipe.tree_nodes} nodes")
+
+
+def _describe(rows: Any, length: int) -> None:
+    common.note(f"{len(rows)} rows, {rows.tokens:,} tokens, {rows.labelled:,} of them to be learnt")
+    if rows.cut:
+        common.note(f"{rows.cut} samples were longer than {length} tokens and were cut")
+    if rows.skips:
+        common.note(f"skipped {rows.skips}")
 
 
 def _load_backbone(folder: Path, quantization: str, dtype: str | None, device: str | None, trust_remote_code: bool) -> Any:
@@ -148,5 +157,4 @@ def _preview(data: str, tokenizer: Any, recipe: TrainingConfig, count: int, voca
             text.append(tokenizer.decode(ids), style="bold green" if spoken else "dim")
         console.rule(f"row {number} of {len(rows)}: {len(row)} tokens, {int(row.spoken.sum())} learnt ({row.source})")
         console.print(text)
-    if rows.skips:
-        common.note(f"skipped {rows.skips}")
+    _describe(rows, recipe.max_length)

@@ -53,6 +53,7 @@ class Objective(nn.Module):
         super().__init__()
         self.heads = heads
         self.backbone = model.backbone
+        self._no_split_modules = model.backbone._no_split_modules  # what FSDP shards as a piece
         self._model = (model,)  # in a tuple: it holds the modules above, and is none itself
         self.recipe = config
         self.compute = next(model.backbone.parameters()).dtype

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import random
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa.adapter import attach_adapter, save_adapter
 from medusa.config import TREE_FILE
 from medusa.errors import InvalidInput
-from medusa.heads import MedusaHeads, load_heads, save_heads
+from medusa.heads import MedusaHeads, heads_from_tensors, load_heads, save_heads
 from medusa.model import MedusaModel
 from medusa.quantization import make_differentiable
 from medusa.training.card import write_card
@@ -65,6 +67,8 @@ def train(
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
     if config.heads_steps and model.heads is None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+            raise InvalidInput("under FSDP the two stages are two runs: train medusa-1 first, then give its folder as --heads")
         first = output / "stage-1"
         if not (resume and (first / RECORD).is_file()):
             steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
@@ -93,12 +97,9 @@ def train(
     trainer.add_callback(Progress())
     trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
     metrics = trainer.evaluate() if eval_rows is not None else {}
-    tensors = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    trained = trainer.trained()
     if trainer.is_world_process_zero():
-        if tensors is not None:  # gathered from all processes
-            heads = _new_heads(model, config)
-            heads.load_state_dict({k.removeprefix("heads."): t for k, t in tensors.items() if k.startswith("heads.")})
-        _save(output, model, heads, config, base_model)
+        _save(output, objective, trained, base_model)
         if eval_rows is not None:
             trainer.evaluated.tree(config.tree_nodes).save(output / TREE_FILE)
             asked, nodes = max(trainer.evaluated.asked), len(trainer.evaluated.tree(config.tree_nodes))
@@ -112,6 +113,7 @@ def train(
             "metrics": metrics,
             "accuracies": trainer.evaluated.to_dict() if eval_rows is not None else None,
             "log": trainer.state.log_history,
+            "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
             "versions": {name: version(name) for name in ("medusa-decoding", "torch", "transformers", "accelerate")},
         }
         (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -189,6 +191,7 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig, evaluat
         remove_unused_columns=False,
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -204,17 +207,23 @@ def _newest_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _save(output: Path, model: MedusaModel, heads: MedusaHeads, config: TrainingConfig, base_model: str | None) -> None:
-    backbone = model.backbone
-    heads.to(torch.float32 if config.backbone == "full" else backbone.dtype)
+def _save(output: Path, objective: Objective, trained: dict[str, Tensor], base_model: str | None) -> None:
+    """Heads, and the adapter or the backbone where it was trained, from tensors that are whole whatever was sharded."""
+    backbone, config = objective.backbone, objective.recipe
+    dtype = torch.float32 if config.backbone == "full" else objective.compute
+    heads = heads_from_tensors(_below("heads.", trained), objective.heads.config.to_dict(), "the trained heads", dtype)
     if config.backbone == "full":
         # One folder of backbone and heads: what the heads are stands in the backbone's own config.
         for name, value in heads.config.to_dict().items():
             if name.startswith("medusa_"):
                 setattr(backbone.config, name, value)
-        backbone.save_pretrained(output)
+        backbone.save_pretrained(output, state_dict=_below("backbone.", trained))
         save_heads(heads, output, base_model, config=False)
         return
     if config.backbone == "lora":
-        save_adapter(backbone, output, base_model)
+        save_adapter(backbone, output, base_model, _below("backbone.", trained))
     save_heads(heads, output, base_model)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer
 
 from medusa.errors import MedusaError
@@ -113,39 +115,61 @@ class MedusaTrainer(Trainer):
         return self.optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        objective = self.model
+        objective, config = self.model, self.model.recipe
         num_heads = len(objective.heads)
         ranks = min(EVALUATED_RANKS, objective.heads.config.vocab_size)
         device = self.args.device
         hits = torch.zeros(num_heads, ranks, dtype=torch.long, device=device)
-        times, losses = torch.zeros(num_heads, dtype=torch.long, device=device), torch.zeros(3, device=device)
+        times = torch.zeros(num_heads, dtype=torch.long, device=device)
+        losses = torch.zeros(1 + num_heads, dtype=torch.double, device=device)  # of the LM head, then the heads: sums
+        counts = torch.zeros_like(losses)
         objective.eval()
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                batch = self._prepare_inputs(batch)
-                output = self.model_wrapped(**batch) if self.is_fsdp_enabled else objective(**batch)
-                losses += torch.stack([output["loss"], output.get("lm_loss", output["loss"]), torch.ones_like(output["loss"])])
+            for batch in self._eval_batches(eval_dataset if eval_dataset is not None else self.eval_dataset):
+                output = self.model_wrapped(**batch)
+                asked = count_asked(batch["labels"], batch["segments"], num_heads)
+                lm_loss = output.get("lm_loss", torch.zeros((), device=device))
+                losses += torch.cat([lm_loss[None], output["head_losses"]]) * asked
+                counts += asked
                 hidden, counted = output["hidden"].to(objective.heads.dtype), batch["labels"] != IGNORED
-                got, asked = rank_hits(objective.heads, hidden, batch["input_ids"], counted, ranks, batch["segments"])
-                hits, times = hits + got.to(device), times + asked.to(device)
+                found = rank_hits(objective.heads, hidden, batch["input_ids"], counted, ranks, batch["segments"])
+                hits, times = hits + found[0].to(device), times + found[1].to(device)
         objective.train()
-        hits, times, losses = (self.accelerator.reduce(total, "sum") for total in (hits, times, losses))
-        exact = hits / times.clamp(min=1)[:, None]
+        hits, times, losses, counts = (self.accelerator.reduce(total, "sum") for total in (hits, times, losses, counts))
         self.evaluated = Evaluated(hits.tolist(), times.tolist())
-        metrics = {f"{metric_key_prefix}_loss": (losses[0] / losses[2]).item()}
-        if objective.recipe.joint:
-            metrics[f"{metric_key_prefix}_lm_loss"] = (losses[1] / losses[2]).item()
-        for k, row in enumerate(exact.cumsum(-1).tolist(), 1):
+        lm_loss, *head_losses = (losses / counts.clamp(min=1)).tolist()
+        loss = sum(config.lambda_base**k * head_loss for k, head_loss in enumerate(head_losses, 1))
+        metrics = {f"{metric_key_prefix}_loss": lm_loss + config.lambda_0 * loss if config.joint else loss}
+        if config.joint:
+            metrics[f"{metric_key_prefix}_lm_loss"] = lm_loss
+        for k, row in enumerate((hits / times.clamp(min=1)[:, None]).cumsum(-1).tolist(), 1):
             metrics |= {f"{metric_key_prefix}_head{k}_top{i}": value for i, value in enumerate(row[:SHOWN_RANKS], 1)}
-        metrics[f"{metric_key_prefix}_acceleration_rate"] = self.evaluated.acceleration_rate(objective.recipe.tree_nodes)
+        metrics[f"{metric_key_prefix}_acceleration_rate"] = self.evaluated.acceleration_rate(config.tree_nodes)
         self.log(metrics)
         return metrics
 
+    def _eval_batches(self, rows: Any) -> Iterator[dict[str, Tensor]]:
+        """This process's share of the batches; every process gets as many, some perhaps one that asks for nothing."""
+        size, processes = self.args.per_device_eval_batch_size, self.args.world_size
+        for first in range(0, len(rows), size * processes):
+            mine = range(first + self.args.process_index * size, min(first + (self.args.process_index + 1) * size, len(rows)))
+            batch = self._prepare_inputs(self.data_collator([rows[number] for number in mine] or [rows[0]]))
+            if not mine:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+            yield batch
+
+    def trained(self) -> dict[str, Tensor]:
+        """The trained parameters whole and on the CPU, gathered from all processes where they are sharded."""
+        named = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in named.items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:  # there, shards of the model are saved with those of the optimiser
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Of a checkpoint, what is trained."""
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        state = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state.items() if name in trained})
+        super()._save(output_dir, self.trained())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -1,0 +1,31 @@
+"""`medusa train` under FSDP2 on CPU processes, where accelerate itself would fall back to DDP: run by torchrun."""
+
+import os
+import sys
+
+os.environ |= {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+original = PartialState.__init__
+
+
+def sharding(self, *args, **kwargs):
+    """accelerate shards on accelerators only, though FSDP2 itself runs on gloo as well: let it take these for some."""
+    original(self, *args, **kwargs)
+    self.distributed_type = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = sharding
+
+from medusa.cli import main
+
+sys.argv = ["medusa", "train", *sys.argv[1:]]
+main()
