@@ -32,10 +32,10 @@ def test_every_format_in_every_file_gives_the_same_conversation(tmp_path, record
     if kind == "json":
         path.write_text(json.dumps([record], indent=2))
     elif kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
+        pytest.importorskip("pyarrow")
+        from pyarrow import Table, parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+        parquet.write_table(Table.from_pylist([record]), path)
     elif kind == "datasets":
         datasets = pytest.importorskip("datasets")
         datasets.Dataset.from_list([record]).save_to_disk(str(path))
@@ -106,7 +106,7 @@ def test_broken_parquet_missing_files_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match=r"holds no .jsonl, .json, .parquet file"):
         list(read_samples(tmp_path / "empty"))
     (tmp_path / "data.json").write_text("[{")
-    with pytest.raises(InvalidInput, match="data.json is not valid JSON"):
+    with pytest.raises(InvalidInput, match=r"data\.json is not valid JSON"):
         list(read_samples(tmp_path / "data.json"))
 
 

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from medusa.config import CONFIG_FILE, HEADS_FILE, MedusaConfig, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 
+OLD_HEADS_FILE = "medusa_lm_head.pt"  # v0.1
+
 
 class ResidualBlock(nn.Module):
     """x + SiLU(W x + b), the identity when new: W and b start at zero."""
@@ -182,6 +184,10 @@ def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = 
         dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
 
 
+def has_heads(folder: Path) -> bool:
+    return (folder / HEADS_FILE).is_file() or (folder / OLD_HEADS_FILE).is_file()
+
+
 def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHeads:
     """Read heads from a folder: `medusa_lm_head.safetensors`, or a v0.1 `medusa_lm_head.pt` without code in it.
 
@@ -191,7 +197,7 @@ def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHe
         CheckpointError: no such file, a truncated one, a pickle that holds code, or tensors that are no heads.
     """
     folder = Path(folder)
-    path, pickle_path = folder / HEADS_FILE, folder / "medusa_lm_head.pt"
+    path, pickle_path = folder / HEADS_FILE, folder / OLD_HEADS_FILE
     if path.is_file():
         try:
             tensors = load_file(path)

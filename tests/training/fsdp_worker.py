@@ -25,7 +25,7 @@ def sharding(self, *args, **kwargs):
 
 PartialState.__init__ = sharding
 
-from medusa.cli import main
+from medusa.cli import main  # noqa: E402
 
 sys.argv = ["medusa", "train", *sys.argv[1:]]
 main()

@@ -202,7 +202,7 @@ def test_an_adapter_for_another_model_is_refused(data):
     tiny_backbone(num_hidden_layers=2).save_pretrained(data / "other")
     from medusa.errors import CheckpointError
 
-    with pytest.raises(CheckpointError, match="is for another model|broken or for another model"):
+    with pytest.raises(CheckpointError, match=r"is (broken or )?for another model"):
         MedusaModel.from_pretrained(data / "other", heads=data / "out")
     (data / "out" / "adapter_model.safetensors").write_bytes(b"nothing")
     tiny_backbone().save_pretrained(data / "same")

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import typer
 
-VERBS = ("demo", "generate", "chat", "train", "tune", "inspect")
+VERBS = ("demo", "generate", "chat", "distill", "train", "tune", "inspect")
 
 app = typer.Typer(
     name="medusa",

@@ -25,6 +25,7 @@ def chat_command(
     epsilon: common.Epsilon = 0.09,
     delta: common.Delta = 0.3,
     seed: common.Seed = None,
+    quantization: common.QuantizationOption = "none",
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
@@ -34,7 +35,7 @@ def chat_command(
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
-    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
+    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     from medusa.text import Detokenizer
 
     opening = [{"role": "system", "content": system}] if system else []

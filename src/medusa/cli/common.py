@@ -25,6 +25,9 @@ TreeOption = Annotated[
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32 (default: the backbone's own).")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … (default: cuda where there is one).")]
+QuantizationOption = Annotated[
+    str, typer.Option("--quantization", help="none, nf4 or int8: how the backbone's weights are held (bitsandbytes).")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (a slow first step).")]
@@ -116,19 +119,26 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "none",
+    heads_wanted: bool = True,
 ) -> MedusaModel:
-    """The Medusa model that the options name, on its device."""
-    from medusa.model import MedusaModel
+    """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
+    from medusa.heads import has_heads
+    from medusa.hub import local_folder
+    from medusa.model import MedusaModel, load_backbone
+    from medusa.quantization import quantized
 
     quiet_transformers()
-    return MedusaModel.from_pretrained(
-        model_folder(model),
-        heads=heads,
-        tree=load_tree(tree),
-        dtype=dtype_named(dtype),
-        device_map=default_device(device),
-        trust_remote_code=trust_remote_code,
-    )
+    folder = local_folder(model_folder(model))
+    options: dict[str, Any] = {
+        "dtype": dtype_named(dtype),
+        "device_map": default_device(device),
+        "trust_remote_code": trust_remote_code,
+        **quantized(quantization, dtype_named(dtype)),
+    }
+    if not heads_wanted and heads is None and not has_heads(folder):
+        return MedusaModel(load_backbone(folder, **options))
+    return MedusaModel.from_pretrained(folder, heads=heads, tree=load_tree(tree), **options)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:

@@ -30,6 +30,7 @@ def generate_command(
     delta: common.Delta = 0.3,
     seed: common.Seed = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be given several times.")] = None,
+    quantization: common.QuantizationOption = "none",
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -39,7 +40,7 @@ def generate_command(
     """Continue a prompt; text is streamed to stdout, figures go to stderr."""
     text = common.read_prompt(prompt, prompt_file)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
-    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
+    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     from medusa.text import Detokenizer
 

@@ -33,7 +33,7 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
         if kind is bool:
             flag = f"{flag}/--no-{field.name.replace('_', '-')}"
         option = typer.Option(flag, help=f"{shown}{field.metadata['help']}{default}", show_default=False)
-        plain = str if choices else (float if kind == (float | None) else kind)
+        plain: Any = str if choices else (float if kind == (float | None) else kind)
         annotation = Annotated[plain | None, option]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
@@ -83,7 +83,8 @@ def train_command(
     common.quiet_transformers()
     from medusa.heads import load_heads
     from medusa.hub import local_folder
-    from medusa.model import MedusaModel
+    from medusa.model import MedusaModel, load_backbone
+    from medusa.quantization import quantized
     from medusa.training.data import load_rows
     from medusa.training.run import train
 
@@ -93,9 +94,14 @@ def train_command(
         _preview(data, tokenizer, recipe, preview, len(tokenizer))
         return
     assert output is not None
-    backbone = _load_backbone(folder, recipe.quantization, dtype, device, trust_remote_code)
-    start = load_heads(local_folder(heads)) if heads else None
-    medusa = MedusaModel(backbone, start)
+    backbone = load_backbone(
+        folder,
+        dtype=common.dtype_named(dtype),
+        device_map=common.default_device(device),
+        trust_remote_code=trust_remote_code,
+        **quantized(recipe.quantization, common.dtype_named(dtype)),
+    )
+    medusa = MedusaModel(backbone, load_heads(local_folder(heads)) if heads else None)
     length = min(recipe.max_length, medusa.context or recipe.max_length)
     main = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=main)
@@ -125,19 +131,6 @@ def _describe(rows: Any, length: int) -> None:
         common.note(f"{rows.cut} samples were longer than {length} tokens and were cut")
     if rows.skips:
         common.note(f"skipped {rows.skips}")
-
-
-def _load_backbone(folder: Path, quantization: str, dtype: str | None, device: str | None, trust_remote_code: bool) -> Any:
-    from medusa.model import load_backbone
-    from medusa.quantization import quantized
-
-    return load_backbone(
-        folder,
-        dtype=common.dtype_named(dtype),
-        device_map=common.default_device(device),
-        trust_remote_code=trust_remote_code,
-        **quantized(quantization, common.dtype_named(dtype)),
-    )
 
 
 def _preview(data: str, tokenizer: Any, recipe: TrainingConfig, count: int, vocab_size: int) -> None:

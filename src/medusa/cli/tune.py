@@ -25,6 +25,7 @@ def tune_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write the tree; calibration.json goes beside it.")
     ] = None,
+    quantization: common.QuantizationOption = "none",
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
@@ -43,12 +44,15 @@ def tune_command(
 
     from medusa.metrics import expected_acceptance_length
     from medusa.search import search_tree
-    from medusa.training.data import load_blocks
+    from medusa.training.data import load_rows
     from medusa.tuning.calibrate import calibrate
 
-    medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code)
+    medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    blocks = load_blocks(prompts, tokenizer, prompt_tokens, medusa.vocab_size, shortest=min(32, prompt_tokens))
+    rows = load_rows(prompts, tokenizer, prompt_tokens, medusa.vocab_size)
+    blocks = [row.ids for row in rows if len(row) >= min(32, prompt_tokens)]
+    if not blocks:
+        raise InvalidInput(f"{prompts} holds no text of at least {min(32, prompt_tokens)} tokens")
     stride = max(1, len(blocks) // max_prompts)
     chosen = [block.long() for block in blocks[::stride][:max_prompts]]
     with Progress(console=Console(stderr=True)) as progress:

@@ -66,8 +66,8 @@ class TrainingConfig:
     report_to: str = _option("none", "tensorboard, wandb, …: whatever transformers' Trainer reports to")
 
     def __post_init__(self):
-        positive = ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length", "loss_chunk", "soft_top")
-        positive += ("lora_rank", "lora_alpha", "learning_rate", "logging_steps", "save_steps", "tree_nodes")
+        positive: tuple[str, ...] = ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length", "loss_chunk")
+        positive += ("soft_top", "lora_rank", "lora_alpha", "learning_rate", "logging_steps", "save_steps", "tree_nodes")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted more than 0")

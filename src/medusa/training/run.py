@@ -9,6 +9,7 @@ import os
 import random
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -80,7 +81,7 @@ def train(
     heads = _new_heads(model, config)
     model = _trainable(model, config)
     objective = Objective(model, heads, config)
-    data = {"train": rows, "eval": eval_rows}
+    data: dict[str, Any] = {"train": rows, "eval": eval_rows}
     if hidden_states is not None:
         with PartialState().main_process_first():
             kept = {name: keep(model, part, Path(hidden_states) / name) for name, part in data.items() if part is not None}

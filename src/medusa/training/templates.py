@@ -80,11 +80,11 @@ def _as_rendered(content: str) -> tuple[str, ...]:
     return content, content.strip(), content.rstrip(), content.lstrip()
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InvalidInput(f"the chat template refuses a conversation: {' '.join(str(error).split())}") from None
 
@@ -97,3 +97,21 @@ def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]
             at += 1
         inside.append(at < len(spans) and end > start and end > spans[at][0])
     return inside
+
+
+def opening(tokenizer: Any, messages: Sequence[Message], speaker: str) -> str:
+    """The conversation's text up to where the next speaker, "assistant" or "user", begins."""
+    if speaker == "assistant":
+        return _apply(tokenizer, messages, add_generation_prompt=True)
+    following = [*messages, {"role": speaker, "content": _STAND_IN.format(0)}]
+    return _apply(tokenizer, following).partition(_STAND_IN.format(0))[0].rstrip(" ")  # a word begins with its space
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The ids of the special token that ends an assistant's turn, as the template writes it; none where it writes none."""
+    if not tokenizer.chat_template:
+        return []
+    asked, answered = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    ids, spoken = encode_conversation(tokenizer, [asked, answered, asked, answered])
+    last = max(place for place, said in enumerate(spoken) if said)
+    return [ids[last]] if ids[last] in tokenizer.added_tokens_decoder else []

@@ -57,6 +57,7 @@ class MedusaTrainer(Trainer):
     """
 
     model: Objective
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -64,8 +65,8 @@ class MedusaTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         num_heads = len(self.model.heads)
-        counts = sum(count_asked(batch["labels"], batch["segments"], num_heads) for batch in batch_samples).to(device)
-        return self.accelerator.reduce(counts, "sum")
+        counts = torch.stack([count_asked(batch["labels"], batch["segments"], num_heads) for batch in batch_samples])
+        return self.accelerator.reduce(counts.sum(0).to(device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config = self.model.recipe

@@ -1,0 +1,78 @@
+"""medusa distill: the model writes its own training data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medusa.cli import common
+from medusa.errors import InvalidInput
+
+
+def distill_command(
+    model: common.ModelArgument,
+    data: Annotated[str, typer.Option("--data", help="Seed prompts: JSON, JSONL, Parquet, folder, or `datasets` id[:split].")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSONL shards; a run there is gone on with.")],
+    heads: common.HeadsOption = None,
+    tree: common.TreeOption = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="Ask this OpenAI-compatible address; MODEL is its name there.")
+    ] = None,
+    api_key_env: Annotated[
+        str, typer.Option("--api-key-env", help="Environment variable with the endpoint's key.")
+    ] = "OPENAI_API_KEY",
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.3,
+    top_p: common.TopP = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of one answer.")] = 512,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Of a plain text, before the model goes on.")] = 128,
+    self_talk: Annotated[int, typer.Option("--self-talk", help="Further rounds in which the model asks itself.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Conversations at a time, or requests under way.")] = 16,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use the first so many seeds.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    ray: Annotated[int, typer.Option("--ray", help="Run on so many workers as a Ray Data job.")] = 0,
+    quantization: common.QuantizationOption = "none",
+    dtype: common.DtypeOption = None,
+    device: common.DeviceOption = None,
+    compile: common.CompileOption = False,
+    trust_remote_code: common.TrustOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Answer seed prompts with the model itself, for `medusa train` (paper 2.3.2). Killed, it goes on where it was."""
+    common.quiet_transformers()
+    from medusa.endpoint import Endpoint
+    from medusa.samples import Skips
+    from medusa.training.distill import Distillation, EndpointAnswerer, ModelAnswerer, Shards, distill, read_seeds
+
+    options = Distillation(temperature, top_p, max_new_tokens, prompt_tokens, self_talk, batch_size, compile, seed)
+    skips = Skips()
+    seeds = read_seeds(data, skips)[:limit]
+    if skips:
+        common.note(f"skipped {skips}")
+    shards = Shards(output)
+
+    def answerer():
+        if endpoint is not None:
+            return EndpointAnswerer(Endpoint(endpoint, model, os.environ.get(api_key_env)), options)
+        medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
+        return ModelAnswerer(medusa, common.load_tokenizer(model, trust_remote_code), options)
+
+    if ray:
+        from medusa.training.ray import RayAnswerer
+
+        done = distill(seeds, RayAnswerer(answerer, ray, batch_size), shards)
+    else:
+        done = distill(seeds, answerer(), shards)
+    for reason, number in done.failed.most_common():
+        common.note(f"{number} samples failed: {reason}")
+    if as_json:
+        record = {"output": str(output), "made": done.made, "already": done.already, "failed": dict(done.failed)}
+        print(json.dumps(record | {"skipped": dict(skips.reasons), "tokens": done.tokens, "seconds": done.seconds}))
+    else:
+        rate = f", {done.tokens / done.seconds:.0f} tokens/s" if done.tokens else ""
+        print(f"{done.made} samples made, {done.already} there already, in {output}{rate}")
+    if done.failed:
+        raise InvalidInput(f"{done.failed.total()} samples failed; the same command tries them again")

@@ -1,0 +1,128 @@
+"""Endpoints: chat models behind an OpenAI-compatible HTTP interface, asked politely."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medusa.errors import InvalidInput, MedusaError
+
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that another try may mend
+LONGEST_WAIT = 60.0  # seconds between tries, unless the server asks for more
+
+
+class EndpointError(MedusaError):
+    """An endpoint that does not answer, or refuses the request."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an endpoint said."""
+
+    text: str
+    finished: bool  # by itself, not at the limit of tokens
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass
+class Endpoint:
+    """One model behind one URL; threads may share it.
+
+    Args:
+        url: base address, such as http://localhost:8000/v1.
+        model: the name the server knows it by.
+        api_key: sent as a bearer token.
+        tries: how often a request is made before it counts as failed.
+        timeout: seconds for one request.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+    tries: int = 6
+    timeout: float = 120.0
+    sleep: Callable[[float], None] = time.sleep
+    _client: Any = field(default=None, init=False)
+    _resume_at: float = field(default=0.0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            import httpx
+        except ImportError:
+            raise InvalidInput("endpoints need httpx: pip install 'medusa-decoding[endpoint]'") from None
+        if not self.url.startswith(("http://", "https://")):
+            raise InvalidInput(f"endpoint is {self.url!r}, wanted an address such as http://localhost:8000/v1")
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        limits = httpx.Limits(max_connections=None)  # the caller bounds its threads
+        self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
+
+    def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Answer:
+        """The model's answer to a conversation.
+
+        A passing failure is tried again after a pause that doubles, with some chance in it; where the server says how long
+        to wait (Retry-After), every thread waits.
+
+        Args:
+            options: `max_tokens`, `temperature`, `top_p`, `seed`, …, as the interface names them.
+
+        Raises:
+            EndpointError: refused, or still failing at the last try.
+        """
+        import httpx
+
+        request = {"model": self.model, "messages": list(messages), **options}
+        reason = ""
+        for attempt in range(1, self.tries + 1):
+            self._wait_for_leave()
+            asked = None
+            try:
+                response = self._client.post(f"{self.url.rstrip('/')}/chat/completions", json=request)
+            except httpx.HTTPError as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            else:
+                if response.is_success:
+                    return _read(response, self.url)
+                reason = f"status {response.status_code}"
+                if response.status_code not in PASSING:
+                    said = " ".join(response.text.split())[:200]
+                    raise EndpointError(f"{self.url} refuses the request with {reason}: {said}")
+                asked = _retry_after(response)
+            if attempt < self.tries:
+                pause = min(LONGEST_WAIT, 2.0**attempt / 2) * random.uniform(0.5, 1.0)
+                if asked is not None:
+                    with self._lock:
+                        self._resume_at = max(self._resume_at, time.monotonic() + asked)
+                    pause = 0.0
+                self.sleep(pause)
+        raise EndpointError(f"{self.url} does not answer after {self.tries} tries ({reason})")
+
+    def _wait_for_leave(self) -> None:
+        while (left := self._resume_at - time.monotonic()) > 0:
+            self.sleep(left)
+
+
+def _read(response: Any, url: str) -> Answer:
+    try:
+        output = response.json()
+        choice, usage = output["choices"][0], output.get("usage") or {}
+        text, finished = choice["message"]["content"], choice.get("finish_reason") == "stop"
+        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise EndpointError(f"{url} answers with something else than a chat completion: {response.text[:100]!r}") from None
+    if not isinstance(text, str):
+        raise EndpointError(f"{url} answers without text")
+    return Answer(text, finished, *tokens)
+
+
+def _retry_after(response: Any) -> float | None:
+    """Seconds the server asks to wait; a date instead of a number is passed over."""
+    try:
+        return max(0.0, float(response.headers["retry-after"]))
+    except (KeyError, ValueError):
+        return None

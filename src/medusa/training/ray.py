@@ -1,0 +1,59 @@
+"""Distillation on many machines: the same answers as a Ray Data job."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from medusa.errors import InvalidInput
+from medusa.training.distill import Answerer, Seed
+
+
+class RayAnswerer:
+    """Hands the seeds to workers, each with an answerer of its own; outcomes come back as they are made.
+
+    Args:
+        make: builds a worker's answerer, on the worker; pickled.
+        workers: how many.
+        batch_size: seeds handed over at a time.
+    """
+
+    def __init__(self, make: Callable[[], Answerer], workers: int, batch_size: int):
+        if importlib.util.find_spec("ray") is None:
+            raise InvalidInput("--ray needs Ray Data: pip install 'medusa-decoding[ray]'") from None
+        self._make, self._workers, self._batch_size = make, workers, batch_size
+
+    def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
+        import ray
+        import ray.data
+
+        by_id = {seed.id: seed for seed in seeds}
+        if not by_id:
+            return
+        make = self._make
+
+        class Worker:
+            def __init__(self) -> None:
+                self.answerer = make()
+
+            def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
+                outcomes: dict[str, list] = {"id": [], "outcome": [], "tokens": []}
+                handed = [Seed(s["id"], tuple(s["turns"]), s["text"]) for s in map(json.loads, batch["seed"])]
+                for seed, outcome, tokens in self.answerer(handed):
+                    outcomes["id"].append(seed.id)
+                    outcomes["outcome"].append(json.dumps(outcome))
+                    outcomes["tokens"].append(tokens)
+                return outcomes
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        items = [{"seed": json.dumps({"id": s.id, "turns": list(s.turns), "text": s.text})} for s in by_id.values()]
+        blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back by blocks
+        data = ray.data.from_items(items, override_num_blocks=blocks)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        results = data.map_batches(Worker, batch_size=self._batch_size, concurrency=self._workers, num_gpus=gpus)
+        for row in results.iter_rows():
+            yield by_id[row["id"]], json.loads(row["outcome"]), int(row["tokens"])
