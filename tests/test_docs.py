@@ -1,5 +1,6 @@
 """Claims about the documentation: what it shows runs, and what it names exists."""
 
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,9 @@ def test_readmes_python_runs(capsys):
     assert "def walk(top)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "examples/embedded_model/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/training.md", "examples/embedded_model/README.md"]
+)
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"`((?:src|tests|docs|examples|benchmarks)/[\w./-]+)`", text))
@@ -28,15 +31,16 @@ def test_files_that_documents_name_exist(document):
     assert all((ROOT / name).exists() for name in named), named
 
 
-def test_commands_that_the_readme_shows_have_those_options():
-    for line in re.findall(r"^    medusa (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE):
-        verb = line.split()[0]
-        done = subprocess.run([sys.executable, "-m", "medusa", verb, "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md"])
+def test_commands_that_documents_show_have_those_options(document):
+    for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
+        verb, wide = line.split()[0], os.environ | {"COLUMNS": "200"}
+        done = subprocess.run([sys.executable, "-m", "medusa", verb, "--help"], capture_output=True, text=True, env=wide)
         options = re.findall(r"--[\w-]+", line)
         assert done.returncode == 0 and all(option in done.stdout for option in options), line
 
 
-@pytest.mark.parametrize("script", ["decode.py", "step_cost.py"])
+@pytest.mark.parametrize("script", ["decode.py", "step_cost.py", "train.py", "recipes.py"])
 def test_benchmark_scripts_start(script):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

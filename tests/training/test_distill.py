@@ -103,7 +103,9 @@ def test_replayed_conversations_have_every_turn_and_self_talk_its_rounds(tmp_pat
 
 def test_plain_text_is_continued_as_token_ids(tmp_path, model, tokenizer):
     options = Distillation(temperature=0.0, max_new_tokens=9, prompt_tokens=5)
-    distill([Seed("a", text="import os\nimport sys\nimport json\n")], ModelAnswerer(model, tokenizer, options), Shards(tmp_path))
+    distill(
+        [Seed("a", text="import os\nimport sys\nimport json\n")], ModelAnswerer(model, tokenizer, options), Shards(tmp_path)
+    )
     (record,) = records(tmp_path)
     prompt = tokenizer("import os\nimport sys\nimport json\n")["input_ids"][:5]
     assert record["input_ids"][:5] == prompt and len(record["input_ids"]) == 14
@@ -225,6 +227,22 @@ def test_a_distillation_that_was_killed_goes_on_with_nothing_lost_and_nothing_tw
     assert report["already"] == before and report["made"] == 24 - before
     ids = [record["id"] for record in records(tmp_path / "out")]
     assert len(ids) == len(set(ids)) == 24
+
+
+def test_a_ray_job_writes_the_same_shards(tmp_path):
+    pytest.importorskip("ray")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tiny_backbone(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    seeds = write(tmp_path / "seeds.jsonl", [{"text": f"import os\nx = {n}\n"} for n in range(9)])
+    for name, more in (("here", []), ("ray", ["--ray", "1"])):
+        given = ["distill", str(tmp_path / "model"), "--data", str(seeds), "--output", str(tmp_path / name), *more]
+        given += ["--max-new-tokens", "10", "--batch-size", "4", "--temperature", "0", "--json"]
+        done = subprocess.run([sys.executable, "-m", "medusa", *given], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout)["made"] == 9
+    by_id = [{record["id"]: record["input_ids"] for record in records(tmp_path / name)} for name in ("here", "ray")]
+    assert by_id[0] == by_id[1]
 
 
 def test_nonsense_is_refused(tmp_path):

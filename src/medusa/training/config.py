@@ -56,7 +56,7 @@ class TrainingConfig:
     weight_decay: float = _option(0.0, "decoupled, as in AdamW")
     optimizer: Literal["auto", "adamw", "adamw-8bit"] = _option("auto", "auto: 8-bit on a GPU that has bitsandbytes")
     gradient_checkpointing: bool = _option(False, "of the backbone, where it is trained")
-    loss_chunk: int = _option(1024, "rows of logits held at a time")
+    loss_chunk: int = _option(0, "rows of logits held at a time; 0: at most 1024, and no more than 2^26 logits")
     seed: int = _option(0, "of data order, dropout and new weights")
     # What is said and kept.
     logging_steps: int = _option(20, "steps between lines of the log")
@@ -66,7 +66,7 @@ class TrainingConfig:
     report_to: str = _option("none", "tensorboard, wandb, …: whatever transformers' Trainer reports to")
 
     def __post_init__(self):
-        positive: tuple[str, ...] = ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length", "loss_chunk")
+        positive: tuple[str, ...] = ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length")
         positive += ("soft_top", "lora_rank", "lora_alpha", "learning_rate", "logging_steps", "save_steps", "tree_nodes")
         for name in positive:
             if not getattr(self, name) > 0:

@@ -68,10 +68,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         grad_states, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        # In place: a copy of an LM head's gradient is gigabytes. A second pass through the same graph is an error of torch's.
         return (
-            grad_states * scale,
-            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            grad_states.mul_(scale),
+            None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
             None,
             None,
             None,

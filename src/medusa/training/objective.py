@@ -22,6 +22,8 @@ from medusa.training.losses import (
     soft_targets,
 )
 
+MOST_LOGITS = 1 << 26  # of one chunk: 256 MiB in float32
+
 
 def asked(
     labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
@@ -59,6 +61,7 @@ class Objective(nn.Module):
         self.compute = next(model.backbone.parameters()).dtype
         if not self.compute.is_floating_point:  # quantised
             self.compute = model.backbone.dtype
+        self.chunk = config.loss_chunk or max(1, min(1024, MOST_LOGITS // model.vocab_size))
         self.lambda_0 = config.lambda_0 if config.joint else 1.0  # a schedule may change it
 
     def train(self, mode: bool = True) -> Objective:
@@ -100,10 +103,10 @@ class Objective(nn.Module):
         if config.joint:
             states, wanted = hidden[:, :-1][following], labels[:, 1:][following]
             if distill:
-                lm_loss = in_chunks(self._distillation, states, original, chunk=config.loss_chunk)
+                lm_loss = in_chunks(self._distillation, states, original, chunk=self.chunk)
             else:
                 lm_loss = in_chunks(
-                    lambda states, wanted: cross_entropy(model.logits(states), wanted), states, wanted, chunk=config.loss_chunk
+                    lambda states, wanted: cross_entropy(model.logits(states), wanted), states, wanted, chunk=self.chunk
                 )
             lm_loss = lm_loss / counts[0]
             output["lm_loss"] = lm_loss.detach()
@@ -136,12 +139,12 @@ class Objective(nn.Module):
             states = hidden[:, : counted.shape[1]][counted].to(self.heads.dtype)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
                 states = self.heads.residual(states, k)
-            losses.append(linear_cross_entropy(states, self.heads.lm_head(k), targets, self.recipe.loss_chunk, self.compute))
+            losses.append(linear_cross_entropy(states, self.heads.lm_head(k), targets, self.chunk, self.compute))
         return torch.stack(losses)
 
     def _soft_targets(self, original: Tensor, distill: bool) -> Targets:
         with without_adapter(self.backbone) if distill else nullcontext():
-            return soft_targets(original, self._model[0].logits, self.recipe.soft_top, self.recipe.loss_chunk)
+            return soft_targets(original, self._model[0].logits, self.recipe.soft_top, self.chunk)
 
     def _distillation(self, states: Tensor, original: Tensor) -> Tensor:
         """sum KL(p_original || p) over rows of hidden states (paper 2.3.2)."""

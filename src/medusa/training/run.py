@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def train(
             train(model, rows, first, alone, eval_rows, resume)
         model = MedusaModel(model.backbone, load_heads(first))
 
+    if config.joint and config.lm_loss == "distill" and getattr(model.backbone, "hf_quantizer", None) is not None:
+        # Paper 2.3.2
+        warnings.warn("the teacher is the quantised model; without quantization the result may be better", stacklevel=2)
     base_model = model.backbone.config._name_or_path or None
     heads = _new_heads(model, config)
     model = _trainable(model, config)
