@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
-from transformers.utils import ModelOutput
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.adapter import has_adapter, load_adapter
@@ -26,21 +24,11 @@ from medusa.decoding import DecodingOptions, DecodingStep, decode
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads, load_heads, save_heads
 from medusa.hub import local_folder
+from medusa.output import MedusaGenerateOutput, collect
 from medusa.processors import check_sampling, classify, processors_for
 from medusa.tree import MedusaTree, TreeTensors
 
 DEFAULT_MAX_NEW_TOKENS = 256
-
-
-@dataclass
-class MedusaGenerateOutput(ModelOutput):
-    """What `generate(return_dict_in_generate=True)` returns."""
-
-    sequences: Tensor | None = None  # (B, P + new) long, right-padded
-    steps: int | None = None  # decoding steps until the last row finished
-    acceptance_lengths: list[list[int]] | None = None  # per row, tokens emitted by each of its steps
-    finish_reasons: list[str] | None = None  # per row: eos, stop or length
-    timings: dict[str, float] | None = None  # seconds: first_step (with the prefill), total
 
 
 class MedusaModel:
@@ -290,7 +278,8 @@ class MedusaModel:
             raise InvalidInput(f"a streamer takes one row, got {len(input_ids)}; use model.stream for batches")
         steps = self.stream(input_ids, attention_mask, **options)
         eos = self.eos_token_ids if options.get("eos_token_id") is None else token_ids(options["eos_token_id"])
-        return self._collect(steps, input_ids, streamer, pad_token_id, eos, return_dict_in_generate)
+        output = collect(steps, input_ids, self._pad(pad_token_id, eos), streamer)
+        return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
 
     def custom_generate(
         self,
@@ -325,9 +314,8 @@ class MedusaModel:
         )
         pad = next(iter(token_ids(generation_config.pad_token_id)), None)
         steps = decode(self, input_ids, model_kwargs.get("attention_mask"), self.tree, options)
-        return self._collect(
-            steps, input_ids, None, pad, options.eos_token_ids, bool(generation_config.return_dict_in_generate)
-        )
+        output = collect(steps, input_ids, self._pad(pad, options.eos_token_ids))
+        return output if generation_config.return_dict_in_generate else output.sequences  # type: ignore[return-value]
 
     def _max_new_tokens(self, length: int, attention_mask: Tensor | None, given: int | None) -> int:
         config = self.backbone.generation_config
@@ -341,49 +329,10 @@ class MedusaModel:
         left = DEFAULT_MAX_NEW_TOKENS if self.context is None else self.context - longest
         return max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
 
-    def _collect(
-        self,
-        steps: Iterator[DecodingStep],
-        input_ids: Tensor,
-        streamer: Any,
-        pad: int | None,
-        eos: tuple[int, ...],
-        as_dict: bool,
-    ) -> Tensor | MedusaGenerateOutput:
-        """Run the steps to the end and put the rows together."""
-        generated: list[list[int]] = [[] for _ in range(len(input_ids))]
-        lengths: list[list[int]] = [[] for _ in range(len(input_ids))]
-        seconds, reasons = [], []
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        for step in steps:
-            for row, tokens in enumerate(step.tokens):
-                generated[row] += tokens
-                if tokens:
-                    lengths[row].append(len(tokens))
-            seconds.append(step.seconds)
-            reasons = step.finish_reasons
-            if streamer is not None:
-                for token in step.tokens[0]:
-                    streamer.put(torch.tensor([token]))
-        if streamer is not None:
-            streamer.end()
-        if pad is None:
-            pad = self.backbone.generation_config.pad_token_id
-        if pad is None:
-            pad = next(iter(eos), 0)
-        width = max(map(len, generated))
-        new = torch.tensor([tokens + [pad] * (width - len(tokens)) for tokens in generated])
-        sequences = torch.cat([input_ids, new.to(input_ids)], dim=1)
-        if not as_dict:
-            return sequences
-        return MedusaGenerateOutput(
-            sequences=sequences,
-            steps=len(seconds),
-            acceptance_lengths=lengths,
-            finish_reasons=[reason or "length" for reason in reasons],
-            timings={"first_step": seconds[0], "total": sum(seconds)},
-        )
+    def _pad(self, given: int | None, eos: tuple[int, ...]) -> int:
+        """The id that fills rows which finished early."""
+        default = self.backbone.generation_config.pad_token_id
+        return next((token for token in (given, default, *eos) if token is not None), 0)
 
 
 def load_backbone(folder: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:

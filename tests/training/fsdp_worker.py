@@ -3,7 +3,10 @@
 import os
 import sys
 
-os.environ |= {
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -11,21 +14,22 @@ os.environ |= {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 
-original = PartialState.__init__
+def main() -> None:
+    os.environ |= FSDP
+    original = PartialState.__init__
+
+    def sharding(self, *args, **kwargs):
+        """accelerate shards on accelerators only, though FSDP2 itself runs on gloo as well: let it take these for some."""
+        original(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = sharding
+    from medusa.cli import main as medusa
+
+    sys.argv = ["medusa", "train", *sys.argv[1:]]
+    medusa()
 
 
-def sharding(self, *args, **kwargs):
-    """accelerate shards on accelerators only, though FSDP2 itself runs on gloo as well: let it take these for some."""
-    original(self, *args, **kwargs)
-    self.distributed_type = DistributedType.MULTI_GPU
-
-
-PartialState.__init__ = sharding
-
-from medusa.cli import main  # noqa: E402
-
-sys.argv = ["medusa", "train", *sys.argv[1:]]
-main()
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class RayAnswerer:
                 return outcomes
 
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = [{"seed": json.dumps({"id": s.id, "turns": list(s.turns), "text": s.text})} for s in by_id.values()]
         blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back by blocks

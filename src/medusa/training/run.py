@@ -102,26 +102,10 @@ def train(
     trainer.add_callback(Progress())
     trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
     metrics = trainer.evaluate() if eval_rows is not None else {}
-    trained = trainer.trained()
+    trained = trainer.trained()  # of all processes together
     if trainer.is_world_process_zero():
         _save(output, objective, trained, base_model)
-        if eval_rows is not None:
-            trainer.evaluated.tree(config.tree_nodes).save(output / TREE_FILE)
-            asked, nodes = max(trainer.evaluated.asked), len(trainer.evaluated.tree(config.tree_nodes))
-            write_card(output, config, base_model, metrics, asked, nodes, rows.tokens, rows.labelled)
-        record = {
-            "config": dataclasses.asdict(config),
-            "base_model": base_model,
-            "data": {"fingerprint": rows.fingerprint(), "rows": len(rows), "tokens": rows.tokens, "labelled": rows.labelled},
-            "skipped": dict(rows.skips.reasons),
-            "cut": rows.cut,
-            "metrics": metrics,
-            "accuracies": trainer.evaluated.to_dict() if eval_rows is not None else None,
-            "log": trainer.state.log_history,
-            "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
-            "versions": {name: version(name) for name in ("medusa-decoding", "torch", "transformers", "accelerate")},
-        }
-        (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _report(output, trainer, rows, metrics, base_model)
     trainer.accelerator.wait_for_everyone()
     objective.eval()  # no dropout in what the caller still holds
     return metrics
@@ -232,3 +216,25 @@ def _save(output: Path, objective: Objective, trained: dict[str, Tensor], base_m
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _report(output: Path, trainer: MedusaTrainer, rows: Rows, metrics: dict[str, float], base_model: str | None) -> None:
+    """What the run was and what came of it: the record, and where it was measured the tree and the model card."""
+    config, evaluated = trainer.model.recipe, trainer.evaluated
+    if evaluated is not None:
+        tree = evaluated.tree(config.tree_nodes)
+        tree.save(output / TREE_FILE)
+        write_card(output, config, base_model, metrics, max(evaluated.asked), len(tree), rows.tokens, rows.labelled)
+    record = {
+        "config": dataclasses.asdict(config),
+        "base_model": base_model,
+        "data": {"fingerprint": rows.fingerprint(), "rows": len(rows), "tokens": rows.tokens, "labelled": rows.labelled},
+        "skipped": dict(rows.skips.reasons),
+        "cut": rows.cut,
+        "metrics": metrics,
+        "accuracies": evaluated.to_dict() if evaluated is not None else None,
+        "log": trainer.state.log_history,
+        "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
+        "versions": {name: version(name) for name in ("medusa-decoding", "torch", "transformers", "accelerate")},
+    }
+    (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -61,6 +61,7 @@ class MedusaTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.evaluated: Evaluated | None = None
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `_get_num_items_in_batch` gives
 
     def _get_num_items_in_batch(self, batch_samples, device):
