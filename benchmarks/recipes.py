@@ -2,10 +2,10 @@
 
     python benchmarks/recipes.py --data OWN.jsonl --corpus CORPUS.jsonl --work DIR [--steps 300] [--json FILE]
 
-Every variant gets the same number of steps on rows of the same length, and is measured on the same held-out prompts: the
-head accuracies on its own greedy continuations, the tokens a step that its best tree then really emits, and the loss of
-its backbone on held-out text beside the original's. OWN is what the backbone itself wrote (`medusa distill`), CORPUS the
-text it was trained on. A variant already in DIR is not trained again.
+Every variant gets the same number of steps on rows of the same length, those of Table 2 as many again, and is measured on
+the same held-out prompts: the head accuracies on its own greedy continuations, the tokens a step that its best tree then
+really emits, and the loss of its backbone on held-out text beside the original's. OWN is what the backbone itself wrote
+(`medusa distill`), CORPUS the text it was trained on. A variant already in DIR is not trained again.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def run(variant: Variant, folder: Path, rows, args: argparse.Namespace) -> None:
     rate = args.learning_rate / 3 if joint else args.learning_rate
     options = {
         "num_heads": 5,
-        "max_steps": args.steps,
+        "max_steps": args.steps * (2 if joint and not variant.start else 1),
         "batch_size": args.batch_size,
         "gradient_accumulation": 1,
         "learning_rate": rate,

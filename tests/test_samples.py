@@ -55,6 +55,11 @@ def test_prompt_and_completion_text_and_ids(tmp_path):
     assert sample.text == "x" and sample.source.endswith("b.jsonl:1")
     (sample,) = read_samples(write(tmp_path / "c.jsonl", [{"input_ids": [1, 2]}]))
     assert sample.input_ids == (1, 2)
+    half = '{"text": "' + chr(92) + 'ud83d"}'
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}' + chr(10) + half + chr(10))
+    skips = Skips()
+    assert len(list(read_samples(tmp_path / "d.jsonl", skips))) == 1
+    assert skips.reasons == {"with text that is no valid Unicode": 1}
 
 
 def test_unusable_conversations_are_counted_by_reason_and_the_first_is_named(tmp_path):
@@ -113,5 +118,5 @@ def test_broken_parquet_missing_files_and_empty_folders_are_refused(tmp_path):
 def test_a_data_set_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InvalidInput, match="nobody/nothing is no file here and cannot be read as a data set"):
-        list(read_samples("nobody/nothing"))
+    with pytest.raises(InvalidInput, match=r"nobody/nothing-2\.5 is no file here and cannot be read as a data set"):
+        list(read_samples("nobody/nothing-2.5"))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from medusa.errors import CheckpointError, InvalidInput
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: float) -> None:
@@ -25,6 +25,9 @@ def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: fl
     targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
     _untie(backbone)
     backbone.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    for name, parameter in backbone.named_parameters():
+        if "lora_" in name:  # in bfloat16 small updates would round to nothing
+            parameter.data = parameter.data.float()
 
 
 def has_adapter(folder: Path) -> bool:
@@ -61,7 +64,8 @@ def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None
     (name, config) = next(iter(backbone.peft_config.items()))
     # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
     tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
+    tensors = {key: tensor.detach().to("cpu", backbone.dtype).contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     saved = copy.copy(config)
     saved.base_model_name_or_path, saved.inference_mode = base_model, True
     saved.save_pretrained(str(folder))

@@ -19,6 +19,10 @@ class EndpointError(MedusaError):
     """An endpoint that does not answer, or refuses the request."""
 
 
+class EndpointRefused(EndpointError):
+    """An endpoint that would refuse any request: the key, the address or the model is wrong."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What an endpoint said."""
@@ -83,6 +87,8 @@ class Endpoint:
             asked = None
             try:
                 response = self._client.post(f"{self.url.rstrip('/')}/chat/completions", json=request)
+            except httpx.InvalidURL as error:
+                raise EndpointRefused(f"{self.url} is no address: {error}") from None
             except httpx.HTTPError as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             else:
@@ -91,14 +97,14 @@ class Endpoint:
                 reason = f"status {response.status_code}"
                 if response.status_code not in PASSING:
                     said = " ".join(response.text.split())[:200]
-                    raise EndpointError(f"{self.url} refuses the request with {reason}: {said}")
+                    kind = EndpointRefused if response.status_code in (401, 403, 404) else EndpointError
+                    raise kind(f"{self.url} refuses the request with {reason}: {said}")
                 asked = _retry_after(response)
             if attempt < self.tries:
                 pause = min(LONGEST_WAIT, 2.0**attempt / 2) * random.uniform(0.5, 1.0)
                 if asked is not None:
                     with self._lock:
                         self._resume_at = max(self._resume_at, time.monotonic() + asked)
-                    pause = 0.0
                 self.sleep(pause)
         raise EndpointError(f"{self.url} does not answer after {self.tries} tries ({reason})")
 

@@ -32,7 +32,8 @@ def rank_hits(
             chosen = chosen & (segments[:, shift:] == segments[:, :-shift])
         state, wanted = hidden[:, :-shift][chosen], ids[:, shift:][chosen]
         for part, token in zip(state.split(1024), wanted.split(1024)):  # logits of a chunk at a time
-            guesses = heads.lm_head(k)(heads.residual(part, k)).topk(ranks, dim=-1).indices
+            lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
+            guesses = lm_head(heads.residual(part, k).to(next(lm_head.parameters()).dtype)).topk(ranks, dim=-1).indices
             hits[k] += (guesses == token[:, None]).sum(0).cpu()
         asked[k] = len(wanted)
     return hits, asked

@@ -44,6 +44,8 @@ class Sample:
     text: str | None = None
     prompt: str | None = None
     input_ids: tuple[int, ...] | None = None
+    prompt_tokens: int = 0  # of `input_ids`, not to be learnt
+    cut: bool = False  # the last turn was cut off: its end is not to be learnt
 
 
 class Skips:
@@ -91,7 +93,7 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
             raise InvalidInput(f"{where} holds {found!r} where the records before it hold {first_format!r}; split the file")
         try:
             yield _sample(where, record, found)
-        except _UnusableConversation as error:
+        except _Unusable as error:
             if skips is None:
                 raise InvalidInput(f"{where}: {error}") from None
             skips.add(str(error), where)
@@ -99,8 +101,8 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
         raise InvalidInput(f"{source} holds no records")
 
 
-class _UnusableConversation(Exception):
-    """A conversation that nothing can be learnt from; the reason is the message."""
+class _Unusable(Exception):
+    """A sample that nothing can be learnt from; the reason is the message."""
 
 
 def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
@@ -108,7 +110,10 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
     if found == "input_ids":
         if not (isinstance(value, list) and all(type(token) is int for token in value)):
             raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
-        return Sample(where, input_ids=tuple(value))
+        prompt_tokens = record.get("prompt_tokens", 0)
+        if type(prompt_tokens) is not int or prompt_tokens < 0:
+            raise InvalidInput(f"{where}: 'prompt_tokens' is {prompt_tokens!r}, wanted a count")
+        return Sample(where, input_ids=tuple(value), prompt_tokens=prompt_tokens)
     if found == "text":
         return Sample(where, text=_string(where, "text", value))
     if found == "prompt":
@@ -120,12 +125,16 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
         return Sample(where, text=_string(where, "completion", completion), prompt=_string(where, "prompt", value))
     if not isinstance(value, list):
         raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, wanted a list of turns")
-    return Sample(where, messages=_messages(where, value))
+    return Sample(where, messages=_messages(where, value), cut=record.get("cut") is True)
 
 
 def _string(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, wanted a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON lets through
+        raise _Unusable("with text that is no valid Unicode") from None
     return value
 
 
@@ -140,14 +149,14 @@ def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
             raise InvalidInput(f"{where}: a turn's role is {name!r}, wanted system, user or assistant")
         messages.append({"role": ROLES[name], "content": _string(where, "content", content)})
     if not messages:
-        raise _UnusableConversation("with an empty conversation")
+        raise _Unusable("with an empty conversation")
     start = 1 if messages[0]["role"] == "system" else 0
     # ShareGPT cuts long conversations in pieces, of which the later ones begin in the assistant's turn.
     if start == 0 and messages[0]["role"] == "assistant":
         messages = messages[1:]
     expected = ("user", "assistant")
     if any(message["role"] != expected[i % 2] for i, message in enumerate(messages[start:])):
-        raise _UnusableConversation("whose turns do not alternate")
+        raise _Unusable("whose turns do not alternate")
     return tuple(messages)
 
 
@@ -165,7 +174,7 @@ def read_records(source: str | Path) -> Iterator[tuple[str, Any]]:
             yield from _records_of_file(file)
     elif path.is_file():
         yield from _records_of_file(path)
-    elif path.suffix or path.is_absolute() or str(source).startswith("."):
+    elif path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith("."):
         raise InvalidInput(f"no data file {path}")
     else:
         yield from _records_of_dataset(str(source))

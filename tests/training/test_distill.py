@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 from medusa import EMBEDDED, MedusaModel
 from medusa.errors import InvalidInput
 from medusa.samples import Skips, read_samples
+from medusa.training.data import load_rows
 from medusa.training.distill import Distillation, EndpointAnswerer, ModelAnswerer, Seed, Shards, distill, read_seeds
 from test_endpoint import Server
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
-from training.test_templates import CHATML, tokenizer_with
+from training.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 
 SYSTEM, HI, BYE = (
     {"role": "system", "content": "Be kind."},
@@ -110,6 +111,40 @@ def test_plain_text_is_continued_as_token_ids(tmp_path, model, tokenizer):
     prompt = tokenizer("import os\nimport sys\nimport json\n")["input_ids"][:5]
     assert record["input_ids"][:5] == prompt and len(record["input_ids"]) == 14
     assert record["input_ids"][5:] == plain_greedy(model.backbone, torch.tensor([prompt]), 9)
+    (row,) = load_rows(tmp_path, tokenizer, 64, len(tokenizer))
+    assert row.spoken.tolist() == [False] * 5 + [True] * 9  # the prompt is not the model's speech
+
+
+def test_an_answer_that_was_cut_off_does_not_teach_to_stop(tmp_path, model, tokenizer):
+    options = Distillation(temperature=0.0, max_new_tokens=3)
+    distill([Seed("a", (HI, BYE))], ModelAnswerer(model, tokenizer, options), Shards(tmp_path))
+    (record,) = records(tmp_path)
+    assert record["cut"] and len(record["messages"]) == 2
+    (row,) = load_rows(tmp_path, tokenizer, 64, len(tokenizer))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert row.spoken.sum() >= 1 and not any(spoken and token == end for token, spoken in zip(row.ids, row.spoken, strict=True))
+
+
+def test_one_seed_that_the_template_refuses_fails_alone(tmp_path, model):
+    tokenizer = tokenizer_with(GEMMA)
+    answerer = ModelAnswerer(model, tokenizer, Distillation(temperature=0.0, max_new_tokens=4))
+    done = distill([Seed("a", (SYSTEM, HI)), Seed("b", (HI,))], answerer, Shards(tmp_path))
+    assert done.made == 1 and "System role not supported" in next(iter(done.failed))
+
+
+def test_self_talk_needs_turns_that_end(model):
+    with pytest.raises(InvalidInput, match="ends the user's turns with a special token"):
+        ModelAnswerer(model, tokenizer_with(VICUNA), Distillation(self_talk=1))
+
+
+def test_a_folder_made_otherwise_is_refused(tmp_path):
+    Shards(tmp_path, {"model": "m", "temperature": 0.3})
+    Shards(tmp_path, {"model": "m", "temperature": 0.3})
+    with pytest.raises(InvalidInput, match=r"was made with temperature 0\.3, not 0\.7"):
+        Shards(tmp_path, {"model": "m", "temperature": 0.7})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cannot write to"):
+        Shards(tmp_path / "file")
 
 
 def test_sampled_answers_are_the_same_for_the_same_seed(tmp_path, model, tokenizer):

@@ -129,3 +129,40 @@ def test_counts_given_divide_the_loss_of_parts_into_that_of_the_whole():
     with torch.no_grad():
         parts = [objective(**batch_of(part), counts=counts)["loss"] for part in (rows[:1], rows[1:])]
         torch.testing.assert_close(sum(parts), objective(**whole)["loss"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("length", range(3, 8))
+def test_rows_shorter_than_the_heads_reach_ask_only_the_heads_that_can_answer(length, targets):
+    model = MedusaModel(tiny_backbone())
+    row = Row(random_prompt(length)[0].int(), torch.ones(length, dtype=torch.bool), (length,))
+    objective = Objective(model, random_heads(model.backbone, 5), TrainingConfig(targets=targets))
+    with torch.no_grad():
+        losses = objective(**batch_of([row]))["head_losses"]
+    assert [bool(loss > 0) for loss in losses] == [k + 1 < length for k in range(1, 6)]
+
+
+def test_an_untrained_adapter_is_no_distance_from_the_original_whatever_dropout_the_model_has():
+    pytest.importorskip("peft")
+    from medusa.adapter import attach_adapter
+
+    backbone = tiny_backbone("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    attach_adapter(backbone, rank=2, alpha=4, dropout=0.5)
+    config = TrainingConfig(num_heads=1, backbone="lora", lm_loss="distill")
+    objective = Objective(MedusaModel(backbone), random_heads(backbone, 1), config).train()
+    assert any(module.training for name, module in backbone.named_modules() if name.endswith("lora_dropout"))
+    assert objective(**batch_of(rows_of(20)))["lm_loss"].abs() < 1e-5
+
+
+def test_adapters_are_trained_in_float32():
+    pytest.importorskip("peft")
+    from medusa.adapter import attach_adapter
+
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    attach_adapter(backbone, rank=2, alpha=4, dropout=0.0)
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.dtype == torch.float32 for parameter in trained)
+    config = TrainingConfig(num_heads=1, backbone="lora", lm_loss="distill")
+    heads = random_heads(backbone, 1).float().requires_grad_(True)
+    Objective(MedusaModel(backbone), heads, config)(**batch_of(rows_of(20)))["loss"].backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in trained)

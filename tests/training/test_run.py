@@ -1,6 +1,7 @@
 """Claims about training runs: the label shift, the frozen backbone, Medusa-2, offline mode, resuming, and what stops them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput, MedusaError
 from medusa.heads import load_heads
 from medusa.model import load_backbone
-from medusa.training.config import TrainingConfig, recipe_names, resolve
+from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
 from medusa.training.data import Row, Rows, load_rows
 from medusa.training.hidden_states import keep
 from medusa.training.run import train
@@ -284,11 +285,41 @@ def test_gradients_through_a_4_bit_backbone_are_right(data):
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["medusa-1", "medusa-2"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_bfloat16_backbones_train_with_own_and_shared_lm_heads(data, method, shared):
+    pytest.importorskip("peft")
+    tiny_backbone(gain=1.0, dtype=torch.bfloat16).save_pretrained(data / "backbone")
+    options = dict(max_steps=4, heads_steps=0, batch_size=8, gradient_accumulation=1, num_heads=2, shared_lm_head=shared)
+    config = resolve(method, options | {"learning_rate": 2e-2, "warmup_steps": 0, "held_out": 0.1})
+    model = MedusaModel(load_backbone(data / "backbone"))
+    metrics = train(model, rows(data / "train.jsonl"), data / "out", config)
+    loaded = MedusaModel.from_pretrained(data / "backbone", heads=data / "out")
+    assert loaded.heads.dtype == torch.bfloat16
+    # What decodes is what was trained: the heads' losses after loading are those of the run.
+    from medusa.training.data import collate
+    from medusa.training.objective import Objective
+    from medusa.training.run import hold_out
+
+    _, held = hold_out(rows(data / "train.jsonl"), 0.1, 0)
+    objective = Objective(loaded, loaded.heads, resolve("medusa-1", {"num_heads": 2}))
+    with torch.no_grad():
+        again = objective(**collate(list(enumerate(held))))["head_losses"]
+    wanted = metrics["eval_loss"] - metrics.get("eval_lm_loss", 0.0)
+    got = (torch.tensor([0.8, 0.64]) * again).sum().item() * (config.lambda_0 if config.joint else 1.0)
+    assert got == pytest.approx(wanted, rel=0.02)
+
+
 def test_training_goes_on_from_given_heads(data):
-    config = TrainingConfig(num_heads=2, max_steps=2, batch_size=8, learning_rate=1e-3)
+    config = TrainingConfig(num_heads=2, max_steps=150, batch_size=8, learning_rate=1e-2, warmup_steps=0)
     found = rows(data / "train.jsonl")
-    train(MedusaModel(tiny_backbone()), found, data / "first", config)
+    train(MedusaModel(tiny_backbone(gain=1.0)), found, data / "first", config)
     start = load_heads(data / "first")
+    more = TrainingConfig(num_heads=2, max_steps=1, batch_size=8, learning_rate=1e-9, warmup_steps=0, logging_steps=1)
+    for name, heads in (("further", start), ("anew", None)):
+        train(MedusaModel(tiny_backbone(gain=1.0), heads), found, data / name, more)
+    logs = [json.loads((data / name / "training.json").read_text())["log"] for name in ("further", "anew")]
+    assert logs[0][0]["loss"] < 0.95 * logs[1][0]["loss"]
     with pytest.raises(InvalidInput, match="other sizes"):
         train(MedusaModel(tiny_backbone(), start), found, data / "second", TrainingConfig(num_heads=3, max_steps=1))
 
@@ -302,7 +333,15 @@ def test_exploding_loss_stops_the_run_and_names_step_and_sample(data):
     with pytest.raises(MedusaError, match=r"loss is nan at step 1, on .*train.jsonl:\d+"):
         train(model, rows(data / "train.jsonl"), data / "heads", config)
     with pytest.raises(MedusaError, match=r"loss is \S+ at step \d+, on "):
-        wild = TrainingConfig(num_heads=1, max_steps=30, batch_size=8, targets="hard", learning_rate=50.0, warmup_steps=0)
+        wild = TrainingConfig(
+            num_heads=1,
+            max_steps=30,
+            batch_size=2,
+            gradient_accumulation=4,
+            targets="hard",
+            learning_rate=50.0,
+            warmup_steps=0,
+        )
         train(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "wild", wild)
 
 
@@ -325,6 +364,10 @@ def test_a_cut_batch_gives_the_gradient_of_the_whole(data):
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"batch_size": 0}, "batch_size"),
         ({"held_out": 1.0}, "held_out"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"heads_steps": -2, "backbone": "lora"}, "heads_steps"),
+        ({"loss_chunk": -1}, "loss_chunk"),
+        ({"backbone_learning_rate": -1.0}, "backbone_learning_rate"),
         ({"backbone": "full", "quantization": "nf4"}, "backbone=full cannot train nf4"),
         ({"backbone": "full", "lm_loss": "distill"}, "needs the original model"),
         ({"heads_steps": 5}, "heads_steps is for a backbone that is trained"),
@@ -333,6 +376,38 @@ def test_a_cut_batch_gives_the_gradient_of_the_whole(data):
 def test_nonsense_configuration_is_refused(changes, message):
     with pytest.raises(InvalidInput, match=message):
         TrainingConfig(**changes)
+
+
+def test_a_folder_of_another_run_is_not_resumed_nor_begun_anew_unasked(data):
+    found = rows(data / "train.jsonl")
+    config = TrainingConfig(num_heads=1, max_steps=2, save_steps=1, batch_size=8)
+    train(MedusaModel(tiny_backbone()), found, data / "out", config)
+    with pytest.raises(InvalidInput, match="holds checkpoints of a run; go on with --resume"):
+        train(MedusaModel(tiny_backbone()), found, data / "out", config)
+    for changed, message in (
+        (lambda: (MedusaModel(tiny_backbone(gain=2.0)), found, config), "has backbone weights"),
+        (lambda: (MedusaModel(tiny_backbone()), rows(data / "eval.jsonl"), config), "has data"),
+        (lambda: (MedusaModel(tiny_backbone()), found, TrainingConfig(num_heads=2, max_steps=2)), "has num_heads 1, not 2"),
+    ):
+        model, data_, config_ = changed()
+        with pytest.raises(InvalidInput, match=message):
+            train(model, data_, data / "out", config_, resume=True)
+
+
+def test_nothing_of_an_earlier_run_is_taken_for_this_ones(data):
+    pytest.importorskip("peft")
+    found, backbone = rows(data / "train.jsonl"), tiny_backbone()
+    joint = TrainingConfig(num_heads=2, max_steps=1, batch_size=8, backbone="lora", held_out=0.1, save_steps=100)
+    train(MedusaModel(tiny_backbone()), found, data / "out", joint)
+    shutil.rmtree(data / "out" / "checkpoint-1")
+    train(MedusaModel(backbone), found, data / "out", TrainingConfig(num_heads=1, max_steps=1, batch_size=8, held_out=0.0))
+    names = {path.name for path in (data / "out").iterdir() if path.is_file()}
+    assert names == {"config.json", "medusa_lm_head.safetensors", "run.json", "training.json"}
+
+
+def test_rates_written_the_usual_way_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: 2e-3\nwarmup_steps: 5\n")
+    assert resolve("medusa-1", read_options(tmp_path / "a.yaml")).learning_rate == 2e-3
 
 
 def test_recipes_are_the_papers():

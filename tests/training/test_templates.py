@@ -235,3 +235,31 @@ def test_templates_that_hide_the_speech_are_refused(template, message):
     tokenizer = tokenizer_with(template)
     with pytest.raises(InvalidInput, match=message):
         encode_conversation(tokenizer, conversation([("user", "Hi"), ("assistant", "Hello")]))
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set said = m.content.split('</think>')[-1].strip() %}"
+    "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_thinking_of_the_last_turn_is_speech():
+    tokenizer = tokenizer_with(THINKING)
+    turns = [
+        ("user", "Hi"),
+        ("assistant", "<think>hm</think>Hello"),
+        ("user", "Bye"),
+        ("assistant", "<think>\noh\n</think>\n\nSo"),
+    ]
+    ids, spoken = encode_conversation(tokenizer, conversation(turns))
+    assert shown(tokenizer, ids, spoken).endswith("assistant\n«<think>\noh\n</think>\n\nSo<|im_end|>»\n")
+
+
+def test_an_end_of_turn_in_plain_letters_is_speech_too():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = CHATML
+    ids, spoken = encode_conversation(tokenizer, conversation(TWO_TURNS))
+    assert shown(tokenizer, ids, spoken).count("<|im_end|>»") == 2

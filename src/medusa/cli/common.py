@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +97,8 @@ def default_device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # Of several processes on a machine each takes a GPU of its own.
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

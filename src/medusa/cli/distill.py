@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -52,7 +53,10 @@ def distill_command(
     seeds = read_seeds(data, skips)[:limit]
     if skips:
         common.note(f"skipped {skips}")
-    shards = Shards(output)
+    made_by = {"model": model, "heads": heads, "endpoint": endpoint, **dataclasses.asdict(options)}
+    for name in ("batch_size", "compile"):  # of how, not of what
+        del made_by[name]
+    shards = Shards(output, made_by)
 
     def answerer():
         if endpoint is not None:

@@ -67,7 +67,7 @@ def train_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
     preview: Annotated[
-        int, typer.Option("--preview", help="Show this many samples, what is learnt coloured; no training.")
+        int, typer.Option("--preview", min=0, help="Show this many samples, what is learnt coloured; no training.")
     ] = 0,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import yaml
 from medusa.config import from_mapping
 from medusa.errors import ConfigError, InvalidInput
 
+_EXPONENT = re.compile(r"\d+[eE][-+]?\d+")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -74,6 +76,13 @@ class TrainingConfig:
         for name in ("seed", "num_layers", "lambda_0", "lambda_base", "warmup_steps", "weight_decay", "eval_steps"):
             if not getattr(self, name) >= 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+        if self.loss_chunk < 0:
+            raise InvalidInput(f"loss_chunk is {self.loss_chunk}, wanted at least 0")
+        for name in ("max_steps", "heads_steps"):
+            if getattr(self, name) < -1 or (name == "max_steps" and self.max_steps == 0):
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted -1 or a number of steps")
+        if self.backbone_learning_rate is not None and not self.backbone_learning_rate >= 0:
+            raise InvalidInput(f"backbone_learning_rate is {self.backbone_learning_rate}, wanted at least 0")
         for name in ("held_out", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0 and below 1")
@@ -119,7 +128,8 @@ def read_options(path: Path) -> dict[str, Any]:
         raise InvalidInput(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise InvalidInput(f"{path} holds a {type(found).__name__}, wanted `option: value` lines")
-    return found
+    # YAML takes 2e-3 for a text, since it lacks a point.
+    return {name: float(value) if _EXPONENT.fullmatch(str(value)) else value for name, value in found.items()}
 
 
 def resolve(method: str, options: dict[str, Any], source: str = "training options") -> TrainingConfig:

@@ -118,15 +118,19 @@ def load_rows(
 def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Token ids, and for each whether it is to be learnt."""
     if sample.input_ids is not None:
-        return list(sample.input_ids), [True] * len(sample.input_ids)
+        return list(sample.input_ids), [place >= sample.prompt_tokens for place in range(len(sample.input_ids))]
     if sample.messages is not None:
         spoken_last = max((i for i, m in enumerate(sample.messages) if m["role"] == "assistant"), default=-1)
         if spoken_last < 0:
             return [], []
         try:
-            return encode_conversation(tokenizer, sample.messages[: spoken_last + 1])
+            ids, spoken = encode_conversation(tokenizer, sample.messages[: spoken_last + 1])
         except InvalidInput as error:
             raise InvalidInput(f"{sample.source}: {error}") from None
+        last = max((place for place, said in enumerate(spoken) if said), default=-1)
+        if sample.cut and last >= 0 and ids[last] in tokenizer.added_tokens_decoder:
+            spoken[last] = False  # the template ends the turn, the assistant did not
+        return ids, spoken
     assert sample.text is not None
     if sample.prompt is None:
         ids = tokenizer(sample.text, verbose=False)["input_ids"]

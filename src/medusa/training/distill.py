@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 from tqdm.auto import tqdm
 
-from medusa.endpoint import Endpoint, EndpointError
+from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.samples import Message, Skips, read_samples
-from medusa.training.templates import end_of_turn, opening
+from medusa.training.templates import end_of_turn, ends_users_turns, opening
 
 SHARD = "samples-{:05d}.jsonl"
+MADE_BY = "distillation.yaml"
+DOES_NOT_FIT = "whose prompt is empty or does not fit the context"
 SAMPLES_PER_SHARD = 1000
 
 
@@ -33,6 +36,7 @@ class Seed:
     id: str
     turns: tuple[Message, ...] = ()
     text: str = ""
+    whole: bool = False  # the text is a prompt, of which nothing may be cut
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,42 @@ def read_seeds(source: str | Path, skips: Skips) -> list[Seed]:
             skips.add("with nothing to answer", sample.source)
             continue
         digest = hashlib.sha256(json.dumps([turns, text]).encode()).hexdigest()[:16]
-        seeds.append(Seed(f"{digest}-{seen[digest]}", turns, text))
+        seeds.append(Seed(f"{digest}-{seen[digest]}", turns, text, whole=sample.prompt is not None))
         seen[digest] += 1
     return seeds
 
 
 class Shards:
-    """A folder of JSONL shards that a run adds to: every sample whole and on the disk, or not there at all."""
+    """A folder of JSONL shards that a run adds to: every sample whole and on the disk, or not there at all.
 
-    def __init__(self, folder: str | Path, per_shard: int = SAMPLES_PER_SHARD):
+    Args:
+        made_by: what makes the samples, noted in the folder; a folder of another maker is refused.
+    """
+
+    def __init__(self, folder: str | Path, made_by: dict[str, Any] | None = None, per_shard: int = SAMPLES_PER_SHARD):
         self.folder, self._per_shard = Path(folder), per_shard
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"cannot write to {folder}: {error.strerror}") from None
+        if made_by is not None:
+            self._claim(made_by)
         self.done: set[str] = set()
         paths = sorted(self.folder.glob("samples-*.jsonl"))
         counts = [self._repair_and_read(path) for path in paths]
         self._number = max(0, len(paths) - 1)
         self._in_shard = counts[-1] if counts else 0
+
+    def _claim(self, made_by: dict[str, Any]) -> None:
+        path = self.folder / MADE_BY
+        if not path.is_file():
+            path.write_text(yaml.safe_dump(made_by, sort_keys=False), encoding="utf-8")
+            return
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for name, value in made_by.items():
+            if found.get(name) != value:
+                was = f"{self.folder} was made with {name} {found.get(name)!r}, not {value!r}"
+                raise InvalidInput(f"{was}; give another --output")
 
     def _repair_and_read(self, path: Path) -> int:
         """Cut off a half-written last line, note the ids of the others, and count them."""
@@ -165,6 +189,11 @@ class ModelAnswerer:
 
     def __init__(self, model: MedusaModel, tokenizer: Any, options: Distillation):
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        self._ends = set(model.eos_token_ids)
+        if tokenizer.chat_template:
+            self._ends |= set(end_of_turn(tokenizer))
+            if options.self_talk and not ends_users_turns(tokenizer):
+                raise InvalidInput("--self-talk needs a chat template that ends the user's turns with a special token")
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
         seeds = sorted(seeds, key=lambda seed: len(seed.turns))  # conversations of as many turns end together
@@ -178,40 +207,46 @@ class ModelAnswerer:
 
     def _continue(self, seeds: list[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
         """Plain text and the model's continuation of it, as token ids: decoded and encoded again they might differ."""
-        prompts = [self.tokenizer(seed.text, verbose=False)["input_ids"][: self.options.prompt_tokens] for seed in seeds]
+        prompts = [self.tokenizer(seed.text, verbose=False)["input_ids"] for seed in seeds]
+        prompts = [p if seed.whole else p[: self.options.prompt_tokens] for seed, p in zip(seeds, prompts, strict=True)]
         for seed, prompt, answer in zip(seeds, prompts, self._generate(prompts), strict=True):
             if isinstance(answer, str):
                 yield seed, answer, 0
             else:
-                yield seed, {"input_ids": prompt + answer}, len(answer)
+                yield seed, {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}, len(answer)
 
     def _converse(self, seeds: list[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
         talks = [_Talk(seed, self.options.self_talk) for seed in seeds]
         while active := [(talk, speaker) for talk in talks if (speaker := talk.next_speaker())]:
-            texts = [opening(self.tokenizer, talk.messages, speaker) for talk, speaker in active]
-            prompts = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            for (talk, _), answer in zip(active, self._generate(prompts), strict=True):
+            asked = [(talk, prompt) for talk, speaker in active if (prompt := self._prompt(talk, speaker)) is not None]
+            for (talk, _), answer in zip(asked, self._generate([prompt for _, prompt in asked]), strict=True):
                 talk.hear(answer if isinstance(answer, str) else None, *self._said(answer))
         for talk in talks:
             yield talk.seed, talk.outcome(), talk.tokens
+
+    def _prompt(self, talk: _Talk, speaker: str) -> list[int] | None:
+        """The ids up to where the speaker begins; none where the template refuses the conversation."""
+        try:
+            text = opening(self.tokenizer, talk.messages, speaker)
+        except InvalidInput as error:
+            talk.hear(str(error), "", 0, False)
+            return None
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _said(self, answer: list[int] | str) -> tuple[str, int, bool]:
         """Text, tokens, and whether the turn ended by itself."""
         if isinstance(answer, str):
             return "", 0, False
-        ended = bool(answer) and answer[-1] in self._ends()
+        ended = bool(answer) and answer[-1] in self._ends
         text = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
         return text.strip(), len(answer), ended
-
-    def _ends(self) -> set[int]:
-        return {*self.model.eos_token_ids, *end_of_turn(self.tokenizer)}
 
     def _generate(self, prompts: list[list[int]]) -> list[list[int] | str]:
         """New tokens for each prompt, or why there are none."""
         options = self.options
         room = (self.model.context or 1 << 30) - options.max_new_tokens - len(self.model.tree)
         short = [n for n, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
-        results: list[list[int] | str] = ["whose prompt is empty or does not fit the context"] * len(prompts)
+        results: list[list[int] | str] = [DOES_NOT_FIT] * len(prompts)
         if not short:
             return results
         width = max(len(prompts[n]) for n in short)
@@ -230,7 +265,7 @@ class ModelAnswerer:
             ids,
             attention_mask=mask,
             max_new_tokens=options.max_new_tokens,
-            eos_token_id=sorted(self._ends()) or None,
+            eos_token_id=sorted(self._ends) or None,
             compile=options.compile,
             return_dict_in_generate=True,
             **sampling,
@@ -265,10 +300,8 @@ class EndpointAnswerer:
 
     def _answer(self, seed: Seed) -> tuple[Seed, dict[str, Any] | str, int]:
         if not seed.turns:
-            seed_turns: tuple[Message, ...] = ({"role": "user", "content": seed.text},)
-        else:
-            seed_turns = seed.turns
-        talk = _Talk(Seed(seed.id, seed_turns), 0)
+            return seed, "of plain text, which a chat endpoint cannot continue", 0
+        talk = _Talk(seed, 0)
         options = self.options
         request: dict[str, Any] = {"max_tokens": options.max_new_tokens, "temperature": options.temperature}
         if options.top_p is not None:
@@ -276,6 +309,8 @@ class EndpointAnswerer:
         while talk.next_speaker():
             try:
                 answer = self.endpoint.chat(talk.messages, **request)
+            except EndpointRefused:
+                raise  # the next would be refused as well
             except EndpointError as error:
                 talk.hear(str(error), "", 0, False)
             else:
@@ -291,7 +326,7 @@ class _Talk:
         self._rest = list(seed.turns)
         self._rounds_left = self_talk
         self._failure: str | None = None
-        self._over = False
+        self._over = self._cut = False
         self.messages: list[Message] = []
         self._take_seed_turns()
         if self_talk:
@@ -315,8 +350,10 @@ class _Talk:
         self.tokens += tokens
         if failure is None and not text and speaker == "assistant":
             failure = "to which the model said nothing"
+        if failure == DOES_NOT_FIT and any(message["role"] == "assistant" for message in self.messages):
+            self._over = True  # it outgrew the context: its whole rounds are good
+            return
         if failure is not None:
-            # A conversation that breaks off later keeps its whole rounds; half a round is not kept.
             self._failure = failure
             return
         if speaker == "user":
@@ -327,12 +364,13 @@ class _Talk:
         self.messages.append({"role": speaker or "", "content": text})
         if speaker == "assistant":
             if not ended:
-                self._over = True
-            self._take_seed_turns()
+                self._over = self._cut = True
+            else:
+                self._take_seed_turns()
 
     def outcome(self) -> dict[str, Any] | str:
         """The record, or why there is none: of a conversation that failed nothing is kept."""
         if self._failure is not None:
             return self._failure
         messages = self.messages if self.messages[-1]["role"] == "assistant" else self.messages[:-1]
-        return {"messages": messages}
+        return {"messages": messages, "cut": True} if self._cut else {"messages": messages}

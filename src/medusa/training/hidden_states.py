@@ -54,7 +54,7 @@ def keep(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made_of = {"data": rows.fingerprint(), "backbone": _fingerprint(model), "shard_tokens": shard_tokens}
+    made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model), "shard_tokens": shard_tokens}
     index = folder / INDEX
     if index.is_file():
         found = json.loads(index.read_text(encoding="utf-8"))
@@ -62,7 +62,9 @@ def keep(
             if found.get(name) != made_of[name]:
                 raise InvalidInput(f"{folder} holds hidden states of other {name}; give another folder or remove this one")
     else:
-        index.write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+        partial = index.with_suffix(".partial")
+        partial.write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+        partial.replace(index)
     shards, first, tokens = [], 0, 0
     for number, row in enumerate(rows, 1):
         tokens += len(row)
@@ -115,9 +117,11 @@ def _is_whole(path: Path, tokens: int) -> bool:
         return file.get_slice("hidden_states").get_shape()[0] == tokens
 
 
-def _fingerprint(model: MedusaModel) -> str:
-    """A hash of a sample of every weight, its dtype with it."""
-    digest = hashlib.sha256()
+def fingerprint(model: MedusaModel) -> str:
+    """A hash of the backbone's config and of a sample of every weight, its dtype with it."""
+    config = model.backbone.config.to_dict()
+    told = {key: value for key, value in config.items() if not key.startswith(("_", "transformers_version"))}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in model.backbone.state_dict().items():
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()

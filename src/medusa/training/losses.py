@@ -38,7 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, states, weight, bias, tokens, weights, chunk, compute):
         total = torch.zeros((), device=states.device)
         grad_states = torch.empty_like(states)
-        needs_weight, needs_bias = weight.requires_grad, bias is not None and bias.requires_grad
+        needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         matrix = weight.to(compute)

@@ -31,7 +31,7 @@ def asked(
     shift: int,
 ) -> Tensor:  # (B, T - shift) bool
     """Where the token `shift` places on is one to be learnt, and of the same text."""
-    return (labels[:, shift:] != IGNORED) & (segments[:, shift:] == segments[:, : labels.shape[1] - shift])
+    return (labels[:, shift:] != IGNORED) & (segments[:, shift:] == segments[:, : max(0, labels.shape[1] - shift)])
 
 
 def count_asked(
@@ -66,8 +66,12 @@ class Objective(nn.Module):
 
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
-        if not self.recipe.joint:
-            self.backbone.eval()  # frozen: no dropout
+        if self.recipe.backbone != "full":
+            # No dropout of the backbone's own, in it or in the teacher that it is without its adapter.
+            self.backbone.eval()
+            for name, module in self.backbone.named_modules():
+                if name.endswith("lora_dropout"):
+                    module.train(mode)
         return self
 
     def forward(
@@ -134,7 +138,7 @@ class Objective(nn.Module):
             if soft is None:
                 targets = hard_targets(labels[:, shift:][counted])
             else:
-                at = place[:, k + 1 :][counted]
+                at = place[:, k + 1 : k + 1 + counted.shape[1]][counted]
                 targets = Targets(soft.tokens[at], soft.weights[at])
             states = hidden[:, : counted.shape[1]][counted].to(self.heads.dtype)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):

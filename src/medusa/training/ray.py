@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -41,7 +42,7 @@ class RayAnswerer:
 
             def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
                 outcomes: dict[str, list] = {"id": [], "outcome": [], "tokens": []}
-                handed = [Seed(s["id"], tuple(s["turns"]), s["text"]) for s in map(json.loads, batch["seed"])]
+                handed = [Seed(s["id"], tuple(s["turns"]), s["text"], s["whole"]) for s in map(json.loads, batch["seed"])]
                 for seed, outcome, tokens in self.answerer(handed):
                     outcomes["id"].append(seed.id)
                     outcomes["outcome"].append(json.dumps(outcome))
@@ -51,7 +52,7 @@ class RayAnswerer:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        items = [{"seed": json.dumps({"id": s.id, "turns": list(s.turns), "text": s.text})} for s in by_id.values()]
+        items = [{"seed": json.dumps(dataclasses.asdict(seed))} for seed in by_id.values()]
         blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back by blocks
         data = ray.data.from_items(items, override_num_blocks=blocks)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0

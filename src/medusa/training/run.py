@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medusa.adapter import attach_adapter, save_adapter
-from medusa.config import TREE_FILE
+from medusa.adapter import ADAPTER_FILES, attach_adapter, save_adapter
+from medusa.config import HEADS_FILE, TREE_FILE
 from medusa.errors import InvalidInput
 from medusa.heads import MedusaHeads, heads_from_tensors, load_heads, save_heads
 from medusa.model import MedusaModel
@@ -27,12 +27,14 @@ from medusa.quantization import make_differentiable
 from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate
-from medusa.training.hidden_states import keep
+from medusa.training.hidden_states import fingerprint, keep
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
 
 RECORD = "training.json"
-MOST_HELD_OUT = 512  # rows
+IDENTITY = "run.json"  # what a run in this folder is of, so that only the same is resumed
+FREE_TO_CHANGE = ("max_steps", "epochs", "logging_steps", "eval_steps", "save_steps", "tree_nodes", "report_to")
+MOST_HELD_OUT, FEWEST_TO_HOLD_OUT_OF = 512, 10  # rows
 
 
 def train(
@@ -66,6 +68,7 @@ def train(
         raise InvalidInput(f"cannot write to {output}: {error.strerror}") from None
     if hidden_states is not None and config.joint:
         raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
+    _claim(output, model, rows, config, resume)
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
     if config.heads_steps and model.heads is None:
@@ -84,6 +87,7 @@ def train(
     base_model = model.backbone.config._name_or_path or None
     heads = _new_heads(model, config)
     model = _trainable(model, config)
+    heads.share(model.backbone.get_output_embeddings())  # with the adapter that it may have now
     objective = Objective(model, heads, config)
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
     if hidden_states is not None:
@@ -101,19 +105,43 @@ def train(
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
     trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
-    metrics = trainer.evaluate() if eval_rows is not None else {}
     trained = trainer.trained()  # of all processes together
     if trainer.is_world_process_zero():
         _save(output, objective, trained, base_model)
+    metrics = trainer.evaluate() if eval_rows is not None else {}
+    if trainer.is_world_process_zero():
         _report(output, trainer, rows, metrics, base_model)
     trainer.accelerator.wait_for_everyone()
     objective.eval()  # no dropout in what the caller still holds
     return metrics
 
 
+def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig, resume: bool) -> None:
+    """Note what this run is of; refuse a folder that holds another, or one that would be begun anew unasked."""
+    wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    wanted |= {"data": rows.fingerprint(), "backbone weights": fingerprint(model)}
+    path = output / IDENTITY
+    if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        if not resume:
+            raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise InvalidInput(f"the run in {output} has {name} {found.get(name)!r}, not {value!r}; give another --output")
+    if PartialState().is_main_process:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+        if not resume:  # nothing of an earlier run may be taken for this one's
+            for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
+                (output / name).unlink(missing_ok=True)
+
+
 def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
     """The rows to train on and those to measure on; none of the latter where the data is too small to spare any."""
     number = min(MOST_HELD_OUT, round(share * len(rows)))
+    if share > 0 and len(rows) >= FEWEST_TO_HOLD_OUT_OF:
+        number = max(number, 1)
     if number == 0:
         return rows, None
     chosen = set(random.Random(seed).sample(range(len(rows)), number))
@@ -155,7 +183,7 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig, evaluat
     small = config.optimizer == "adamw-8bit" or (
         config.optimizer == "auto" and on_gpu and importlib.util.find_spec("bitsandbytes") is not None
     )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=config.max_steps,
         num_train_epochs=config.epochs,
@@ -182,6 +210,9 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig, evaluat
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )
+    if arguments.n_gpu > 1:  # DataParallel's copies would all run the first GPU's backbone; `accelerate launch` takes several
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _newest_checkpoint(output: Path) -> str | None:

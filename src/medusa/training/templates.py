@@ -31,6 +31,7 @@ def encode_conversation(
     if not tokenizer.chat_template:
         raise InvalidInput("the tokenizer has no chat template; give it one, or give data as 'text' or 'prompt'/'completion'")
     if _GENERATION.search(tokenizer.get_chat_template()):
+        _apply(tokenizer, messages)  # for its one-line errors
         encoded = tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -53,6 +54,10 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
             "mark them with {% generation %} … {% endgeneration %} in the template"
         )
     special = sorted({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())} - {""}, key=len)
+    # Without a special token, the line that every turn of the assistant's ends with.
+    line = pieces[-1].strip().partition("\n")[0]
+    if line and not any(token in pieces[-1] for token in special) and all(p.lstrip().startswith(line) for p in pieces[1:]):
+        special.append(line)
     closing = re.compile(r"\s*(" + "|".join(map(re.escape, reversed(special))) + ")") if special else None
     spans, at = [], len(pieces[0])
     matched = text.startswith(pieces[0])
@@ -69,6 +74,12 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
         spans.append((at, end + spoken))
         at = end + len(after)
     if not matched or at != len(text):
+        # A last turn with its thinking, which the template sets apart: what follows the generation prompt is spoken. Earlier
+        # turns have lost theirs, and what is left of them is not what was said.
+        prompt = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
+        if text.startswith(prompt) and text.endswith(pieces[-1]):
+            ending = closing.match(pieces[-1]) if closing else None
+            return text, [(len(prompt), len(text) - len(pieces[-1]) + (len(ending[0]) if ending else 0))]
         raise InvalidInput(
             "the chat template rewrites what the assistant says, so its words cannot be found again; "
             "mark them with {% generation %} … {% endgeneration %} in the template"
@@ -113,5 +124,13 @@ def end_of_turn(tokenizer: Any) -> list[int]:
         return []
     asked, answered = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
     ids, spoken = encode_conversation(tokenizer, [asked, answered, asked, answered])
-    last = max(place for place, said in enumerate(spoken) if said)
-    return [ids[last]] if ids[last] in tokenizer.added_tokens_decoder else []
+    ends = [token for token, said in zip(ids, spoken, strict=True) if said and token in tokenizer.added_tokens_decoder]
+    return ends[-1:]
+
+
+def ends_users_turns(tokenizer: Any) -> bool:
+    """Whether the template ends a user's turn with a special token, at which a model that writes it can be stopped."""
+    asked, answered = _STAND_IN.format(0), _STAND_IN.format(1)
+    text = _apply(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+    between = text.partition(asked)[2].partition(answered)[0]
+    return any(str(token) in between for token in tokenizer.added_tokens_decoder.values())

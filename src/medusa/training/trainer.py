@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer
 
-from medusa.errors import MedusaError
+from medusa.errors import CheckpointError, MedusaError
 from medusa.metrics import expected_acceptance_length, rank_hits
 from medusa.search import search_tree
 from medusa.training.losses import IGNORED
@@ -77,7 +77,9 @@ class MedusaTrainer(Trainer):
             self.model.lambda_0 = config.lambda_0 * math.sin(math.pi / 2 * done)
         output = model(**inputs, counts=num_items_in_batch)
         loss = output["loss"]
-        self._check(loss.item(), inputs)
+        # Of a step cut into batches each has its share of the loss.
+        shares = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        self._check(loss.item() * shares, inputs)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, ours are shares of a sum
         return (loss, output) if return_outputs else loss
@@ -102,7 +104,9 @@ class MedusaTrainer(Trainer):
         """Heads and backbone at learning rates of their own (paper 2.2.2), biases and vectors without decay."""
         if self.optimizer is None:
             config, objective = self.model.recipe, model or self.model
-            backbone_rate = config.backbone_learning_rate or config.learning_rate / 4
+            backbone_rate = config.backbone_learning_rate
+            if backbone_rate is None:
+                backbone_rate = config.learning_rate / 4  # paper B.2
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for name, parameter in objective.named_parameters():
                 if parameter.requires_grad:
@@ -178,7 +182,9 @@ class MedusaTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        parameters = dict((model or self.model).named_parameters())
+        parameters = {name: p for name, p in (model or self.model).named_parameters() if p.requires_grad}
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise CheckpointError(f"{resume_from_checkpoint} is of a run with other parameters; give another --output")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
