@@ -32,7 +32,7 @@ from medusa.evaluation.compare import (
     transformers_decoder,
 )
 from medusa.evaluation.prompts import held_out_prompts
-from medusa.search import search_tree
+from medusa.search import search_joint_tree
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compiled", action="store_true", help="also with our loops compiled (slow to start)")
+    parser.add_argument("--heads", type=Path, help="other heads, with their calibration.json [the embedded model's]")
     parser.add_argument("--quick", action="store_true", help="4 prompts, batch 1, one round")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -156,13 +157,13 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console(stderr=True)
-    accuracies = json.loads((EMBEDDED / "calibration.json").read_text())["accuracies"]
+    paths = json.loads(((args.heads or EMBEDDED) / "calibration.json").read_text())["paths"]
     trees = {"plain": MedusaTree([])}
-    trees |= {f"medusa {nodes}": search_tree(accuracies, nodes) for nodes in args.nodes}
+    trees |= {f"medusa {nodes}": search_joint_tree(paths, nodes) for nodes in args.nodes}
     results = []
     with Progress(console=console, transient=True) as progress:
         todo = settings(args)
-        models = {dtype: MedusaModel.from_pretrained(EMBEDDED, dtype=DTYPES[dtype]) for dtype in args.dtypes}
+        models = {dtype: MedusaModel.from_pretrained(EMBEDDED, args.heads, dtype=DTYPES[dtype]) for dtype in args.dtypes}
         for setting in todo:
             name = f"{setting.dtype}, batch {setting.batch}, T {setting.temperature}{', compiled' * setting.compiled}"
             task = progress.add_task(name, total=None)

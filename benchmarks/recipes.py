@@ -26,7 +26,7 @@ from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.evaluation.prompts import held_out_prompts
 from medusa.heads import load_heads
 from medusa.model import load_backbone
-from medusa.search import search_tree
+from medusa.search import search_joint_tree
 from medusa.training.config import resolve
 from medusa.training.data import load_rows
 from medusa.training.losses import cross_entropy
@@ -141,7 +141,8 @@ def measure(model: MedusaModel, nodes: int, num_heads: int | None = None) -> dic
         model, [prompt.ids for prompt in held_out_prompts("calibration")[:PROMPTS]], max_new_tokens=NEW_TOKENS
     )
     accuracies = calibration.accuracies[:num_heads]
-    tuned = MedusaModel(model.backbone, model.heads, search_tree(accuracies, nodes))
+    paths = [(path, count) for path, count in calibration.paths if len(path) <= len(accuracies)]
+    tuned = MedusaModel(model.backbone, model.heads, search_joint_tree(paths, nodes))
     tokens = steps = 0
     for prompt in held_out_prompts()[:PROMPTS]:
         output = tuned.generate(prompt.ids[None], max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)

@@ -50,11 +50,11 @@ def test_nothing_held_out_is_for_both_calibration_and_test():
 
 
 def test_tree_is_the_searched_one_of_its_calibration():
-    from medusa.search import search_tree
+    from medusa.search import search_joint_tree
 
     calibration = json.loads((EMBEDDED / "calibration.json").read_text())
     tree = MedusaTree.load(EMBEDDED / "medusa_tree.json")
-    assert search_tree(calibration["accuracies"], len(tree)) == tree
+    assert search_joint_tree(calibration["paths"], len(tree)) == tree
 
 
 def test_embedded_model_is_small_enough_to_ship():

@@ -7,7 +7,7 @@ import pytest
 from medusa import MedusaTree
 from medusa.errors import InvalidInput
 from medusa.metrics import expected_acceptance_length
-from medusa.search import search_tree
+from medusa.search import search_joint_tree, search_tree
 from tiny import random_tree
 
 ACCURACIES = [[0.5, 0.2, 0.1], [0.3, 0.25, 0.05], [0.2, 0.1, 0.1]]
@@ -54,3 +54,15 @@ def test_useless_guesses_are_not_added():
 def test_nonsense_is_refused(accuracies, nodes):
     with pytest.raises(InvalidInput):
         search_tree(accuracies, nodes)
+
+
+def test_joint_search_is_the_best_of_its_size_on_what_came_true():
+    paths = [((0,), 10), ((1,), 6), ((0, 0), 9), ((1, 0), 2), ((0, 1), 1), ((1, 1), 4)]
+    counted = dict(paths)
+    for nodes in range(2, 7):
+        found = search_joint_tree(paths, nodes)
+        best = max(sum(counted.get(path, 0) for path in tree.paths) for tree in every_tree(nodes))
+        assert sum(counted[path] for path in found.paths) == best and len(found) == nodes
+    assert len(search_joint_tree(paths, 100)) == 7 and len(search_joint_tree([], 5)) == 1
+    with pytest.raises(InvalidInput):
+        search_joint_tree(paths, 0)

@@ -16,7 +16,6 @@ from corpus import documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPERATURES = (0.0, 0.8, 0.0, 0.8, 1.0)  # 0 is greedy
-BATCH_SIZE = 64
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("backbone")
     parser.add_argument("out", type=Path)
     parser.add_argument("--batches", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=192)
     args = parser.parse_args()

@@ -39,6 +39,28 @@ def rank_hits(
     return hits, asked
 
 
+@torch.no_grad()
+def guess_ranks(
+    heads: MedusaHeads,
+    hidden: Tensor,  # (T, d): the backbone's last hidden states of one text, in the dtype of the heads
+    ids: Tensor,  # (T,) long
+    ranks: int,
+) -> Tensor:  # (T - 2, K) long
+    """At each position, which guess of each head was right, from 0 on; -1 where none was or the text ends before."""
+    found = torch.full((max(0, len(ids) - 2), len(heads)), -1, dtype=torch.long)
+    for k in range(len(heads)):
+        shift = k + 2  # head k + 1 at position t guesses token t + k + 2
+        if len(ids) <= shift:
+            break
+        for start in range(0, len(ids) - shift, 1024):
+            part = hidden[start : min(start + 1024, len(ids) - shift)]
+            guesses = heads.lm_head(k)(heads.residual(part, k)).topk(ranks, dim=-1).indices
+            right = guesses == ids[start + shift : start + shift + len(part), None]
+            rank = torch.where(right.any(-1), right.int().argmax(-1), -1)
+            found[start : start + len(part), k] = rank.cpu()
+    return found
+
+
 def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
     """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
 

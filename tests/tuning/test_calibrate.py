@@ -1,5 +1,7 @@
 """Claims about calibration."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -17,16 +19,19 @@ def test_calibration_counts_each_guess_where_decoding_asks_for_it():
     tokens = plain_greedy(backbone, prompt, new)
     full = prompt[0].tolist() + tokens
     hits = [[0] * VOCAB for _ in range(2)]
-    asked = [0, 0]
+    asked, together = [0, 0], Counter()
     with torch.no_grad():
         for t in range(5, len(full)):  # the last committed token, from the end of the prompt on
-            h = model.hidden_states(torch.tensor([full[: t + 1]]))[0, -1]
+            h, path = model.hidden_states(torch.tensor([full[: t + 1]]))[0, -1], ()
             for k in range(2):
                 if t + k + 2 < len(full):
                     rank = model.heads(h)[k].topk(VOCAB).indices.tolist().index(full[t + k + 2])
                     hits[k][rank] += 1
                     asked[k] += 1
+                    path = (*path, rank)
+                    together[path] += 1
     assert calibration.asked == asked
+    assert dict(calibration.paths) == together and calibration.positions == asked[0]
     assert sum(abs(a - b) for x, y in zip(calibration.hits, hits, strict=True) for a, b in zip(x, y, strict=True)) == 0
 
 

@@ -25,6 +25,9 @@ def tune_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write the tree; calibration.json goes beside it.")
     ] = None,
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Take heads to err independently (the paper's search).")
+    ] = False,
     quantization: common.QuantizationOption = "none",
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
@@ -43,7 +46,7 @@ def tune_command(
     from rich.progress import Progress
 
     from medusa.metrics import expected_acceptance_length
-    from medusa.search import search_tree
+    from medusa.search import search_joint_tree, search_tree
     from medusa.training.data import load_rows
     from medusa.tuning.calibrate import calibrate
 
@@ -58,8 +61,12 @@ def tune_command(
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("calibrating", total=len(chosen))
         calibration = calibrate(medusa, chosen, max_new_tokens, ranks, temperature, on_progress=lambda: progress.advance(task))
-    tree = search_tree(calibration.accuracies, nodes)
-    expected = expected_acceptance_length(tree, calibration.accuracies)
+    if independent:
+        tree = search_tree(calibration.accuracies, nodes)
+        expected = expected_acceptance_length(tree, calibration.accuracies)
+    else:
+        tree = search_joint_tree(calibration.paths, nodes)
+        expected = 1 + sum(count for path, count in calibration.paths if path in tree.paths) / calibration.positions
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         tree.save(output)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medusa.errors import InvalidInput
-from medusa.metrics import rank_hits
+from medusa.metrics import guess_ranks
 from medusa.model import MedusaModel
+
+MOST_PATHS = 1024
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """hits[k - 1][i]: how often exactly guess i (0-based) of head k was right, of asked[k - 1] times."""
+    """What the heads got right.
+
+    Attributes:
+        hits: [k - 1][i]: how often exactly guess i (0-based) of head k was right.
+        asked: [k - 1]: of so many times.
+        paths: the rank paths that came true most often, each with how often: what heads get right together, without the
+            assumption that they err independently.
+        positions: of so many.
+    """
 
     hits: list[list[int]]
     asked: list[int]
+    paths: list[tuple[tuple[int, ...], int]]
+    positions: int
 
     @property
     def accuracies(self) -> list[list[float]]:
@@ -47,8 +61,7 @@ def calibrate(
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.vocab_size)
-    hits = torch.zeros(model.num_heads, ranks, dtype=torch.long)
-    asked = torch.zeros(model.num_heads, dtype=torch.long)
+    found = []
     for number, prompt in enumerate(prompts):
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
         ids = model.generate(prompt[None], max_new_tokens=max_new_tokens, seed=seed + number, **sampling)
@@ -57,10 +70,20 @@ def calibrate(
             hidden = model.hidden_states(ids)
         # Heads are asked from the last token of the prompt on.
         start = len(prompt) - 1
-        counted = torch.ones_like(ids[:, start:], dtype=torch.bool)
-        got, times = rank_hits(model.heads, hidden[:, start:], ids[:, start:], counted, ranks)
-        hits += got
-        asked += times
+        found.append(guess_ranks(model.heads, hidden[0, start:], ids[0, start:], ranks))
         if on_progress:
             on_progress()
-    return Calibration(hits.tolist(), asked.tolist())
+    every = torch.cat(found)
+    hits = [torch.bincount(every[every[:, k] >= 0, k], minlength=ranks).tolist() for k in range(model.num_heads)]
+    # Head k is not asked for the last k tokens of a text.
+    asked = [sum(max(0, len(part) - k) for part in found) for k in range(model.num_heads)]
+    return Calibration(hits, asked, _paths(every), len(every))
+
+
+def _paths(ranks: Tensor) -> list[tuple[tuple[int, ...], int]]:
+    """Every beginning of a row up to its first miss, counted; the most frequent, shorter before longer."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    for row in ranks.tolist():
+        path = tuple(takewhile(lambda rank: rank >= 0, row))
+        counts.update(path[:depth] for depth in range(1, len(path) + 1))
+    return sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[:MOST_PATHS]
