@@ -89,6 +89,7 @@ def train(
     model = _trainable(model, config)
     heads.share(model.backbone.get_output_embeddings())  # with the adapter that it may have now
     objective = Objective(model, heads, config)
+    arguments = _arguments(model, output, config, evaluate=eval_rows is not None)  # sets up the processes
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
     if hidden_states is not None:
         with PartialState().main_process_first():
@@ -96,7 +97,7 @@ def train(
         data |= kept
     trainer = MedusaTrainer(
         model=objective,
-        args=_arguments(model, output, config, evaluate=eval_rows is not None),
+        args=arguments,
         train_dataset=data["train"],
         eval_dataset=data["eval"],
         data_collator=collate,
@@ -128,7 +129,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise InvalidInput(f"the run in {output} has {name} {found.get(name)!r}, not {value!r}; give another --output")
-    if PartialState().is_main_process:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one writes
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
