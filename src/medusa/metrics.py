@@ -32,9 +32,7 @@ def rank_hits(
             chosen = chosen & (segments[:, shift:] == segments[:, :-shift])
         state, wanted = hidden[:, :-shift][chosen], ids[:, shift:][chosen]
         for part, token in zip(state.split(1024), wanted.split(1024)):  # logits of a chunk at a time
-            lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
-            guesses = lm_head(heads.residual(part, k).to(next(lm_head.parameters()).dtype)).topk(ranks, dim=-1).indices
-            hits[k] += (guesses == token[:, None]).sum(0).cpu()
+            hits[k] += (_guesses(heads, part, k, ranks) == token[:, None]).sum(0).cpu()
         asked[k] = len(wanted)
     return hits, asked
 
@@ -54,11 +52,21 @@ def guess_ranks(
             break
         for start in range(0, len(ids) - shift, 1024):
             part = hidden[start : min(start + 1024, len(ids) - shift)]
-            guesses = heads.lm_head(k)(heads.residual(part, k)).topk(ranks, dim=-1).indices
-            right = guesses == ids[start + shift : start + shift + len(part), None]
+            right = _guesses(heads, part, k, ranks) == ids[start + shift : start + shift + len(part), None]
             rank = torch.where(right.any(-1), right.int().argmax(-1), -1)
             found[start : start + len(part), k] = rank.cpu()
     return found
+
+
+def _guesses(heads: MedusaHeads, states: Tensor, k: int, ranks: int) -> Tensor:  # (n, d) -> (n, ranks) long
+    """The likeliest tokens of head k + 1, in order."""
+    lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
+    return lm_head(heads.residual(states, k).to(next(lm_head.parameters()).dtype)).topk(ranks, dim=-1).indices
+
+
+def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[list[float]]:
+    """[k - 1][i]: the share of the times head k was asked that exactly its guess i (0-based) was right."""
+    return [[hit / max(times, 1) for hit in row] for row, times in zip(hits, asked, strict=True)]
 
 
 def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer
 
 from medusa.errors import CheckpointError, MedusaError
-from medusa.metrics import expected_acceptance_length, rank_hits
+from medusa.metrics import accuracies_of, expected_acceptance_length, rank_hits
 from medusa.search import search_tree
 from medusa.training.losses import IGNORED
 from medusa.training.objective import Objective, count_asked
@@ -35,7 +35,7 @@ class Evaluated:
 
     @property
     def accuracies(self) -> list[list[float]]:
-        return [[hit / max(asked, 1) for hit in row] for row, asked in zip(self.hits, self.asked, strict=True)]
+        return accuracies_of(self.hits, self.asked)
 
     def tree(self, num_nodes: int) -> MedusaTree:
         return search_tree(self.accuracies, num_nodes)

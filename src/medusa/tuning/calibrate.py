@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medusa.errors import InvalidInput
-from medusa.metrics import guess_ranks
+from medusa.metrics import accuracies_of, guess_ranks
 from medusa.model import MedusaModel
 
 MOST_PATHS = 1024
@@ -37,7 +37,7 @@ class Calibration:
 
     @property
     def accuracies(self) -> list[list[float]]:
-        return [[hit / max(asked, 1) for hit in row] for row, asked in zip(self.hits, self.asked, strict=True)]
+        return accuracies_of(self.hits, self.asked)
 
     def to_dict(self) -> dict:
         return {**asdict(self), "accuracies": self.accuracies}
