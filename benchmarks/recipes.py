@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -33,7 +33,7 @@ from medusa.training.losses import cross_entropy
 from medusa.training.run import train
 from medusa.tuning.calibrate import calibrate
 
-PROMPTS, NEW_TOKENS = 12, 96
+NEW_TOKENS, BATCH = 128, 16
 JOINT = {"backbone": "lora", "held_out": 0.0}
 
 
@@ -102,7 +102,7 @@ def main() -> None:
             for k in range(1, 6):
                 results[f"medusa-1, K = {k}"] = measure(model, args.nodes, k) | {"perplexity_ratio": 1.0}
         show(console, variant.name, results[variant.name])
-    table = Table("variant", *(f"head {k}" for k in range(1, 6)), "tokens a step", "perplexity")
+    table = Table(Column("variant", no_wrap=True), *(f"head {k}" for k in range(1, 6)), "tokens a step", "perplexity")
     for name, found in results.items():
         accuracies = [f"{row[0]:.2f}" for row in found["accuracies"]]
         rate, ratio = f"{found['acceleration_rate']:.2f}", f"{found['perplexity_ratio']:.4f}"
@@ -138,16 +138,16 @@ def run(variant: Variant, folder: Path, rows, args: argparse.Namespace) -> None:
 def measure(model: MedusaModel, nodes: int, num_heads: int | None = None) -> dict:
     """Accuracies on the model's own greedy continuations of calibration prompts, and tokens a step on others."""
     calibration = calibrate(
-        model, [prompt.ids for prompt in held_out_prompts("calibration")[:PROMPTS]], max_new_tokens=NEW_TOKENS
+        model, [prompt.ids for prompt in held_out_prompts("calibration")], max_new_tokens=NEW_TOKENS, batch_size=BATCH
     )
     accuracies = calibration.accuracies[:num_heads]
     paths = [(path, count) for path, count in calibration.paths if len(path) <= len(accuracies)]
     tuned = MedusaModel(model.backbone, model.heads, search_joint_tree(paths, nodes))
     tokens = steps = 0
-    for prompt in held_out_prompts()[:PROMPTS]:
-        output = tuned.generate(prompt.ids[None], max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)
-        tokens += sum(output.acceptance_lengths[0])
-        steps += len(output.acceptance_lengths[0])
+    for batch in torch.stack([prompt.ids for prompt in held_out_prompts()]).split(BATCH):
+        output = tuned.generate(batch, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True)
+        tokens += sum(map(sum, output.acceptance_lengths))
+        steps += sum(map(len, output.acceptance_lengths))
     return {"accuracies": accuracies, "acceleration_rate": tokens / steps}
 
 

@@ -50,34 +50,55 @@ def calibrate(
     ranks: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
+    batch_size: int = 8,
     on_progress: Callable[[], None] | None = None,
 ) -> Calibration:
     """Let the backbone continue the prompts, with Medusa's help, and score the heads on what it said.
 
     Args:
         temperature: 0 is greedy; otherwise continuations are drawn from the backbone's distribution.
+        batch_size: prompts continued together; what is said does not depend on it but for rounding.
         on_progress: called after every prompt.
     """
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.vocab_size)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     found = []
-    for number, prompt in enumerate(prompts):
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-        ids = model.generate(prompt[None], max_new_tokens=max_new_tokens, seed=seed + number, **sampling)
-        with torch.inference_mode():
-            ids = ids.to(model.device)
-            hidden = model.hidden_states(ids)
-        # Heads are asked from the last token of the prompt on.
-        start = len(prompt) - 1
-        found.append(guess_ranks(model.heads, hidden[0, start:], ids[0, start:], ranks))
-        if on_progress:
-            on_progress()
+    for first in range(0, len(prompts), batch_size):
+        for prompt, ids in continuations(
+            model, prompts[first : first + batch_size], max_new_tokens, seed=seed + first, **sampling
+        ):
+            with torch.inference_mode():
+                hidden = model.hidden_states(ids[None])
+            # Heads are asked from the last token of the prompt on.
+            start = len(prompt) - 1
+            found.append(guess_ranks(model.heads, hidden[0, start:], ids[start:], ranks))
+            if on_progress:
+                on_progress()
     every = torch.cat(found)
     hits = [torch.bincount(every[every[:, k] >= 0, k], minlength=ranks).tolist() for k in range(model.num_heads)]
     # Head k is not asked for the last k tokens of a text.
     asked = [sum(max(0, len(part) - k) for part in found) for k in range(model.num_heads)]
     return Calibration(hits, asked, _paths(every), len(every))
+
+
+def continuations(
+    model: MedusaModel, prompts: Sequence[Tensor], max_new_tokens: int, **options: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Each prompt with its whole text, continued in one batch."""
+    width = max(map(len, prompts))
+    batch = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(batch)
+    for row, prompt in enumerate(prompts):
+        batch[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    output = model.generate(batch, mask, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
+    ends = [width + sum(lengths) for lengths in output.acceptance_lengths]
+    return [
+        (prompt, output.sequences[row, width - len(prompt) : end].to(model.device))
+        for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
+    ]
 
 
 def _paths(ranks: Tensor) -> list[tuple[tuple[int, ...], int]]:
