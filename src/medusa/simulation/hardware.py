@@ -104,7 +104,7 @@ def read_hardware(path: Path) -> dict[str, Hardware]:
 
 def _mapping(entry: Any, name: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"hardware {name} is a {type(entry).__name__}, wanted an object")
+        raise CheckpointError(f"hardware {name} is {entry!r}, wanted an object")
     return entry
 
 
@@ -127,8 +127,10 @@ def load_hardware(name: str) -> Hardware:
 
 
 def save_hardware(hardware: Hardware, name: str, path: Path) -> None:
-    """Add a machine to a file of machines."""
+    """Add a machine to a file of machines: a line each, numbers to four digits."""
     held = read_json_object(path) if path.exists() else {}
-    held[name] = {key: value for key, value in dataclasses.asdict(hardware).items() if value is not None}
+    entry = {key: value for key, value in dataclasses.asdict(hardware).items() if value is not None}
+    held[name] = json.loads(json.dumps(entry), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+    lines = (f"  {json.dumps(machine)}: {json.dumps(facts)}" for machine, facts in held.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -152,7 +152,10 @@ def _expected(tree: Sequence[tuple[int, ...]], paths: list[tuple[tuple[int, ...]
 def _read_calibration(path: Path) -> tuple[list[tuple[tuple[int, ...], int]], int]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
+        paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
+        if positions < 1:
+            raise ValueError("no positions")
+        return paths, positions
     except FileNotFoundError:
         raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:

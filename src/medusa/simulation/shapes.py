@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +67,8 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"no model config for {name!r} (built in: {', '.join(BUILT_IN)}): {reason}") from None
     text = config.get_text_config()
-    given = raw if text is config else next((v for v in raw.values() if isinstance(v, dict) and "hidden_size" in v), raw)
-    names = {field: text.attribute_map.get(field, field) for field in NEEDED}
-    absent = [field for field, own in names.items() if field not in given and own not in given]
-    if absent:  # transformers would fill in the sizes of some other model
+    absent = [field for field in NEEDED if field not in raw and text.attribute_map.get(field) not in raw]
+    if absent and text is config:  # transformers would fill in the sizes of some other model
         raise ConfigError(f"the config of {name} lacks {', '.join(absent)}; wanted those of a decoder with attention")
     return shape_of(text)
 
@@ -85,6 +84,8 @@ def shape_of(config: Any) -> ModelShape:
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "kv_lora_rank", None):
         raise ConfigError(f"{kind} keeps its keys and values compressed (kv_lora_rank), which is not modelled")
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ConfigError(f"{kind} has layers of linear attention, which are not modelled")
     for name in NEEDED:
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:
@@ -95,7 +96,7 @@ def shape_of(config: Any) -> ModelShape:
     expert_intermediate = 0
     if experts:
         expert_intermediate = _first(config, "moe_intermediate_size") or intermediate
-        shared = _first(config, "n_shared_experts") or 0
+        shared = _first(config, "n_shared_experts") or int(kind == "llama4_text")
         intermediate = _first(config, "shared_expert_intermediate_size") or shared * expert_intermediate
     chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts") or 0
     if experts and not 1 <= chosen <= experts:
@@ -122,5 +123,7 @@ def _kv_heads(config: Any, heads: int) -> int:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """The first of these attributes that is set."""
-    return next((value for name in names if (value := getattr(config, name, None))), None)
+    """The first of these fields that is set; a key that the config's class does not know means nothing to the model."""
+    fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    known = (name for name in names if name in fields or "vocab_size" not in fields)  # classes of old declare no fields
+    return next((value for name in known if (value := getattr(config, name, None))), None)
