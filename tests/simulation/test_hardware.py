@@ -9,9 +9,10 @@ from medusa.errors import CheckpointError, ConfigError, InvalidInput
 from medusa.simulation.hardware import Hardware, known_hardware, load_hardware, save_hardware
 from medusa.simulation.operators import Operator, attention, linear
 
+SAMPLES = [[100, 1, 8e-10], [100, 16, 32e-10], [1000, 1, 2e-10], [1000, 4, 4e-10], [1000, 16, 16e-10]]
 MEASURED = Hardware(
     peak={"bfloat16": 1e12}, bandwidth=1e10, memory=1e9, source="a test", compute_share=1, bandwidth_share=1, launch=1e-6,
-    layer=1e-4, step=1e-3, pointwise=2e10, linear={"bfloat16": [[1, 2e-10], [4, 4e-10], [16, 16e-10]]}, asynchronous=False,
+    layer=1e-4, step=1e-3, pointwise=2e10, linear={"bfloat16": SAMPLES}, asynchronous=False,
 )  # fmt: skip
 
 
@@ -29,12 +30,14 @@ def test_time_is_launch_then_memory_then_arithmetic():
 
 
 def test_measured_linear_layers_go_through_the_samples_and_keep_their_rate_beyond():
-    def a_weight(rows):
-        return (MEASURED.seconds(linear("up", rows, 1000, 1000)) - 1e-6) / 1e6
+    def a_weight(rows, width=1000):
+        return (MEASURED.seconds(linear("up", rows, width, 500)) - 1e-6) / (width * 500)
 
     assert [a_weight(rows) for rows in (1, 4, 16)] == pytest.approx([2e-10, 4e-10, 16e-10])
     assert a_weight(2) == pytest.approx((2e-10 * 4e-10) ** 0.5)  # halfway on logarithmic axes
     assert a_weight(64) == pytest.approx(4 * 16e-10)
+    assert a_weight(1, 50) == a_weight(1, 100) == pytest.approx(8e-10) and a_weight(1, 4000) == pytest.approx(2e-10)
+    assert a_weight(16, 316) == pytest.approx((16e-10 * 32e-10) ** 0.5, rel=0.01)  # halfway between the widths
     assert MEASURED.seconds(Operator("pointwise", 0, 4e10)) == pytest.approx(2)
     assert load_hardware("a40").seconds(Operator("pointwise", 0, 4e10)) == 0
 

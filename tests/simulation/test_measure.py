@@ -15,11 +15,11 @@ GROUPED = ModelShape(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, 
 
 @pytest.fixture(scope="module")
 def here():
-    return measure("cpu", "float32", megabytes=2, width=128, rounds=1)
+    return measure("cpu", "float32", megabytes=2, widths=(32, 128), rounds=1)
 
 
 def test_a_measured_machine_predicts_steps_from_what_was_measured(here):
-    assert [rows for rows, _ in here.linear["float32"]] == list(ROWS)
+    assert [sample[:2] for sample in here.linear["float32"]] == [[width, rows] for width in (32, 128) for rows in ROWS]
     assert min(here.bandwidth, here.pointwise, here.launch, here.memory, here.flops("float32")) > 0
     setting = Setting(GROUPED, here, "float32")
     linear_time = sum(o.count * here.seconds(o, "float32") for o in setting.operators(1, 32, 8) if o.weights)

@@ -186,8 +186,8 @@ def measure_here(name: str, output: Path | None, device: str | None, dtype: str,
     print(f"{name}: {found.source}")
     print(f"copy {found.bandwidth / 1e9:.1f} GB/s, elementwise passes {(found.pointwise or 0) / 1e9:.1f} GB/s, launch ", end="")
     print(f"{1e6 * found.launch:.1f} µs, besides {1e6 * found.layer:.0f} µs a layer and {1e6 * found.step:.0f} µs a step")
-    for rows, seconds in found.linear[dtype]:
-        print(f"linear layers of {rows:g} rows: {2 * rows / seconds / 1e9:.1f} GFLOP/s")
+    for width, rows, seconds in found.linear[dtype]:
+        print(f"linear layers {width:g} wide, {rows:g} rows: {2 * rows / seconds / 1e9:.1f} GFLOP/s")
 
 
 def validate_here(

@@ -31,8 +31,8 @@ class Hardware:
         launch: seconds that any operator takes besides.
         layer, step: seconds of everything of a layer, and of a step, that does not grow with its size; measured machines only.
         pointwise: bytes a second of elementwise passes over activations; None: not counted.
-        linear: by dtype, (rows, seconds a weight) of linear layers whose weights come from memory, rows ascending; measured
-            machines only, and used instead of peak and bandwidth.
+        linear: by dtype, [inputs, rows, seconds a weight] of linear layers whose weights come from memory, inputs and rows
+            ascending; measured machines only, and used instead of peak and bandwidth.
         asynchronous: the host runs ahead of the device, so that a step takes the longer of its fixed costs and its operators.
     """
 
@@ -74,20 +74,28 @@ class Hardware:
         moving = self.bandwidth * self.bandwidth_share
         if operator.weights and dtype in self.linear:
             unread = operator.weights * ELEMENT[dtype] - operator.weight_bytes  # of quantised weights
-            streamed = operator.weights * _interpolate(self.linear[dtype], operator.rows)
+            streamed = operator.weights * _seconds_a_weight(self.linear[dtype], operator.dims[0], operator.rows)
             return self.launch + max(streamed - unread / moving, operator.weight_bytes / moving)
         return self.launch + operator.bytes / moving + operator.flops / (self.flops(dtype) * self.compute_share)
 
 
-def _interpolate(samples: Sequence[Sequence[float]], rows: float) -> float:
-    """Seconds a weight, between samples on logarithmic axes; beyond the last the FLOP/s stay."""
-    if rows <= samples[0][0]:
-        return samples[0][1]
-    for (low, before), (high, after) in pairwise(samples):
-        if rows <= high:
-            share = math.log(rows / low) / math.log(high / low)
-            return before * (after / before) ** share
-    return samples[-1][1] * rows / samples[-1][0]
+def _seconds_a_weight(samples: Sequence[Sequence[float]], inputs: int, rows: float) -> float:
+    """Between samples on logarithmic axes; beyond the most rows the FLOP/s stay."""
+    curves: dict[float, list[tuple[float, float]]] = {}
+    for width, sampled_rows, seconds in samples:
+        curves.setdefault(width, []).append((sampled_rows, seconds))
+    most = max(sampled_rows for _, sampled_rows, _ in samples)
+    by_width = [(width, _interpolate(curve, rows)) for width, curve in curves.items()]
+    return _interpolate(by_width, inputs) * max(1.0, rows / most)
+
+
+def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    if x <= points[0][0]:
+        return points[0][1]
+    for (low, before), (high, after) in pairwise(points):
+        if x <= high:
+            return before * (after / before) ** (math.log(x / low) / math.log(high / low))
+    return points[-1][1]
 
 
 def known_hardware() -> dict[str, Hardware]:

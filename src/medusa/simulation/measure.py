@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 
 from medusa.errors import InvalidInput
-from medusa.simulation.hardware import ELEMENT, Hardware
+from medusa.simulation.hardware import Hardware
 from medusa.simulation.operators import Operator, layers
 from medusa.simulation.prediction import Setting, check_positive
 from medusa.simulation.shapes import BUILT_IN
@@ -23,26 +23,29 @@ from medusa.simulation.shapes import BUILT_IN
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def measure(device: str, dtype: str = "bfloat16", megabytes: int = 256, width: int = 2048, rounds: int = 5) -> Hardware:
-    """Measure a machine: copy bandwidth, the rate of linear layers by rows, elementwise passes, launches, fixed costs.
+def measure(
+    device: str, dtype: str = "bfloat16", megabytes: int = 256, widths: Sequence[int] = (512, 2048), rounds: int = 5
+) -> Hardware:
+    """Measure a machine: copy bandwidth, linear layers by width and rows, elementwise passes, launches, fixed costs.
 
     Args:
         megabytes: copied at a time, and of weights that linear layers take in turn: more than any cache holds.
-        width: of the linear layers' square weights.
+        widths: of the linear layers' square weights; narrow ones were seen to take longer over a weight.
     """
-    check_positive(megabytes=megabytes, width=width, rounds=rounds)
+    check_positive(megabytes=megabytes, rounds=rounds, width=min(widths))
     kind = getattr(torch, dtype)
     bandwidth = copy_bandwidth(device, megabytes)
     launch = _launch(device, kind, rounds)
-    count = max(2, megabytes * 2**20 // (width * width * ELEMENT[dtype]))
-    weights = [torch.randn(width, width, device=device).to(kind) for _ in range(count)]
     samples = []
-    for rows in ROWS:
-        x = torch.randn(rows, width, device=device).to(kind)
-        seconds = timed(partial(_apply_all, x, weights), device, rounds) / count
-        samples.append([rows, max(seconds - launch, 0.0) / width**2])
+    for width in sorted(widths):
+        weight = torch.randn(width, width, device=device).to(kind)
+        weights = [weight.clone() for _ in range(max(2, megabytes * 2**20 // (weight.numel() * weight.element_size())))]
+        for rows in ROWS:
+            x = torch.randn(rows, width, device=device).to(kind)
+            seconds = timed(partial(_apply_all, x, weights), device, rounds) / len(weights)
+            samples.append([width, rows, max(seconds - launch, seconds / 10) / width**2])
     per_step, per_layer = _fixed(device, kind, launch, rounds)
-    best = max(2 * rows / seconds for rows, seconds in samples)
+    best = max(2 * rows / seconds for _, rows, seconds in samples)
     return Hardware(
         peak={dtype: best},
         bandwidth=bandwidth,
@@ -53,7 +56,7 @@ def measure(device: str, dtype: str = "bfloat16", megabytes: int = 256, width: i
         launch=launch,
         layer=per_layer,
         step=per_step,
-        pointwise=_pointwise(device, kind, width, rounds),
+        pointwise=_pointwise(device, kind, max(widths), rounds),
         linear={dtype: samples},
         asynchronous=not device.startswith("cpu"),
     )
