@@ -53,6 +53,9 @@ class Hardware:
         rates = [self.bandwidth, self.memory, self.compute_share, self.bandwidth_share, *self.peak.values()]
         if not self.peak or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
             raise InvalidInput("hardware needs its bandwidth, memory, shares and peak of every dtype to be numbers above 0")
+        for dtype, samples in self.linear.items():
+            if not samples or any(len(sample) != 3 or min(sample) <= 0 for sample in samples):
+                raise InvalidInput(f"linear layers in {dtype} need samples [inputs, rows, seconds a weight], all above 0")
 
     def flops(self, dtype: str) -> float:
         if dtype not in self.peak:

@@ -117,9 +117,8 @@ def _real(operator: Operator, kind: torch.dtype, device: str, megabytes: int) ->
         weights = [weight.clone() for _ in range(count)]
         return partial(_apply_all, x, weights), count
     b, n, n_kv, q, s, d = operator.dims
-    x = torch.randn(b * n_kv, q * n // n_kv, d if operator.name == "qk" else s, device=device).to(
-        kind
-    )  # queries that share keys, in one product
+    inner = d if operator.name == "qk" else s
+    x = torch.randn(b * n_kv, q * n // n_kv, inner, device=device).to(kind)  # queries that share keys, in one product
     held = torch.randn(b * n_kv, s, d, device=device).to(kind)
     sides = [held.clone() for _ in range(count)]
     if operator.name == "qk":
