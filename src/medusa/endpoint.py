@@ -15,7 +15,8 @@ from medusa.errors import InvalidInput, MedusaError
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that another try may mend
 LONGEST_WAIT = 60.0  # seconds between tries, unless the server asks for more
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class EndpointError(MedusaError):

@@ -123,7 +123,8 @@ def converse(decoder: Decoder, question: Question, asking: Asking, room: int | N
 
 def fitting(questions: Sequence[Question], asking: Asking, room: int | None) -> tuple[list[Question], list[Question]]:
     """The questions whose first prompt leaves room for an answer, and the others."""
-    fit, others = [], []
+    fit: list[Question] = []
+    others: list[Question] = []
     for question in questions:
         length = len(asking.prompt(question, []))
         (fit if 0 < length <= (length if room is None else room) else others).append(question)

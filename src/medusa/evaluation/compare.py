@@ -146,7 +146,7 @@ def estimate(figure: Callable[..., Tensor], *measured: Measurement) -> Estimate:
 def measure(decoder: Decoder, ids: Tensor) -> Decoded:
     """Decode a batch of prompts, timed end to end."""
     decoder.prepare(ids)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_initialized()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -13,7 +13,8 @@ from medusa.evaluation.report import GENERATE, OVERALL, PLAIN, cells
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 13px }
-td, th { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right } td:first-child, th:first-child { text-align: left }
+td, th { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
 svg { max-width: 100%; height: auto } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 12px }
 """
 

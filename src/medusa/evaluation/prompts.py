@@ -133,8 +133,8 @@ def _question(where: str, number: int, record: Any) -> Question:
     system, turns, references = "", [], record.get("reference") or ()
     if isinstance(references, str):
         references = [references]
-    if isinstance(record.get("messages", record.get("conversations")), list):
-        messages = conversation(where, record.get("messages", record.get("conversations")))
+    if isinstance(talk := record.get("messages", record.get("conversations")), list):
+        messages = conversation(where, talk)
         system = "\n".join(message["content"] for message in messages if message["role"] == "system")
         turns = [message["content"] for message in messages if message["role"] == "user"]
     elif isinstance(record.get("input_ids"), list):

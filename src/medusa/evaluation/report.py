@@ -105,8 +105,8 @@ def markdown(record: dict[str, Any]) -> str:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda f: told(f["tokens_per_second"], 1),
     "decode tokens/s": lambda f: told(f["decode_tokens_per_second"], 1),
-    "× generate": lambda f: told(f.get("speedup_vs_generate")),
-    "× plain": lambda f: told(f.get("speedup_vs_plain")),
+    "vs generate": lambda f: told(f.get("speedup_vs_generate")),
+    "vs plain": lambda f: told(f.get("speedup_vs_plain")),
     "tokens a step": lambda f: told(f["acceleration_rate"]),
     "overhead": lambda f: told(f.get("overhead")),
     "first token": lambda f: f"{1000 * f['time_to_first_token']:.0f} ms",
@@ -118,6 +118,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compiles": lambda f: f"{f['quality']['code_that_compiles']:.0%}" if f.get("quality", {}).get("answers_with_code") else "",
 }
 
+TERSE = ("tokens/s", "vs generate", "vs plain", "tokens a step", "overhead", "identical")
+
 
 def told(figure: dict[str, float | None] | None, digits: int = 2) -> str:
     """A figure and its interval in words."""
@@ -125,12 +127,14 @@ def told(figure: dict[str, float | None] | None, digits: int = 2) -> str:
         return ""
     if figure["low"] is None:
         return f"{figure['value']:.{digits}f}"
-    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f}–{figure['high']:.{digits}f})"
+    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
 
 
-def cells(found: dict[str, dict[str, Any]], part: str) -> tuple[list[str], list[list[str]]]:
+def cells(
+    found: dict[str, dict[str, Any]], part: str, titles: Collection[str] = tuple(COLUMNS)
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a part's table; columns that nobody fills are left out."""
-    columns = {title: [say(parts[part]) for parts in found.values()] for title, say in COLUMNS.items()}
+    columns = {title: [COLUMNS[title](parts[part]) for parts in found.values()] for title in titles}
     columns = {title: column for title, column in columns.items() if any(column)}
     return ["decoder", *columns], [list(row) for row in zip(found, *columns.values(), strict=True)]
 
