@@ -19,7 +19,7 @@ def judge_command(
     judge_model: Annotated[str, typer.Option("--judge-model", help="The judge's name there.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the grades; a run there is gone on with (default: beside)."),
+        typer.Option("--output", "-o", help="Folder for the grades (default: beside); a run there is gone on with."),
     ] = None,
     api_key_env: Annotated[
         str, typer.Option("--api-key-env", help="Environment variable with the endpoint's key.")
@@ -43,7 +43,7 @@ def judge_command(
     from rich.table import Table
 
     from medusa.endpoint import Endpoint
-    from medusa.evaluation.judge import CLAIM, GRADES, SYSTEM, grades, judge, read_tasks, spent
+    from medusa.evaluation.judge import CLAIM, GRADES, SYSTEM, grades, is_graded, judge, read_tasks, spent
     from medusa.records import Journal, claim, write_whole
 
     tasks = read_tasks(answers)
@@ -51,10 +51,10 @@ def judge_command(
     claim(folder / CLAIM, {"judge_model": judge_model, "instructions": SYSTEM})
     journal = Journal(folder / GRADES, "grade of a judge")
     asked = Endpoint(endpoint, judge_model, os.environ.get(api_key_env), timeout=timeout)
-    left = sum(journal.records.get(task.id, {}).get("grade") is None for task in tasks)
+    already = sum(is_graded(journal, task) for task in tasks)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("judging", total=len(tasks), completed=len(tasks) - left)
+        bar = progress.add_task("judging", total=len(tasks), completed=already)
         failed = judge(tasks, asked, journal, batch_size, tries, lambda: progress.advance(bar))
     used = spent(journal)
     record = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -75,10 +76,10 @@ def read_tasks(source: str | Path) -> list[Task]:
                 raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one a turn")
             for turn in range(len(given)):
                 told.setdefault(tuple(given[: turn + 1]), []).append(name)
-        for given, names in told.items():
-            turn = len(given) - 1
+        for said, names in told.items():
+            turn = len(said) - 1
             reference = references[turn] if turn < len(references) and _is_checked(category) else None
-            messages = judge_messages(turns, given, reference)
+            messages = judge_messages(turns, said, reference)
             digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
             tasks.append(Task(f"{question}/{turn}/{digest}", category, turn, messages, tuple(names)))
     if not tasks:
@@ -131,19 +132,25 @@ def judge(
         EndpointRefused: the endpoint would refuse any request; the grades there are stay.
     """
     failed: Counter[str] = Counter()
-    left = [task for task in tasks if not _graded(journal, task)]
-    for record in concurrently(lambda task: _grade(task, endpoint, tries), left, at_once):
-        before = journal.records.get(record["id"], {})  # a try that failed has cost something too
-        for name in ("prompt_tokens", "completion_tokens"):
-            record[name] += before.get(name, 0)
-        journal.add(record)
-        if record["grade"] is None:
-            failed[record["failure"]] += 1
+    lock = threading.Lock()
+
+    def work(task: Task) -> str | None:
+        record = _grade(task, endpoint, tries)
+        with lock:  # written here and not by who waits for it: of what is paid for nothing is lost
+            before = journal.records.get(task.id, {})  # a run that failed has cost something too
+            for name in ("prompt_tokens", "completion_tokens"):
+                record[name] += before.get(name, 0)
+            journal.add(record)
+        return record["failure"]
+
+    for failure in concurrently(work, [task for task in tasks if not is_graded(journal, task)], at_once):
+        if failure is not None:
+            failed[failure] += 1
         on_progress()
     return failed
 
 
-def _graded(journal: Journal, task: Task) -> bool:
+def is_graded(journal: Journal, task: Task) -> bool:
     return journal.records.get(task.id, {}).get("grade") is not None
 
 
@@ -164,7 +171,8 @@ def _grade(task: Task, endpoint: Endpoint, tries: int) -> dict[str, Any]:
         spent["completion_tokens"] += answer.completion_tokens
         record["verdict"], record["grade"] = answer.text, read_grade(answer.text)
         if record["grade"] is not None:
-            return {**record, **spent}
+            break
+    else:
         record["failure"] = f"no grade from 1 to 10 in {tries} verdicts"
     return {**record, **spent}
 
@@ -189,7 +197,7 @@ def grades(tasks: Sequence[Task], journal: Journal) -> dict[str, dict[str, dict[
 
 
 def _means(tasks: Collection[Task], journal: Journal) -> dict[str, Any]:
-    graded = [(task.turn, journal.records[task.id]["grade"]) for task in tasks if _graded(journal, task)]
+    graded = [(task.turn, journal.records[task.id]["grade"]) for task in tasks if is_graded(journal, task)]
     by_turn = {turn: [grade for at, grade in graded if at == turn] for turn in sorted({task.turn for task in tasks})}
     return {
         "grade": fmean(grade for _, grade in graded) if graded else None,

@@ -106,5 +106,5 @@ def _axes(width: float) -> tuple[Any, Any]:
 def _svg(drawing: Any, axes: Any) -> str:
     axes.legend(frameon=False, fontsize="small")
     text = io.StringIO()
-    drawing.savefig(text, format="svg")
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+    drawing.savefig(text, format="svg", metadata={"Date": None})
+    return "".join(text.getvalue().partition("<svg")[1:])  # without the XML header
