@@ -81,7 +81,7 @@ def bench_command(
     }
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from medusa.evaluation.bench import CLAIM, RUNS, Asking, Scorer, fitting, measurements, run_bench
     from medusa.evaluation.decoders import MedusaDecoder
@@ -173,7 +173,7 @@ def bench_command(
         print(json.dumps(record))
     else:
         header, rows = cells(record["decoders"], OVERALL, TERSE)
-        table = Table(*header)
+        table = Table(Column(header[0], no_wrap=True), *header[1:])
         for row in rows:
             table.add_row(*row)
         Console(width=130).print(table)
