@@ -81,15 +81,15 @@ def bench_command(
     }
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    from rich.table import Column, Table
 
-    from medusa.evaluation.bench import CLAIM, RUNS, Asking, Scorer, fitting, measurements, run_bench
+    from medusa.adapter import has_adapter
+    from medusa.evaluation.bench import CLAIM, RUNS, Asking, Scorer, answer_records, fitting, measurements, run_bench
     from medusa.evaluation.decoders import MedusaDecoder
-    from medusa.evaluation.page import page
     from medusa.evaluation.prompts import read_questions, select
-    from medusa.evaluation.report import OVERALL, TERSE, cells, markdown, summarise
+    from medusa.evaluation.report import summarise
+    from medusa.hub import local_folder
     from medusa.provenance import environment, fingerprint, heads_fingerprint
-    from medusa.records import Journal, claim, write_whole
+    from medusa.records import Journal, claim
 
     questions = select(read_questions(prompts, references), category or (), limit)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
@@ -123,6 +123,8 @@ def bench_command(
         "draft": fingerprint(drafting) if drafting is not None else None,
         "prompts": prompts,
         "questions": _digest(questions),
+        "categories": category or [],
+        "limit": limit,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
@@ -145,23 +147,29 @@ def bench_command(
     scorer = None
     if quality:
         common.note("scoring the answers")
-        scorer = Scorer(_original(medusa, model, heads, dtype, device, trust_remote_code, quantization), asking)
+        original = medusa
+        if heads is not None and has_adapter(local_folder(heads)):  # Medusa-2's backbone is another
+            original = common.load_model(model, None, None, dtype, device, trust_remote_code, quantization, heads_wanted=False)
+        scorer = Scorer(original, asking)
     record = {
         "made_with": json.loads(json.dumps(made_with)),
         "rounds": rounds,
         "left_out": [question.id for question in others],
         "decoders": summarise(measured, questions, comparable, scorer),
     }
-    answers = [
-        {
-            "id": question.id,
-            "category": question.category,
-            "turns": asking.turns(question),
-            "answers": {name: [asking.text(row) for row in each.outputs[n]] for name, each in measured.items()},
-            "references": question.references,
-        }
-        for n, question in enumerate(questions)
-    ]
+    _save(output, record, answer_records(questions, measured, asking))
+    if as_json:
+        print(json.dumps(record))
+    else:
+        _show(record)
+    common.note(f"the whole report, by category, is in {output}: results.md, results.html, results.json, answers.jsonl")
+
+
+def _save(output: Path, record: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    from medusa.evaluation.page import page
+    from medusa.evaluation.report import markdown
+    from medusa.records import write_whole
+
     write_whole(output / "answers.jsonl", "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     write_whole(output / "results.json", json.dumps(record, indent=2) + "\n")
     write_whole(output / "results.md", markdown(record))
@@ -169,15 +177,19 @@ def bench_command(
         common.note("no results.html without matplotlib: pip install 'medusa-decoding[plots]' and run the same command again")
     else:
         write_whole(output / "results.html", page(record))
-    if as_json:
-        print(json.dumps(record))
-    else:
-        header, rows = cells(record["decoders"], OVERALL, TERSE)
-        table = Table(Column(header[0], no_wrap=True), *header[1:])
-        for row in rows:
-            table.add_row(*row)
-        Console(width=130).print(table)
-    common.note(f"the whole report, by category, is in {output}: results.md, results.html, results.json, answers.jsonl")
+
+
+def _show(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from medusa.evaluation.report import OVERALL, TERSE, cells
+
+    header, rows = cells(record["decoders"], OVERALL, TERSE)
+    table = Table(Column(header[0], no_wrap=True), *header[1:])
+    for row in rows:
+        table.add_row(*row)
+    Console(width=130).print(table)
 
 
 def _check(names: list[str], draft: str | None, gamma: list[int], rounds: int, max_new_tokens: int) -> None:
@@ -234,28 +246,6 @@ def _decoders(
             for gamma in gammas:
                 found[f"assisted {gamma}"] = TransformersDecoder(model, draft=draft.backbone, guesses=gamma, **theirs, **limits)
     return found
-
-
-def _original(medusa: MedusaModel, model: str, heads: str | None, *options: Any) -> MedusaModel:
-    """The model as it was before heads were trained with it: without the adapter of Medusa-2, where there is one."""
-    from medusa.adapter import has_adapter
-    from medusa.hub import local_folder
-    from medusa.model import MedusaModel, load_backbone
-    from medusa.quantization import quantized
-
-    if heads is None or not has_adapter(local_folder(heads)):
-        return medusa
-    dtype, device, trust_remote_code, quantization = options
-    dtype = common.dtype_named(dtype)
-    return MedusaModel(
-        load_backbone(
-            local_folder(common.model_folder(model)),
-            dtype=dtype,
-            device_map=common.default_device(device),
-            trust_remote_code=trust_remote_code,
-            **quantized(quantization, dtype),
-        )
-    )
 
 
 def _digest(questions: list[Question]) -> str:

@@ -144,6 +144,20 @@ def measurements(journal: Journal, questions: Sequence[Question], names: Sequenc
     }
 
 
+def answer_records(questions: Sequence[Question], measured: dict[str, Measurement], asking: Asking) -> list[dict[str, Any]]:
+    """What every decoder answered, in words, as a judge reads it."""
+    return [
+        {
+            "id": question.id,
+            "category": question.category,
+            "turns": asking.turns(question),
+            "answers": {name: [asking.text(row) for row in each.outputs[n]] for name, each in measured.items()},
+            "references": question.references,
+        }
+        for n, question in enumerate(questions)
+    ]
+
+
 class Scorer:
     """Quality without a judge, of answers to questions; an answer that several decoders gave is scored once.
 

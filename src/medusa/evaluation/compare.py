@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections import Counter
@@ -120,10 +121,11 @@ class Estimate(NamedTuple):
     high: float | None
 
 
-def resamples(items: int, seed: int = 0) -> Tensor:  # (R, items)
+@functools.lru_cache(maxsize=16)
+def resamples(items: int) -> Tensor:  # (R, items)
     """How often each item counts in each bootstrap resample; the same for all decoders, so that ratios are paired."""
-    drawn = torch.randint(items, (RESAMPLES, items), generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.one_hot(drawn, items).sum(1).double()
+    drawn = torch.randint(items, (RESAMPLES, items), generator=torch.Generator().manual_seed(0))
+    return torch.zeros(RESAMPLES, items, dtype=torch.double).scatter_add_(1, drawn, torch.ones(()).double().expand_as(drawn))
 
 
 def estimate(figure: Callable[..., Tensor], *measured: Measurement) -> Estimate:

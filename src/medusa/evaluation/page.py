@@ -35,11 +35,10 @@ def page(record: dict[str, Any]) -> str:
     title = f"{made['model']} on {made['prompts']}"
     body = [f"<h1>{html.escape(title)}</h1>"]
     body += ["<h2>Speed</h2>", _bars(found, shown, "tokens_per_second", "tokens per second, prefill included")]
-    if base in found:
-        others = {name: figures for name, figures in found.items() if name not in (PLAIN, GENERATE)}
-        if others:
-            label = f"speedup over {'our plain loop' if base == PLAIN else 'generate'}"
-            body += ["<h2>Speedup</h2>", _bars(others, shown, f"speedup_vs_{base}", label, level=1.0)]
+    if base in found and not set(found) <= {PLAIN, GENERATE}:
+        label = f"speedup over {'our plain loop' if base == PLAIN else 'generate'}"
+        bars = _bars(found, shown, f"speedup_vs_{base}", label, without=(PLAIN, GENERATE), level=1.0)
+        body += ["<h2>Speedup</h2>", bars]
     body += ["<h2>Tokens a step</h2>", _histograms(found)]
     for part in shown:
         body += [f"<h2>{html.escape(part)}</h2>", _table(*cells(found, part))]
@@ -58,20 +57,29 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
 
 
-def _bars(found: dict[str, dict[str, Any]], parts: Sequence[str], figure: str, label: str, level: float | None = None) -> str:
-    """Bars side by side for every decoder in every part, with their intervals."""
-    drawing, axes = _axes(max(6.0, 1.2 + 0.28 * len(parts) * (len(found) + 1)))
-    width = 0.85 / len(found)
-    for place, (name, figures) in enumerate(found.items()):
+def _bars(
+    found: dict[str, dict[str, Any]],
+    parts: Sequence[str],
+    figure: str,
+    label: str,
+    without: Sequence[str] = (),  # decoders
+    level: float | None = None,  # a line to compare with
+) -> str:
+    """Bars side by side for every decoder in every part, with their intervals; a decoder's colour is the same on the page."""
+    shown = {name: figures for name, figures in found.items() if name not in without}
+    colours = {name: f"C{n}" for n, name in enumerate(found)}
+    drawing, axes = _axes(max(6.0, 1.2 + 0.28 * len(parts) * (len(shown) + 1)))
+    width = 0.85 / len(shown)
+    for place, (name, figures) in enumerate(shown.items()):
         values = [figures[part][figure] for part in parts]
         heights = [value["value"] for value in values]
         ends = [
             [h - value[end] if value[end] is not None else 0.0 for h, value in zip(heights, values, strict=True)]
             for end in ("low", "high")
         ]
-        at = [n + (place - (len(found) - 1) / 2) * width for n in range(len(parts))]
+        at = [n + (place - (len(shown) - 1) / 2) * width for n in range(len(parts))]
         spread = [[max(0.0, low) for low in ends[0]], [max(0.0, -high) for high in ends[1]]]
-        axes.bar(at, heights, width, label=name, yerr=spread, capsize=2, error_kw={"linewidth": 0.8})
+        axes.bar(at, heights, width, label=name, color=colours[name], yerr=spread, capsize=2, error_kw={"linewidth": 0.8})
     axes.set_xticks(range(len(parts)), parts, rotation=20 if len(parts) > 5 else 0)
     axes.set_ylabel(label)
     if level is not None:
@@ -104,7 +112,7 @@ def _axes(width: float) -> tuple[Any, Any]:
 
 
 def _svg(drawing: Any, axes: Any) -> str:
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     text = io.StringIO()
     drawing.savefig(text, format="svg", metadata={"Date": None})
     return "".join(text.getvalue().partition("<svg")[1:])  # without the XML header

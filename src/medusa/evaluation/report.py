@@ -127,7 +127,7 @@ def told(figure: dict[str, float | None] | None, digits: int = 2) -> str:
         return ""
     if figure["low"] is None:
         return f"{figure['value']:.{digits}f}"
-    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f}-{figure['high']:.{digits}f})"
 
 
 def cells(
