@@ -208,22 +208,26 @@ def command(folder, output, *more: str) -> list[str]:
     return [sys.executable, "-m", "medusa", *given, "--prompts", str(folder / "questions.jsonl"), "-n", "24", *more]
 
 
-def refused(monkeypatch, capsys, *arguments: str) -> str:
-    """The line that `medusa bench` ends with where it exits 1."""
+def ran(monkeypatch, *arguments: str, code: int = 0) -> None:
+    """`medusa bench` in this process, ending with an exit code."""
     monkeypatch.setattr(sys, "argv", ["medusa", "bench", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
+    assert stop.value.code == code
+
+
+def refused(monkeypatch, capsys, *arguments: str) -> str:
+    """The line that `medusa bench` ends with where it exits 1."""
+    ran(monkeypatch, *arguments, code=1)
     said = capsys.readouterr()
-    assert stop.value.code == 1 and said.out == "" and "Traceback" not in said.err
+    assert said.out == "" and "Traceback" not in said.err
     assert said.err.splitlines()[-1].startswith("medusa: ")
     return said.err.splitlines()[-1]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 def test_a_bench_that_was_killed_goes_on_with_nothing_lost_and_nothing_twice(tmp_path, folder, monkeypatch, capsys):
-    process = subprocess.Popen(command(folder, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number is another bench
+    process = subprocess.Popen(command(folder, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     runs = tmp_path / "runs.jsonl"
     while process.poll() is None and not (runs.exists() and runs.read_bytes().count(b"\n") >= 5):
         time.sleep(0.002)
@@ -234,13 +238,12 @@ def test_a_bench_that_was_killed_goes_on_with_nothing_lost_and_nothing_twice(tmp
     assert 5 <= len(whole) < 24, "killed too late"
     with runs.open("ab") as file:
         file.write(b'{"id": "half of a li')
-    done = subprocess.run(command(folder, tmp_path, "--json"), capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    ran(monkeypatch, *command(folder, tmp_path, "--json")[4:])
     after = runs.read_bytes().splitlines(keepends=True)
     assert after[: len(whole)] == whole
     ids = [json.loads(line)["id"] for line in after]
     assert len(ids) == len(set(ids)) == 8 * 3
-    assert json.loads(done.stdout)["decoders"]["medusa"]["overall"]["questions"] == 8
+    assert json.loads(capsys.readouterr().out)["decoders"]["medusa"]["overall"]["questions"] == 8
 
     assert "was made with max_new_tokens 24, not 20; give another --output" in refused(
         monkeypatch, capsys, *command(folder, tmp_path, "-n", "20")[4:]
@@ -254,10 +257,7 @@ def test_the_command_writes_its_results_and_names_every_decoder(tmp_path, folder
         "--tree", str(folder / "small.json"), "--tree", "root", "--acceptance", "exact", "--acceptance", "typical",
         "--draft", str(folder / "model"), "--gamma", "2", "--gamma", "3",
     )  # fmt: skip
-    monkeypatch.setattr(sys, "argv", given[2:])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
+    ran(monkeypatch, *given[4:])
     record = json.loads((tmp_path / "results.json").read_text())
     wanted = ["generate", "plain", "medusa small", "medusa small typical", "medusa root", "medusa root typical"]
     assert list(record["decoders"]) == [*wanted, "prompt-lookup", "assisted 2", "assisted 3"]
@@ -271,6 +271,31 @@ def test_the_command_writes_its_results_and_names_every_decoder(tmp_path, folder
     assert [answer["id"] for answer in answers] == ["0", "4"] and list(answers[0]["answers"]) == list(found)
     assert all(len(texts) == 2 for answer in answers for texts in answer["answers"].values())
     assert "medusa small typical" in capsys.readouterr().out and (tmp_path / "results.md").is_file()
+
+
+def test_quality_is_under_the_backbone_as_it_was_before_its_heads_were_trained(tmp_path, folder, monkeypatch):
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from medusa.adapter import attach_adapter, save_adapter
+
+    backbone = AutoModelForCausalLM.from_pretrained(folder / "model")
+    original = MedusaModel(AutoModelForCausalLM.from_pretrained(folder / "model"))
+    MedusaModel(backbone, random_heads(backbone, 2)).save_pretrained(tmp_path / "heads")
+    attach_adapter(backbone, rank=2, alpha=8, dropout=0.0)
+    trained = {name: torch.randn_like(p) for name, p in backbone.named_parameters() if "lora_" in name}
+    save_adapter(backbone, tmp_path / "heads", None, trained)
+    given = [str(folder / "model"), "--heads", str(tmp_path / "heads"), "--output", str(tmp_path), "-n", "8"]
+    given += ["--prompts", str(folder / "questions.jsonl"), "--limit", "1", "--decoder", "plain", "--quality"]
+    ran(monkeypatch, *given)
+    (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
+    question = Question("0", "a", ("def f0(x):\n    x", "pass"))
+    asking = Asking(AutoTokenizer.from_pretrained(EMBEDDED), original.eos_token_ids)
+    tokens = json.loads(line)["tokens"]
+    found = json.loads((tmp_path / "results.json").read_text())["decoders"]["plain"]["overall"]["quality"]
+    assert found == pytest.approx(Scorer(original, asking)([question], [tokens]))
+    first = asking.prompt(question, [])
+    assert tokens[0] != plain_greedy(original.backbone, torch.tensor([first]), 8)  # the adapter does change the model
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_the_judge_sees_what_it_needs_and_no_more(tmp_path):
         ("**Grade**: **10**/10", 10.0),
         ("grade: 6.5", 6.5),
         ("Grade: 0", None),
+        ("Grade: -5", None),
+        ("Grade (1-10): five", None),
         ("Grade: 70", None),
         ("Grade: seven", None),
         ("7", None),

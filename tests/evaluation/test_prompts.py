@@ -105,6 +105,7 @@ def test_a_limit_is_spread_over_the_set_and_categories_are_chosen():
         ([], "holds no prompts"),
         ([{**MT_BENCH, "category": " "}], r"set.jsonl:1 has the category ' ', wanted a name"),
         ([{**MT_BENCH, "category": None}, {**SPEC_BENCH, "category": 3}], r"set.jsonl:2 has the category 3"),
+        ([{**MT_BENCH, "category": "overall"}], "has the category 'overall'"),
         ([{**MT_BENCH, "turns": []}], "set.jsonl:1 has an empty prompt"),
         ([{**MT_BENCH, "turns": ["Hi", ""]}], "set.jsonl:1 has an empty prompt"),
         ([{**MT_BENCH, "turns": [1]}], r"set.jsonl:1: its turns are '\[1\]', wanted a list of strings"),

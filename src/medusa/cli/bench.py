@@ -117,8 +117,7 @@ def bench_command(
         "model": model,
         "backbone": fingerprint(medusa),
         "heads": heads_fingerprint(medusa.heads) if medusa.heads is not None else None,
-        "tree": medusa.tree.paths if "medusa" in names and not trees else None,
-        "trees": {name: given.paths for name, given in trees.items()},
+        "trees": {name: given.paths for name, given in (trees or {"own": medusa.tree}).items()},
         "decoders": list(decoders),
         "draft": fingerprint(drafting) if drafting is not None else None,
         "prompts": prompts,
@@ -183,7 +182,8 @@ def _show(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from medusa.evaluation.report import OVERALL, TERSE, cells
+    from medusa.evaluation.prompts import OVERALL
+    from medusa.evaluation.report import TERSE, cells
 
     header, rows = cells(record["decoders"], OVERALL, TERSE)
     table = Table(Column(header[0], no_wrap=True), *header[1:])

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
-from medusa.tree import MedusaTree
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class MedusaDecoder:
         options: of `MedusaModel.stream`.
     """
 
-    def __init__(self, model: MedusaModel, max_new_tokens: int, tree: MedusaTree | None = None, **options: Any):
+    def __init__(self, model: MedusaModel, max_new_tokens: int, tree: Any = None, **options: Any):
         self._model, self._prepared = model, set[tuple[int, ...]]()
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree, **options}
 
@@ -141,7 +140,7 @@ class TransformersDecoder:
         output = backbone.generate(
             ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([clock]), **self._options
         )
-        eos = self._options.get("eos_token_id", self._model.eos_token_ids)
+        eos = self._options.get("eos_token_id") or self._model.eos_token_ids
         tokens, lengths = [], []
         for row in output[:, ids.shape[1] :].tolist():
             end = next((n for n, token in enumerate(row, 1) if token in eos), len(row))

@@ -30,7 +30,7 @@ SYSTEM = (
 )
 REFERENCE = "A correct answer, to compare with; other ways of being correct are as good:"
 LATER_TURN = "Grade the last answer alone; what came before it is shown so that you can follow."
-_GRADE = re.compile(r"\bgrade\b\W*(\d+(?:\.\d+)?)", re.IGNORECASE)
+_GRADE = re.compile(r"\bgrade\b[\s:=*_`]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from medusa.errors import InvalidInput
-from medusa.evaluation.report import GENERATE, OVERALL, PLAIN, cells
+from medusa.evaluation.prompts import OVERALL
+from medusa.evaluation.report import GENERATE, PLAIN, cells
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

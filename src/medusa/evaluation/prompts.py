@@ -20,7 +20,7 @@ HELD_OUT = "held-out"
 HELD_OUT_FILE = EMBEDDED / "held_out.jsonl"
 HUB_SETS = {"mt-bench": "HuggingFaceH4/mt_bench_prompts", "humaneval": "openai/openai_humaneval:test"}
 CODE = "code"  # the category of sets that are code alone
-NO_CATEGORY = "all"
+NO_CATEGORY, OVERALL = "all", "overall"
 KINDS = "turns, instruction, messages, conversations, prompt, text or input_ids"
 
 
@@ -128,7 +128,7 @@ def _question(where: str, number: int, record: Any) -> Question:
     category = next((record[key] for key in ("category", "dataset") if key in record), None)
     if category is None:
         category = CODE if "task_id" in record else NO_CATEGORY
-    if not isinstance(category, str) or not category.strip():
+    if not isinstance(category, str) or not category.strip() or category == OVERALL:
         raise InvalidInput(f"{where} has the category {category!r}, wanted a name; leave the key out where there is none")
     system, turns, references = "", [], record.get("reference") or ()
     if isinstance(references, str):

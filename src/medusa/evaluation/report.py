@@ -7,10 +7,10 @@ from typing import Any
 
 from medusa.evaluation.bench import Scorer
 from medusa.evaluation.compare import Estimate, Measurement, estimate, overhead
-from medusa.evaluation.prompts import Question
+from medusa.evaluation.prompts import OVERALL, Question
 from medusa.evaluation.quality import repeated_ngrams
 
-PLAIN, GENERATE, OVERALL = "plain", "generate", "overall"
+PLAIN, GENERATE = "plain", "generate"
 
 
 def summarise(
