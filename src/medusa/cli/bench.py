@@ -161,7 +161,7 @@ def bench_command(
         print(json.dumps(record))
     else:
         _show(record)
-    common.note(f"the whole report, by category, is in {output}: results.md, results.html, results.json, answers.jsonl")
+    common.note(f"the whole report, by category, and the answers are in {output}")
 
 
 def _save(output: Path, record: dict[str, Any], answers: list[dict[str, Any]]) -> None:
