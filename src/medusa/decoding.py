@@ -95,12 +95,14 @@ class DecodingStep:
     """What one step emitted.
 
     `tokens[b]` are row b's new tokens, the root first (none where the row was finished before), `finish_reasons[b]` is
-    None while the row goes on, then "eos", "stop" or "length".
+    None while the row goes on, then "eos", "stop" or "length". Of the seconds, those of the first step that the prompts took
+    are `prefill_seconds`.
     """
 
     tokens: list[list[int]]
     finish_reasons: list[str | None]
     seconds: float
+    prefill_seconds: float = 0.0
 
 
 @dataclass
@@ -163,11 +165,12 @@ def _steps(
 ) -> Iterator[DecodingStep]:
     start = time.perf_counter()
     state = prefill(model, ids, attention_mask, tree, options)
+    prefill_seconds = time.perf_counter() - start
     while not state.finished:
         emitted = step(model, state, options)
         now = time.perf_counter()
-        yield DecodingStep(emitted, list(state.finish_reasons), now - start)
-        start = time.perf_counter()
+        yield DecodingStep(emitted, list(state.finish_reasons), now - start, prefill_seconds)
+        start, prefill_seconds = time.perf_counter(), 0.0
 
 
 @torch.inference_mode()
