@@ -37,27 +37,6 @@ def rank_hits(
     return hits, asked
 
 
-@torch.no_grad()
-def guess_ranks(
-    heads: MedusaHeads,
-    hidden: Tensor,  # (T, d): the backbone's last hidden states of one text, in the dtype of the heads
-    ids: Tensor,  # (T,) long
-    ranks: int,
-) -> Tensor:  # (T - 2, K) long
-    """At each position, which guess of each head was right, from 0 on; -1 where none was or the text ends before."""
-    found = torch.full((max(0, len(ids) - 2), len(heads)), -1, dtype=torch.long)
-    for k in range(len(heads)):
-        shift = k + 2  # head k + 1 at position t guesses token t + k + 2
-        if len(ids) <= shift:
-            break
-        for start in range(0, len(ids) - shift, 1024):
-            part = hidden[start : min(start + 1024, len(ids) - shift)]
-            right = _guesses(heads, part, k, ranks) == ids[start + shift : start + shift + len(part), None]
-            rank = torch.where(right.any(-1), right.int().argmax(-1), -1)
-            found[start : start + len(part), k] = rank.cpu()
-    return found
-
-
 def _guesses(heads: MedusaHeads, states: Tensor, k: int, ranks: int) -> Tensor:  # (n, d) -> (n, ranks) long
     """The likeliest tokens of head k + 1, in order."""
     lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
