@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa.errors import CheckpointError, InvalidTree
+from medusa.files import write_text
 
 Path_ = tuple[int, ...]
 
@@ -102,7 +103,7 @@ class MedusaTree:
     def save(self, path: str | Path) -> None:
         """Write `{"paths": [[0], [0, 0], ...]}`."""
         text = json.dumps({"paths": [list(p) for p in self.paths]})
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(path), text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> MedusaTree:
