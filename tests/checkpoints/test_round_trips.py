@@ -48,7 +48,7 @@ def logits(heads, lm_head):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("num_heads", [1, 3, 5])
+@pytest.mark.parametrize("num_heads", [1, 5])
 def test_any_format_into_any_other(tmp_path, backbone_folder, num_heads, num_layers, shared, dtype):
     lm_head = nn.Linear(HIDDEN, VOCAB, bias=False, dtype=dtype)
     heads = some_heads(num_heads, num_layers, shared, dtype=dtype, lm_head=lm_head)  # LM heads that v2 can share
@@ -61,7 +61,8 @@ def test_any_format_into_any_other(tmp_path, backbone_folder, num_heads, num_lay
             write_checkpoint(once, tmp_path / first / second, second, "base", lm_head, backbone_folder)
             twice = load_heads(tmp_path / first / second)
             assert len(twice) == num_heads and twice.num_layers == num_layers and twice.dtype == dtype
-            assert torch.equal(logits(twice, lm_head), wanted), (first, second)
+            alike = twice.config.medusa_shared_lm_head == shared  # else one product for all heads, rounded otherwise
+            torch.testing.assert_close(logits(twice, lm_head), wanted, **({"rtol": 0, "atol": 0} if alike else {}))
             found = twice.state_dict()
             if "v2" in (first, second) and not shared:  # whose LM head is the backbone's
                 found |= {f"{k}.{num_layers}.weight": lm_head.weight for k in range(num_heads)}
@@ -162,7 +163,7 @@ def test_merged_model_has_the_adapter_in_its_weights(tmp_path, tie):
     backbone.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     backbone.save_pretrained(tmp_path / "heads")
     convert(tmp_path / "heads", tmp_path / "whole", "merged")
-    changed, tokens = greedy(tmp_path / "whole")
+    tokens = greedy(tmp_path / "whole")[1]
     assert tokens == greedy(tmp_path / "backbone", tmp_path / "heads")[1] != plain_greedy(tiny_backbone(), random_prompt(9), 20)
     with pytest.warns(UserWarning, match="has the adapter"):
         convert(tmp_path / "heads", tmp_path / "vllm", "vllm")
@@ -191,5 +192,5 @@ def test_folder_that_holds_something_is_not_written_over(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(InvalidInput, match="exists"):
         convert(EMBEDDED, tmp_path, "vllm")
-    with pytest.raises(InvalidInput, match="wanted one of medusa, v0.1, v2, vllm, merged"):
+    with pytest.raises(InvalidInput, match=r"wanted one of medusa, v0\.1, v2, vllm, merged"):
         convert(EMBEDDED, tmp_path / "new", "gguf")

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from medusa.checkpoints.card import card
 from medusa.checkpoints.reader import open_checkpoint
@@ -38,7 +38,9 @@ def push_to_hub(
         about = checkpoint.num_heads, checkpoint.num_layers, checkpoint.shared_lm_head, checkpoint.base_model
         write_text(folder / CARD_FILE, card(*about, merged=merged))
     if checkpoint.base_model and Path(checkpoint.base_model).is_dir():
-        warnings.warn(f"{folder} names the folder {checkpoint.base_model} as its backbone; others will not have it", stacklevel=2)
+        warnings.warn(
+            f"{folder} names the folder {checkpoint.base_model} as its backbone; others will not have it", stacklevel=2
+        )
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -49,7 +51,7 @@ def push_to_hub(
             ignore_patterns=KEPT_BACK,
             commit_message=f"Medusa heads, {checkpoint.num_heads} of them",
         )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot publish {folder} as {repo_id}: {reason}") from None
     return str(repo)

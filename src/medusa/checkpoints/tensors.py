@@ -108,24 +108,24 @@ def _mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
 
 
 def _pickled(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    tensors = {name: tensor for name, tensor in _unpickled(path).items() if not isinstance(name, str) or wanted(name)}
+    tensors = {name: tensor for name, tensor in _unpickled(path).items() if wanted(name)}
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise CheckpointError(f"{path}: {name!r} is {kind}, wanted named tensors of floats of 16 or more bits")
     return tensors
 
 
-def _unpickled(path: Path) -> dict[Any, Any]:
+def _unpickled(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
-        code = re.search(r"Unsupported (?:global|class)\D*?(?:GLOBAL )?([\w]+(?:\.\w+)+)", str(error))
+        code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds code, {code[1]}," if code else "is broken or holds code"
         raise CheckpointError(f"{path} {what} and was not loaded; ask its author for safetensors") from None
     except Exception as error:  # what a broken pickle raises is anyone's guess
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is broken and was not loaded ({reason[:120]}); copy it again") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted named tensors")
     return found
