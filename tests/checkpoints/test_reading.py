@@ -142,7 +142,7 @@ def test_tied_blocks_of_the_old_bug_are_recognised(tmp_path):
     save({name: tied(name) for name in names}, tmp_path / "both", "medusa_lm_head.pt")  # memory shared, as torch.save kept it
     alone = {name: tensors[name] for name in names if ".1.linear" not in name}  # as safetensors kept it
     save(alone, tmp_path / "once", "medusa_lm_head.safetensors")
-    with pytest.warns(UserWarning, match="the same block 2 times"):
+    with pytest.warns(UserWarning, match="the same one 2 times"):
         once = load_heads(tmp_path / "once")
     both = load_heads(tmp_path / "both")
     h = torch.randn(3, D)

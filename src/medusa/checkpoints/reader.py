@@ -24,6 +24,8 @@ SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 # Where heads may lie, the first that is there: files of heads alone, then a model's, whole or in shards.
 HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
 MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
+HEADS_KEYS = ("medusa_num_heads", "num_medusa_heads")
+LAYERS_KEYS = ("medusa_num_layers", "num_medusa_layers")
 
 
 @dataclass(frozen=True)
@@ -134,49 +136,27 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
     """
     parts = _parsed(tensors, source)
     style = next(iter(parts.values())).style
-    blocks = {part.layer for part in parts.values() if part.layer is not None}
-    num_heads = 1 + max(part.head for part in parts.values())
-    num_layers = max([*(part.place or 0 for part in parts.values()), *(layer + 1 for layer in blocks)])
-    if max(num_heads, num_layers) > len(tensors):
-        raise CheckpointError(f"{source} has {len(tensors)} tensors and names for {num_heads} heads of {num_layers} layers")
-    for name, part in parts.items():
-        if part.place not in (None, num_layers):
-            raise CheckpointError(f"{source}: {name} stands where a block would; wanted LM heads behind {num_layers} blocks")
+    num_heads, num_layers = _sizes(parts, source)
     held = {ours(part, num_layers): tensors[name] for name, part in parts.items()}
-    biases = {part.layer is None for part in parts.values() if part.kind == "bias"}  # of blocks, of LM heads
-    notes = []
     if ONE_LM_HEAD in tensors:
         held |= {f"{k}.{num_layers}.weight": tensors[ONE_LM_HEAD] for k in range(num_heads)}
-    own = f"0.{num_layers}.weight" in held or any(part.layer is None for part in parts.values())
-    if len(blocks) == 1 and any(part.place == num_layers > 1 for part in parts.values()):
-        # Tensors that are one are written to safetensors once.
-        notes.append(
-            f"{source} holds one block a head, and LM heads behind {num_layers}: taken as the same block {num_layers} times"
-        )
-        for name, tensor in list(held.items()):
-            head, _, *linear = name.split(".")
-            if len(linear) > 1:
-                held |= {f"{head}.{layer}.{'.'.join(linear)}": tensor for layer in range(num_layers)}
-    if blocks and False not in biases:
-        for name, tensor in list(held.items()):
-            if ".linear." in name and tensor.ndim:
-                held[name.replace("weight", "bias")] = tensor.new_zeros(tensor.shape[0])
-
+    own = any(".linear." not in name for name in held)
+    notes = _fill(held, parts, num_layers)
     first = f"0.{num_layers}.weight" if own else "0.0.linear.weight"
     if first not in held or held[first].ndim != 2:
         raise CheckpointError(f"{source} has no matrix {in_style(first, style)}")
     vocab_size, hidden_size = held[first].shape
-    known_vocab_size = vocab_size if own else _vocab_size(config)
+    bias = any(part.layer is None and part.kind == "bias" for part in parts.values())
     with torch.device("meta"):
-        wanted = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, True in biases).state_dict()
+        wanted = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, bias).state_dict()
+    size = f"{num_heads} heads of {num_layers} layers"
     for name in sorted(wanted.keys() | held.keys()):
-        theirs, size = in_style(name, style), f"{num_heads} heads of {num_layers} layers"
         if name not in held:
-            raise CheckpointError(f"{source} lacks tensor {theirs}, wanted for {size}; copy it again")
+            raise CheckpointError(f"{source} lacks tensor {in_style(name, style)}, wanted for {size}; copy it again")
         got, want = tuple(held[name].shape), tuple(wanted[name].shape) if name in wanted else "none"
         if got != want:
-            raise CheckpointError(f"{source}: tensor {theirs} has shape {got}, wanted {want} ({size})")
-    for what, keys, count in (("heads", _HEADS_KEYS, num_heads), ("layers", _LAYERS_KEYS, num_layers)):
+            raise CheckpointError(f"{source}: tensor {in_style(name, style)} has shape {got}, wanted {want} ({size})")
+    for what, keys, count in (("heads", HEADS_KEYS, num_heads), ("layers", LAYERS_KEYS, num_layers)):
         said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
         if said != count:
             notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the file is believed")
@@ -187,17 +167,13 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         num_heads=num_heads,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        vocab_size=known_vocab_size,
+        vocab_size=vocab_size if own else _vocab_size(config),
         shared_lm_head=not own,
-        lm_head_bias=True in biases,
+        lm_head_bias=bias,
         tied_blocks=num_layers > 1 and _tied(held, num_heads, num_layers),
         base_model=config.get("base_model_name_or_path"),
         notes=tuple(notes),
     )
-
-
-_HEADS_KEYS = ("medusa_num_heads", "num_medusa_heads")
-_LAYERS_KEYS = ("medusa_num_layers", "num_medusa_layers")
 
 
 def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
@@ -218,6 +194,38 @@ def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
         names = [*styles.values(), ONE_LM_HEAD][:2]
         raise CheckpointError(f"{source} holds {names[0]} and {names[1]}, names of two formats; wanted one")
     return parts
+
+
+def _sizes(parts: dict[str, Part], source: Path) -> tuple[int, int]:
+    """The number of heads, and of residual blocks in each, by the names."""
+    num_heads = 1 + max(part.head for part in parts.values())
+    num_layers = max(part.place or 0 if part.layer is None else part.layer + 1 for part in parts.values())
+    if max(num_heads, num_layers) > len(parts):
+        raise CheckpointError(f"{source} has {len(parts)} tensors and names for {num_heads} heads of {num_layers} layers")
+    for name, part in parts.items():
+        if part.place not in (None, num_layers):
+            raise CheckpointError(f"{source}: {name} stands where a block would; wanted LM heads behind {num_layers} blocks")
+    return num_heads, num_layers
+
+
+def _fill(held: dict[str, Tensor], parts: dict[str, Part], num_layers: int) -> list[str]:
+    """Add what a file may leave out: blocks that are one and the same, biases of blocks without; say where it is a guess."""
+    notes = []
+    blocks = {part.layer for part in parts.values() if part.layer is not None}
+    if len(blocks) == 1 and any(part.place == num_layers > 1 for part in parts.values()):
+        # Tensors that are one and the same are written to safetensors once.
+        notes.append(
+            f"one block a head in the file, and LM heads behind {num_layers}: taken as the same one {num_layers} times"
+        )
+        for part in parts.values():
+            if part.layer is not None:
+                copies = (dataclasses.replace(part, layer=layer) for layer in range(num_layers))
+                held |= {ours(copy, num_layers): held[ours(part, num_layers)] for copy in copies}
+    if blocks and not any(part.layer is not None and part.kind == "bias" for part in parts.values()):
+        for name, tensor in list(held.items()):
+            if ".linear." in name and tensor.ndim:
+                held[name.replace("weight", "bias")] = tensor.new_zeros(tensor.shape[0])
+    return notes
 
 
 def _tied(held: dict[str, Tensor], num_heads: int, num_layers: int) -> bool:

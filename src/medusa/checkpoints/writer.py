@@ -65,7 +65,6 @@ def write_checkpoint(
     output = Path(output)
     check_request(output, to)
     heads = _fit(heads, to, lm_head)
-    heads.config = dataclasses.replace(heads.config, base_model_name_or_path=base_model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole(output) as folder:
         folder.mkdir()
@@ -73,9 +72,9 @@ def write_checkpoint(
             shutil.copyfile(file, folder / file.name)
         if to == "v0.1":
             torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
-            heads.config.save(folder)
+            dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
         elif to == "vllm":
-            _write_vllm(heads, folder, lm_head)
+            _write_vllm(heads, folder, base_model, lm_head)
         elif to == "merged":
             if backbone is None:
                 raise InvalidInput("a merged model holds its backbone; name it with --backbone")
@@ -108,12 +107,12 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
         return heads
     if lm_head is None:
         raise InvalidInput(f"{to} cannot be written of these heads without the backbone's LM head; name it with --backbone")
-    theirs = {name: tensor.detach().to(heads.dtype) for name, tensor in lm_head.named_parameters()}
+    theirs = _parameters(lm_head, heads)
     if to != "v2" and "bias" in theirs:
         raise CheckpointError(f"{to} has no bias on LM heads, the backbone's has one; write medusa or merged")
     if to == "vllm":
         return heads  # which has one LM head for all, beside them
-    held = heads.state_dict()
+    held = _on_cpu(heads.state_dict())
     for k in range(len(heads)):
         place = f"{k}.{heads.num_layers}."
         if to == "v0.1":
@@ -129,13 +128,13 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
     return fitted
 
 
-def _write_vllm(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
+def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_head: nn.Module | None) -> None:
     """vLLM's own names, and the keys that its MedusaConfig asks for (0.9.2 to 0.32)."""
     config = heads.config
     tensors = {in_style(name, "vllm"): tensor for name, tensor in heads.state_dict().items()}
     if config.medusa_shared_lm_head:
         assert lm_head is not None
-        tensors[ONE_LM_HEAD] = lm_head.weight.detach().to(heads.dtype)
+        tensors[ONE_LM_HEAD] = _parameters(lm_head, heads)["weight"]
     _save(tensors, folder / SAFETENSORS)
     found: dict[str, Any] = {
         "model_type": "medusa",
@@ -145,7 +144,7 @@ def _write_vllm(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> 
         "num_hidden_layers": heads.num_layers,
         "medusa_fc_bias": True,  # else biases are passed over in silence
         "original_lm_head": config.medusa_shared_lm_head,
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base_model,
     }
     write_text(folder / CONFIG_FILE, json.dumps(found, indent=2) + "\n")
 
@@ -192,12 +191,16 @@ def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
     """Read the heads back: every tensor must be as it was, to the bit."""
     found, wanted = open_checkpoint(folder), _on_cpu(heads.state_dict())
     if lm_head is not None and heads.config.medusa_shared_lm_head and not found.shared_lm_head:  # vLLM's copy of it
-        weight = lm_head.weight.detach().to("cpu", heads.dtype)
-        wanted |= {f"{k}.{heads.num_layers}.weight": weight for k in range(len(heads))}
+        wanted |= {f"{k}.{heads.num_layers}.weight": _parameters(lm_head, heads)["weight"] for k in range(len(heads))}
     assert found.notes == () and found.tensors.keys() == wanted.keys(), found.notes
     for name, tensor in wanted.items():
         if not torch.equal(tensor.view(torch.uint8), found.tensors[name].view(torch.uint8)):
             raise CheckpointError(f"{folder}: {name} did not come back as it was written; is the disk sound?")
+
+
+def _parameters(lm_head: nn.Module, heads: MedusaHeads) -> dict[str, Tensor]:
+    """Weight, and bias if any, of the backbone's LM head, as they would be in the heads."""
+    return {name: tensor.detach().to("cpu", heads.dtype) for name, tensor in lm_head.named_parameters()}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
