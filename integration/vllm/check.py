@@ -44,13 +44,15 @@ def main() -> None:
             runs[f"vLLM, heads as {to}"] = run(args, work, work / to, model.num_heads)
 
     wanted = [greedy(model, prompt, args.new_tokens) for prompt in prompts]
-    accepted, steps = chain(model, prompts, args.new_tokens)
+    accepted, steps = ours(model, prompts, args.new_tokens, MedusaTree.dense([1] * model.num_heads))
     predicted = sum(accepted) / steps
     print(
         f"{len(prompts)} held-out prompts of {prompts[0].shape[1]} tokens, {args.new_tokens} new ones each, greedy, float32\n"
     )
     print("| | output is the backbone's | accepted drafts a step | by position |\n|---|---|---|---|")
     print(f"| predicted: our decoder, a chain of {model.num_heads} | | {predicted:.3f} | {shares(accepted, steps)} |")
+    freely, in_steps = ours(model, prompts, args.new_tokens, model.tree)
+    print(f"| our decoder, its tree of {len(model.tree)} nodes | | {sum(freely) / in_steps:.3f} | {shares(freely, in_steps)} |")
     sound = True
     for label, found in runs.items():
         same = sum(got == want for got, want in zip(found["tokens"], wanted, strict=True))
@@ -83,9 +85,9 @@ def greedy(model: MedusaModel, prompt: torch.Tensor, new_tokens: int) -> list[in
     return model.backbone.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
 
 
-def chain(model: MedusaModel, prompts: list[torch.Tensor], new_tokens: int) -> tuple[list[int], int]:
-    """Accepted drafts by position, and steps, of our decoder with the first guess of every head."""
-    tree, accepted, steps = MedusaTree.dense([1] * model.num_heads), [0] * model.num_heads, 0
+def ours(model: MedusaModel, prompts: list[torch.Tensor], new_tokens: int, tree: MedusaTree) -> tuple[list[int], int]:
+    """Accepted drafts by position, and steps, of our decoder with a tree."""
+    accepted, steps = [0] * tree.depth, 0
     for prompt in prompts:
         # vLLM emits the first root with the prompt's pass, and counts the whole path of a step that the limit cuts short.
         beyond = new_tokens + model.num_heads + 1

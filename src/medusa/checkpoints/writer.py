@@ -62,7 +62,7 @@ def write_checkpoint(
         InvalidInput: no such format, the folder exists, or something that the format needs was not given.
         CheckpointError: the format cannot hold these heads, or they did not come back as they were.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     check_request(output, to)
     heads = _fit(heads, to, lm_head)
     output.parent.mkdir(parents=True, exist_ok=True)
