@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from medusa.adapter import ADAPTER_FILES, has_adapter, load_adapter
 from medusa.checkpoints import Checkpoint, load_heads, open_checkpoint, write_checkpoint
 from medusa.checkpoints.publish import CARD_FILE
-from medusa.checkpoints.reader import MODEL_FILES
+from medusa.checkpoints.reader import MODEL_FILES, SAFETENSORS
+from medusa.checkpoints.tensors import INDEX
 from medusa.checkpoints.writer import check_request, copy_beside, wants_lm_head
 from medusa.config import CONFIG_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
@@ -58,7 +59,8 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
             load_adapter(module, folder)
         return module
 
-    if to == "merged" and base is not None and (adapter or not any(base.glob("*.safetensors"))):
+    as_it_is = base is not None and any((base / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX)) and not adapter
+    if to == "merged" and base is not None and not as_it_is:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=output.parent) as changed:
             copy_beside(base, Path(changed))

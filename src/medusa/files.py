@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"  # what is being written, or was when a process was killed: never read
@@ -35,9 +35,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    if path.is_dir():
+        with suppress(OSError):  # not every system opens or flushes folders
+            _flush_handle(os.open(path, os.O_RDONLY))
+    else:
+        _flush_handle(os.open(path, os.O_RDWR))
+
+
+def _flush_handle(handle: int) -> None:
     try:
         os.fsync(handle)
     finally:

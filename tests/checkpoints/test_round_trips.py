@@ -171,6 +171,15 @@ def test_merged_model_has_the_adapter_in_its_weights(tmp_path, tie):
     assert greedy(tmp_path / "backbone", tmp_path / "ours")[1] == tokens
 
 
+def test_backbone_in_pickles_is_merged_too(tmp_path, backbone):
+    (tmp_path / "pickles").mkdir()
+    torch.save(backbone.state_dict(), tmp_path / "pickles" / "pytorch_model.bin")
+    backbone.config.save_pretrained(tmp_path / "pickles")
+    save_heads(random_heads(backbone), tmp_path / "pickles", config=False)
+    convert(tmp_path / "pickles", tmp_path / "whole", "merged")
+    assert greedy(tmp_path / "whole")[1] == plain_greedy(backbone, random_prompt(9), 20)
+
+
 def test_shared_lm_head_is_taken_from_the_backbone(tmp_path, backbone):
     heads = random_heads(backbone, shared=True)
     save_heads(heads, tmp_path / "heads", base_model=str(tmp_path / "backbone"))

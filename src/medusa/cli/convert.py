@@ -40,7 +40,8 @@ def convert_command(
         warnings.simplefilter("always", UserWarning)
         written = convert(common.model_folder(source), output, to, backbone, trust_remote_code=trust_remote_code)
     for warning in caught:
-        common.note(f"medusa: {warning.message}")
+        if warning.category is UserWarning:  # ours; libraries deprecate in other categories
+            common.note(f"medusa: {warning.message}")
     record = {
         "output": str(output),
         "format": to,

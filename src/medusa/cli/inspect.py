@@ -41,9 +41,8 @@ def inspect_command(
             "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
             "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),
             "base_model": found.base_model,
+            "notes": list(found.notes),
         }
-        for number, noted in enumerate(found.notes):
-            record["heads"][f"note_{number + 1}"] = noted
         beside = found.source.parent / TREE_FILE
         tree = MedusaTree.load(beside) if beside.is_file() else None
     if tree is not None:
