@@ -23,15 +23,10 @@ from rich.table import Table
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree, __version__
-from medusa.evaluation.compare import (
-    Decoder,
-    compare,
-    medusa_decoder,
-    overhead,
-    repeated_ngrams,
-    transformers_decoder,
-)
+from medusa.evaluation.compare import compare, overhead
+from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.prompts import held_out_prompts
+from medusa.evaluation.quality import repeated_ngrams
 from medusa.search import search_joint_tree
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,9 +64,9 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args
     sampled = setting.temperature > 0
     ours = {"do_sample": True, "temperature": setting.temperature, "seed": 1} if sampled else {}
     theirs = {"do_sample": True, "temperature": setting.temperature, "top_k": 0} if sampled else {}
-    decoders: dict[str, Decoder] = {"generate": transformers_decoder(model, args.new_tokens, **theirs)}
+    decoders: dict[str, Decoder] = {"generate": TransformersDecoder(model, args.new_tokens, **theirs)}
     for name, tree in trees.items():
-        decoders[name] = medusa_decoder(model, args.new_tokens, tree, compile=setting.compiled, **ours)
+        decoders[name] = MedusaDecoder(model, args.new_tokens, tree, compile=setting.compiled, **ours)
     results = compare(decoders, batches, args.rounds, on_progress=on_progress)
     plain, generate = results["plain"], results["generate"]
     rows = {}
@@ -82,12 +77,9 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args
             "speedup_vs_generate": measured.tokens_per_second / generate.tokens_per_second,
             "speedup_vs_plain": measured.tokens_per_second / plain.tokens_per_second,
             "repeated_8grams": sum(map(repeated_ngrams, outputs)) / len(outputs),
+            "acceleration_rate": measured.acceleration_rate,
+            "overhead": float(overhead(measured.totals(), plain.totals())),
         }
-        if measured.steps:
-            row |= {
-                "acceleration_rate": measured.acceleration_rate,
-                "overhead": overhead(measured, plain),
-            }
         # Sampled, transformers draws from another stream; our plain loop and Medusa share theirs.
         against = plain if sampled else generate
         wanted = [row_ for rows_ in against.outputs for row_ in rows_]
@@ -127,8 +119,8 @@ def show(result: dict, console: Console) -> None:
             f"{row['tokens_per_second']:.1f}",
             f"{row['speedup_vs_generate']:.2f}",
             f"{row['speedup_vs_plain']:.2f}",
-            f"{row['acceleration_rate']:.2f}" if "acceleration_rate" in row else "",
-            f"{row['overhead']:.2f}" if "overhead" in row else "",
+            f"{row['acceleration_rate']:.2f}",
+            f"{row['overhead']:.2f}",
             f"{row['identical_outputs']:.0%}",
             f"{row['repeated_8grams']:.0%}",
         )

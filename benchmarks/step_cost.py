@@ -1,10 +1,11 @@
 """What a step costs: time against tree size on random-weight Llamas, split into its parts.
 
-    python benchmarks/step_cost.py [--shapes 160m 1.1b vicuna-7b] [--nodes 1 16 32 64] [--shared] [--json FILE]
+    python benchmarks/step_cost.py [--shapes 160m 1.1b vicuna-7b] [--nodes 1 16 32 64] [--shared] [--hardware FILE] [--json F]
 
 Random heads are nearly never right, so every step accepts about one token and costs are those of a step alone. Each
 tree is measured in turn within each round; ratios are to the plain step of the same run. Bytes are those of the weights
-that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache.
+that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache. With --hardware
+(what `medusa simulate --measure --output FILE` measured) the prediction of medusa.simulation stands beside.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,6 +25,10 @@ from transformers.utils import logging
 
 from medusa import MedusaHeads, MedusaModel, MedusaTree
 from medusa.decoding import DecodingOptions, DecodingState, prefill, step
+from medusa.simulation.hardware import Hardware, load_hardware
+from medusa.simulation.measure import copy_bandwidth, now
+from medusa.simulation.prediction import Setting
+from medusa.simulation.shapes import shape_of
 
 SHAPES = {
     "160m": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
@@ -70,24 +74,6 @@ def cache_bytes(state: DecodingState) -> int:
     return sum(t[:, :, :length].numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    source = torch.ones(2**28 if device != "cpu" else 2**27, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(8):
-        start = now(device)
-        target.copy_(source)
-        seconds.append(now(device) - start)
-    return 2 * source.numel() * source.element_size() / min(seconds)
-
-
-def now(device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, device: str) -> list[dict]:
     ids = torch.randint(model.vocab_size, (1, args.context), device=device)
     options = DecodingOptions(max_new_tokens=1024, compiled=args.compiled)
@@ -119,6 +105,17 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
     return rows
 
 
+def add_prediction(rows: list[dict], model: MedusaModel, hardware: Hardware, args: argparse.Namespace) -> None:
+    """Beside each row its predicted time and overhead, and how far the predicted overhead is off."""
+    setting = Setting(shape_of(model.backbone.config), hardware, "bfloat16", args.num_heads, own_lm_heads=not args.shared)
+    length = args.context + args.steps * args.rounds // 2  # a step accepts about one token
+    for row in rows:
+        seconds = setting.seconds(1, length, row["nodes"])
+        overhead = seconds / setting.seconds(1, length, 1)
+        error = overhead / row["overhead"] - 1
+        row |= {"predicted_milliseconds": 1e3 * seconds, "predicted_overhead": overhead, "overhead_error": error}
+
+
 def split(model: MedusaModel, state: DecodingState, options: DecodingOptions, steps: int, device: str) -> dict[str, float]:
     """The share of each part in the time of a step, from the profiler."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
@@ -148,8 +145,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shared", action="store_true", help="heads share the LM head")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--hardware", help="a machine's name or a file of `medusa simulate --measure`: predict beside")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    hardware = load_hardware(args.hardware) if args.hardware else None
     if args.nodes[0] != 1:
         parser.error("--nodes must begin with 1, the plain step that the others are compared with")
 
@@ -160,12 +159,22 @@ def main() -> None:
     for shape in args.shapes:
         model = build(shape, args.num_heads, args.shared, device)
         rows = results[shape] = measure(model, args.nodes, args, device)
+        if hardware is not None:
+            add_prediction(rows, model, hardware, args)
         kind = "shared LM head" if args.shared else "own LM heads"
         table = Table(title=f"{shape}, bfloat16, {device}, {args.num_heads} heads ({kind})", title_justify="left")
-        for column in ("nodes", "ms", "overhead", *PARTS, "rest", "GB", "of copy bandwidth"):
+        predicted = ("predicted ms", "overhead", "error") if hardware else ()
+        for column in ("nodes", "ms", "overhead", *PARTS, "rest", "GB", "of copy bandwidth", *predicted):
             table.add_column(column, justify="right")
         for row in rows:
             shares = (f"{row['parts'][part]:.1%}" for part in (*PARTS, "rest"))
+            beside = []
+            if hardware is not None:
+                beside = [
+                    f"{row['predicted_milliseconds']:.2f}",
+                    f"{row['predicted_overhead']:.2f}",
+                    f"{row['overhead_error']:+.0%}",
+                ]
             table.add_row(
                 str(row["nodes"]),
                 f"{row['milliseconds']:.2f}",
@@ -173,6 +182,7 @@ def main() -> None:
                 *shares,
                 f"{row['bytes'] / 1e9:.2f}",
                 f"{row['bandwidth_share']:.0%}",
+                *beside,
             )
         console.print(table)
         del model

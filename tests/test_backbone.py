@@ -26,13 +26,13 @@ def test_tree_logits_equal_path_logits_past_the_window(model_type):
     module = tiny_backbone(model_type, **WINDOWED[model_type])
     backbone = Backbone(module)
     tree = MedusaTree([(0,), (0, 0), (0, 1), (1,), (1, 0), (1, 0, 0)]).tensors()
-    prompt, nodes = random_prompt(30), random_prompt(len(tree), seed=1)
+    prompt, nodes = random_prompt(30), random_prompt(tree.num_nodes, seed=1)
     cache = backbone.new_cache(64)
     with torch.inference_mode():
         backbone.prefill(prompt, None, cache)
         length = torch.tensor([30])
-        hidden = backbone.verify(nodes, tree, length[0], length, torch.zeros(1, dtype=torch.long), 30 + len(tree), cache)
-        for node, lineage in enumerate(tree.lineage):
+        hidden = backbone.verify(nodes, tree, length[0], length, torch.zeros(1, dtype=torch.long), 30 + tree.num_nodes, cache)
+        for node, lineage in enumerate(tree.lineage[0]):
             chain = torch.cat([prompt[0], nodes[0, lineage[lineage >= 0]]])[None]
             wanted = module(input_ids=chain, use_cache=False).logits[0, -1]
             torch.testing.assert_close(backbone.logits(hidden[0, node]), wanted, atol=2e-3, rtol=2e-4)
@@ -41,13 +41,13 @@ def test_tree_logits_equal_path_logits_past_the_window(model_type):
 def test_kept_cache_equals_a_fresh_prefill():
     backbone = Backbone(tiny_backbone())
     tree = MedusaTree([(0,), (1,), (1, 0), (1, 1), (1, 1, 0)]).tensors()
-    prompt, nodes = random_prompt(10), random_prompt(len(tree), seed=1)
+    prompt, nodes = random_prompt(10), random_prompt(tree.num_nodes, seed=1)
     path = torch.tensor([0, 2, 4, 5])
     kept, fresh = backbone.new_cache(40), backbone.new_cache(40)
     with torch.inference_mode():
         backbone.prefill(prompt, None, kept)
         length = torch.tensor([10])
-        backbone.verify(nodes, tree, length[0], length, torch.zeros(1, dtype=torch.long), 10 + len(tree), kept)
+        backbone.verify(nodes, tree, length[0], length, torch.zeros(1, dtype=torch.long), 10 + tree.num_nodes, kept)
         kept.keep(10 + path[None], 10 + torch.arange(4)[None])
         backbone.prefill(torch.cat([prompt, nodes[:, path]], 1), None, fresh)
     for a, b in zip(kept.layers, fresh.layers, strict=True):

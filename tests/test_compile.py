@@ -5,20 +5,24 @@ import warnings
 import pytest
 import torch
 
-from medusa import MedusaModel
+from medusa import DynamicTree, MedusaModel
 from medusa.decoding import DecodingOptions, prefill, step
+from medusa.trees import Tree
 from tiny import plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
+TREES = [random_tree(seed=1, nodes=24), DynamicTree(24, 3)]
 
-def compiled_model(model_type: str = "llama", **overrides) -> MedusaModel:
+
+def compiled_model(model_type: str = "llama", tree: Tree = TREES[0], **overrides) -> MedusaModel:
     backbone = tiny_backbone(model_type, **overrides)
-    return MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
+    return MedusaModel(backbone, random_heads(backbone), tree)
 
 
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [
         ("llama", {}),
+        ("llama", {"tree": TREES[1]}),
         ("mistral", {"sliding_window": 12}),
         ("gemma3_text", {"sliding_window": 12, "query_pre_attn_scalar": 16}),
     ],
@@ -40,8 +44,9 @@ def test_compiled_output_is_the_same_and_shapes_stay_static(model_type, override
     assert output[0, 31:].tolist() == plain_greedy(model.backbone, other, 17)
 
 
-def test_inductor_gives_the_same_output():
-    model = compiled_model(num_hidden_layers=1)
+@pytest.mark.parametrize("tree", TREES, ids=["static", "dynamic"])
+def test_inductor_gives_the_same_output(tree):
+    model = compiled_model(tree=tree, num_hidden_layers=1)
     prompt = random_prompt(9)
     torch._dynamo.reset()
     with warnings.catch_warnings():
@@ -68,9 +73,10 @@ def test_failing_compiler_warns_once_and_decoding_goes_on(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_step_synchronises_once():
+@pytest.mark.parametrize("tree", TREES, ids=["static", "dynamic"])
+def test_step_synchronises_once(tree):
     backbone = tiny_backbone().cuda()
-    model = MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
+    model = MedusaModel(backbone, random_heads(backbone), tree)
     options = DecodingOptions(max_new_tokens=40)
     state = prefill(model, random_prompt(9).cuda(), None, model.tree, options)
     torch.cuda.set_sync_debug_mode("warn")
@@ -83,9 +89,10 @@ def test_step_synchronises_once():
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_give_the_same_output():
+@pytest.mark.parametrize("tree", TREES, ids=["static", "dynamic"])
+def test_cuda_graphs_give_the_same_output(tree):
     backbone = tiny_backbone().cuda()
-    model = MedusaModel(backbone, random_heads(backbone), random_tree(seed=1, nodes=24))
+    model = MedusaModel(backbone, random_heads(backbone), tree)
     prompt = random_prompt(9).cuda()
     wanted = model.generate(prompt, max_new_tokens=40)
     with warnings.catch_warnings():
@@ -96,8 +103,8 @@ def test_cuda_graphs_give_the_same_output():
 def test_compiled_step_that_computes_something_else_is_not_used(monkeypatch):
     def wrong(fn, **_options):
         def run(*args):
-            tokens, states, logits = fn(*args)
-            return tokens, states, logits.roll(1, dims=-1)
+            tokens, tree, states, logits = fn(*args)
+            return tokens, tree, states, logits.roll(1, dims=-1)
 
         return run
 

@@ -21,9 +21,23 @@ def test_readmes_python_runs(capsys):
     assert "def walk(top)" in capsys.readouterr().out
 
 
+def test_the_evaluation_pages_python_runs(capsys):
+    for block in blocks("docs/evaluation.md", "python"):
+        exec(compile(block, "docs/evaluation.md", "exec"), {})
+    assert "Estimate(value=" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/architecture.md", "docs/training.md", "docs/serving.md", "examples/embedded_model/README.md"],
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/training.md",
+        "docs/evaluation.md",
+        "docs/simulation.md",
+        "docs/serving.md",
+        "examples/embedded_model/README.md",
+    ],
 )
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
@@ -32,7 +46,9 @@ def test_files_that_documents_name_exist(document):
     assert all((ROOT / name).exists() for name in named), named
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/serving.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md"]
+)
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
         verb, wide = line.split()[0], os.environ | {"COLUMNS": "200"}

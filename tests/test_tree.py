@@ -26,16 +26,17 @@ def test_lineage_and_ancestors_agree_with_the_paths():
     tree = random_tree(seed=3, nodes=40, depth=4)
     tensors = tree.tensors()
     for node, path in enumerate(((), *tree.paths)):
-        lineage = [n for n in tensors.lineage[node].tolist() if n >= 0]
+        lineage = [n for n in tensors.lineage[0, node].tolist() if n >= 0]
         assert lineage == [0, *(1 + tree.paths.index(path[: i + 1]) for i in range(len(path)))]
-        assert tensors.ancestors[node].nonzero().flatten().tolist() == sorted(lineage)
-        assert tensors.depths[node] == len(path)
+        assert tensors.ancestors[0, node].nonzero().flatten().tolist() == sorted(lineage)
+        assert tensors.depths[0, node] == len(path)
 
 
 def test_rank_of_ten_or_more_stays_with_its_own_head():
     tree = MedusaTree([(12,), (12, 0), (12, 11)])
     head_logits = torch.stack([-torch.arange(40.0), torch.arange(40.0)])[:, None]  # head 1 ranks 0.., head 2 ranks 39..
-    tokens = tree.tensors().assemble(torch.tensor([7]), head_logits)
+    drafter = tree.drafter()
+    tokens, _ = drafter.assemble(torch.tensor([7]), drafter.guess(head_logits))
     assert tokens.tolist() == [[7, 12, 39, 28]]
 
 

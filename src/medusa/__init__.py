@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from medusa.tree import MedusaTree
 
 __version__ = "0.1.0"
-__all__ = ["EMBEDDED", "MedusaConfig", "MedusaHeads", "MedusaModel", "MedusaTree", "__version__"]
+__all__ = ["EMBEDDED", "DynamicTree", "MedusaConfig", "MedusaHeads", "MedusaModel", "MedusaTree", "__version__", "load_tree"]
 
 EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
 """The folder of the embedded model: backbone, tokenizer, heads and tree, good for transformers' Auto classes too."""
@@ -20,7 +20,9 @@ _HOMES = {
     "MedusaConfig": "medusa.config",
     "MedusaHeads": "medusa.heads",
     "MedusaModel": "medusa.model",
+    "DynamicTree": "medusa.dynamic",
     "MedusaTree": "medusa.tree",
+    "load_tree": "medusa.trees",
 }
 
 

@@ -72,7 +72,7 @@ def accept_typical(
     depth = reachable * (tree.depths + 1)
     deepest = depth == depth.amax(-1, keepdim=True)
     own = own.masked_fill(tree.depths == 0, 0.0).clamp(min=-1e4)  # finite: -inf times 0 is no number
-    likelihood = own @ tree.ancestors.to(own.dtype).T
+    likelihood = (tree.ancestors.to(own.dtype) @ own[..., None]).squeeze(-1)
     node = likelihood.masked_fill(~deepest, -torch.inf).argmax(-1)
     return _accepted(tree, node, scores.argmax(-1))
 
@@ -86,9 +86,11 @@ def _reachable(
 
 
 def _accepted(tree: TreeTensors, node: Tensor, said: Tensor) -> Accepted:
+    rows = torch.arange(len(node), device=node.device)
+    path = tree.lineage.expand(len(node), -1, -1)[rows, node]
     return Accepted(
         node=node,
-        path=tree.lineage[node],
-        length=tree.depths[node] + 1,
+        path=path,
+        length=(path >= 0).sum(-1),
         bonus=said.gather(1, node[:, None]).squeeze(1),
     )

@@ -166,7 +166,7 @@ class Backbone:
         cache: TreeCache,
     ) -> Tensor:  # (B, N, d)
         """Hidden states of all nodes in one pass: each sees the committed tokens, its ancestors and itself."""
-        slots = base + torch.arange(len(tree), device=ids.device)
+        slots = base + torch.arange(tree.num_nodes, device=ids.device)
         positions = (lengths - pads)[:, None] + tree.depths
         if self.context is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
             positions = positions.clamp(max=self.context - 1)
@@ -187,9 +187,9 @@ class Backbone:
         slot = torch.arange(visible, device=base.device)
         committed = (slot < lengths[:, None]) & (slot >= pads[:, None])  # (B, visible)
         # Gathered rather than copied in with index_copy, which inductor gets wrong for bool on a CPU (torch 2.13).
-        node = (slot - base).clamp(0, len(tree) - 1)  # the node in each slot, where there is one
-        in_tree = (slot >= base) & (slot < base + len(tree))
-        allowed = committed[:, None] | (tree.ancestors.index_select(1, node) & in_tree)  # (B, N, visible)
+        node = (slot - base).clamp(0, tree.num_nodes - 1)  # the node in each slot, where there is one
+        in_tree = (slot >= base) & (slot < base + tree.num_nodes)
+        allowed = committed[:, None] | (tree.ancestors.index_select(2, node) & in_tree)  # (B, N, visible)
         at = torch.where(in_tree, positions.index_select(1, node), slot - pads[:, None])  # by slot
         return self._masks(allowed, positions, at)
 
@@ -224,20 +224,20 @@ class Backbone:
         tree = MedusaTree([(0,), (0, 0), (0, 0, 0), (0, 1), (1,), (1, 0), (2,)]).tensors(self.device)
         prompt = 9
         pads = torch.tensor([0, 4], device=self.device)
-        ids = torch.randint(self.vocab_size, (2, prompt + len(tree)), generator=generator).to(self.device)
+        ids = torch.randint(self.vocab_size, (2, prompt + tree.num_nodes), generator=generator).to(self.device)
         prompts, nodes = ids[:, :prompt], ids[:, prompt:]
         mask = (torch.arange(prompt, device=self.device) >= pads[:, None]).long()
-        cache = self.new_cache(prompt + 2 * len(tree))
+        cache = self.new_cache(prompt + 2 * tree.num_nodes)
         lengths = torch.full((2,), prompt, device=self.device)
-        path = tree.lineage[4]  # nodes 0, 1 and 4: not contiguous, so that keeping it moves it
+        path = tree.lineage[0, 4]  # nodes 0, 1 and 4: not contiguous, so that keeping it moves it
         path = path[path >= 0]
         try:
             self.prefill(prompts, mask, cache)
-            first = self.verify(nodes, tree, lengths[0], lengths, pads, prompt + len(tree), cache)
+            first = self.verify(nodes, tree, lengths[0], lengths, pads, prompt + tree.num_nodes, cache)
             target = lengths[:, None] + torch.arange(len(path), device=self.device)
             cache.keep((prompt + path).expand(2, -1), target)
             kept = lengths + len(path)
-            second = self.verify(nodes, tree, kept[0], kept, pads, prompt + len(path) + len(tree), cache)
+            second = self.verify(nodes, tree, kept[0], kept, pads, prompt + len(path) + tree.num_nodes, cache)
         except (
             TypeError,
             AttributeError,
@@ -269,10 +269,11 @@ class Backbone:
 
     def _probe_error(self, hidden: Tensor, prefix: Tensor, pads: list[int], nodes: Tensor, tree: TreeTensors) -> float:
         """How far the logits of the tree's nodes are from the model's own on each path alone, relative to their spread."""
-        parents = set(tree.parents[1:].tolist())
-        leaves = [node for node in range(len(tree)) if node not in parents]
-        chains = [(row, tree.lineage[leaf][tree.lineage[leaf] >= 0]) for row in range(len(pads)) for leaf in leaves]
-        length = prefix.shape[1] + tree.lineage.shape[1]
+        parents = set(tree.parents[0, 1:].tolist())
+        leaves = [node for node in range(tree.num_nodes) if node not in parents]
+        lineages = tree.lineage[0]
+        chains = [(row, lineages[leaf][lineages[leaf] >= 0]) for row in range(len(pads)) for leaf in leaves]
+        length = prefix.shape[1] + lineages.shape[1]
         ids = prefix.new_zeros(len(chains), length)
         for chain, (row, lineage) in enumerate(chains):  # padded at the right, which a causal model does not see
             tokens = torch.cat([prefix[row, pads[row] :], nodes[row, lineage]])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medusa.tree import TreeTensors
 
-Step = tuple[Tensor, Tensor, Tensor]  # tokens (B, N), hidden states (B, N, d), logits (B, N, V)
+Step = tuple[Tensor, TreeTensors, Tensor, Tensor]  # tokens (B, N), the tree, hidden states (B, N, d), logits (B, N, V)
 
 
 class CompiledStep:
@@ -19,19 +19,19 @@ class CompiledStep:
     Where a shape does not compile, or computes something else, it says so once and runs uncompiled.
 
     Args:
-        step: the uncompiled step, of (root, hidden, tree, base, lengths, pads, visible, cache).
+        step: the uncompiled step, of (root, hidden, drafter, context, base, lengths, pads, visible, cache).
     """
 
     def __init__(self, step: Callable[..., Step]):
         self._step = step
         self._compiled: Callable[..., Step] | None = None
-        self._usable: dict[tuple[int, ...], bool] = {}  # by shape
+        self._usable: dict[tuple[float, ...], bool] = {}  # by shape
 
     def __call__(self, *args) -> Step:
-        root, _, tree, *_, visible, _ = args
-        shape = (len(root), len(tree), tree.num_heads, tree.num_ranks, visible)
+        root, _, drafter, context, *_, visible, _ = args
+        shape = (len(root), *drafter.shape, visible, 0 if context is None else context.table.shape[1])
         if shape not in self._usable:
-            self._usable[shape] = self._compile(root.device, tree, args)
+            self._usable[shape] = self._compile(root.device, args)
         return self._run(root.device, args) if self._usable[shape] else self._step(*args)
 
     def _run(self, device: torch.device, args: tuple) -> Step:
@@ -40,7 +40,7 @@ class CompiledStep:
             torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(*args)
 
-    def _compile(self, device: torch.device, tree: TreeTensors, args: tuple) -> bool:
+    def _compile(self, device: torch.device, args: tuple) -> bool:
         """Compile for one shape; False, with a warning, where that fails or computes something else."""
         if self._compiled is None:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
@@ -48,7 +48,7 @@ class CompiledStep:
         try:
             # Every tree, batch and capacity is a graph of its own, and dynamo stops at eight unless told otherwise.
             with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-                _check(tree, self._run(device, args), self._step(*args))
+                _check(self._run(device, args), self._step(*args))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in ways of their own
@@ -62,10 +62,11 @@ class CompiledStep:
         return True
 
 
-def _check(tree: TreeTensors, got: Step, wanted: Step) -> None:
+def _check(got: Step, wanted: Step) -> None:
     """Raise where compiled code computes something else: compilers have been wrong (see `Backbone._tree_masks`)."""
-    same = ((got[0] == wanted[0])[:, None] | ~tree.ancestors).all(-1)  # heads may break a near-tie the other way
-    a, b = got[2][same].float(), wanted[2][same].float()
-    limit = 1e-3 if got[2].dtype == torch.float32 else 0.1
+    agreed = (got[0] == wanted[0]) & (got[1].parents == wanted[1].parents)  # heads may break a near-tie the other way
+    same = (agreed[:, None] | ~wanted[1].ancestors).all(-1)
+    a, b = got[3][same].float(), wanted[3][same].float()
+    limit = 1e-3 if got[3].dtype == torch.float32 else 0.1
     if not (a - b).norm() < limit * (b - b.mean()).norm():
         raise RuntimeError("the compiled step's logits differ from the uncompiled one's")

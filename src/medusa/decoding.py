@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
+from medusa.context import Context
 from medusa.errors import ContextOverflow, InvalidInput
-from medusa.sampling import NodePrefixes, Processors, draw, levels_of, uniforms
-from medusa.tree import MedusaTree, TreeTensors
+from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
+from medusa.tree import Drafter, StaticDrafter, TreeTensors
+from medusa.trees import Tree
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
 CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph
@@ -47,13 +49,14 @@ class Decodable(Protocol):
         compiled: bool,
         root: Tensor,
         hidden: Tensor,
-        tree: TreeTensors,
+        drafter: Drafter,
+        context: Context | None,
         base: Tensor,
         lengths: Tensor,
         pads: Tensor,
         visible: int,
         cache: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, TreeTensors, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,14 @@ class DecodingStep:
     """What one step emitted.
 
     `tokens[b]` are row b's new tokens, the root first (none where the row was finished before), `finish_reasons[b]` is
-    None while the row goes on, then "eos", "stop" or "length".
+    None while the row goes on, then "eos", "stop" or "length". Of the seconds, those of the first step that the prompts took
+    are `prefill_seconds`.
     """
 
     tokens: list[list[int]]
     finish_reasons: list[str | None]
     seconds: float
+    prefill_seconds: float = 0.0
 
 
 @dataclass
@@ -110,8 +115,9 @@ class DecodingState:
     active: Tensor  # (B,) bool
     root: Tensor  # (B,) long: decided, not in the cache
     hidden: Tensor  # (B, d): at the last committed token
-    tree: TreeTensors
-    levels: tuple[tuple[Tensor, Tensor], ...]
+    drafter: Drafter
+    context: Context | None  # where the drafter looks at it
+    levels: list[Levels] | None  # of the tree, where it is always the same and processors look at paths
     cache: RequestCache
     uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position
     # The same facts on the host, where a sync has brought them anyway.
@@ -140,7 +146,7 @@ def decode(
     model: Decodable,
     ids: Tensor,  # (B, P) long, left-padded
     attention_mask: Tensor | None,  # (B, P), 1 for tokens
-    tree: MedusaTree,
+    tree: Tree,
     options: DecodingOptions,
 ) -> Iterator[DecodingStep]:
     """Decode to the end, a step at a time. The root-only tree is plain decoding: the same loop, without heads.
@@ -155,27 +161,28 @@ def decode(
 
 
 def _steps(
-    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> Iterator[DecodingStep]:
     start = time.perf_counter()
     state = prefill(model, ids, attention_mask, tree, options)
+    prefill_seconds = time.perf_counter() - start
     while not state.finished:
         emitted = step(model, state, options)
         now = time.perf_counter()
-        yield DecodingStep(emitted, list(state.finish_reasons), now - start)
-        start = time.perf_counter()
+        yield DecodingStep(emitted, list(state.finish_reasons), now - start, prefill_seconds)
+        start, prefill_seconds = time.perf_counter(), 0.0
 
 
 @torch.inference_mode()
 def prefill(
-    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> DecodingState:
     """Process the prompts and decide every row's first token, the first root."""
     batch, length = ids.shape
     device = ids.device
-    tensors = tree.tensors(device)
+    drafter = tree.for_batch(batch).drafter(device)
     # The tree is written behind the longest row, and a path may be moved to the end of any other.
-    capacity = length + options.max_new_tokens + len(tree) + tree.depth + 1
+    capacity = length + options.max_new_tokens + drafter.num_nodes + drafter.num_heads + 1
     if options.compiled:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     cache = model.new_cache(capacity)
@@ -188,8 +195,9 @@ def prefill(
         active=torch.ones_like(pads, dtype=torch.bool),
         root=pads,
         hidden=hidden,
-        tree=tensors,
-        levels=levels_of(tensors),
+        drafter=drafter,
+        context=None,
+        levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
         cache=cache,
         uniforms=None,
         host_pads=pads.tolist(),
@@ -198,12 +206,14 @@ def prefill(
         finish_reasons=[None] * batch,
     )
     if options.do_sample and options.typical is None:
-        state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + tree.depth + 2, device)
+        state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + drafter.num_heads + 2, device)
     logits = logits[:, None]
     scores = options.processors(logits, state.prefixes(), state.host_pads) if options.processors else logits
     said = draw(scores.float(), state.uniforms[:, :1]) if state.uniforms is not None else scores.argmax(-1)
     state.root = said[:, 0]
     state.host_roots = state.root.tolist()
+    if drafter.reads_context:
+        state.context = Context.of(ids, pads, state.root, length + options.max_new_tokens)
     return state
 
 
@@ -214,12 +224,13 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
         return emit(state, options, roots)
     committed = [state.prompt_length + len(tokens) for tokens in state.generated]
     base = max(length for length, done in zip(committed, state.finish_reasons, strict=True) if not done)
-    visible = state.cache.capacity if options.compiled else base + len(state.tree)
-    tokens, hidden, logits = model.draft_and_verify(
+    visible = state.cache.capacity if options.compiled else base + state.drafter.num_nodes
+    tokens, tree, hidden, logits = model.draft_and_verify(
         options.compiled,
         state.root,
         state.hidden,
-        state.tree,
+        state.drafter,
+        state.context,
         torch.full((), base, device=state.root.device),  # filled on the device: no copy from the host
         state.lengths,
         state.pads,
@@ -227,11 +238,13 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
         state.cache,
     )
     with record_function("medusa.accept"):
-        accepted = accept(state, options, tokens, logits)
+        accepted = accept(state, options, tree, tokens, logits)
         rows = torch.arange(len(tokens), device=tokens.device)
         state.hidden = hidden[rows, accepted.node]
         state.root = accepted.bonus
         path_tokens = tokens.gather(1, accepted.path.clamp(min=0))
+        if state.context is not None:
+            state.context.extend(path_tokens, accepted.length, accepted.bonus)
         # The one host-device sync of the step.
         packet = torch.cat([path_tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
     with record_function("medusa.keep"):
@@ -248,19 +261,20 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
     return emit(state, options, [row[: row[-2]] for row in packet])
 
 
-def accept(state: DecodingState, options: DecodingOptions, tokens: Tensor, logits: Tensor) -> Accepted:
+def accept(state: DecodingState, options: DecodingOptions, tree: TreeTensors, tokens: Tensor, logits: Tensor) -> Accepted:
     """The longest path of the tree that the backbone would have said."""
     scores = logits
     if options.processors:
-        scores = options.processors(logits, state.prefixes(), state.host_pads, NodePrefixes(tokens, state.levels))
+        levels = levels_of(tree) if state.levels is None and options.processors.read_paths else state.levels
+        scores = options.processors(logits, state.prefixes(), state.host_pads, NodePrefixes(tokens, levels or []))
     if options.do_sample and options.typical is not None:
-        return accept_typical(state.tree, tokens, scores.float(), options.typical)
+        return accept_typical(tree, tokens, scores.float(), options.typical)
     if state.uniforms is None:
-        return accept_exact(state.tree, tokens, scores.argmax(-1))
+        return accept_exact(tree, tokens, scores.argmax(-1))
     # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
-    number = (state.lengths - state.prompt_length)[:, None] + state.tree.depths + 1
+    number = (state.lengths - state.prompt_length)[:, None] + tree.depths + 1
     uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
-    return accept_exact(state.tree, tokens, draw(scores.float(), uniform))
+    return accept_exact(tree, tokens, draw(scores.float(), uniform))
 
 
 def last_roots(state: DecodingState, options: DecodingOptions) -> list[list[int]] | None:
@@ -299,7 +313,7 @@ def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, tok
 
 
 def check_request(
-    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: MedusaTree, options: DecodingOptions
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from medusa.errors import InvalidInput, MedusaError
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that another try may mend
 LONGEST_WAIT = 60.0  # seconds between tries, unless the server asks for more
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class EndpointError(MedusaError):
@@ -132,3 +136,20 @@ def _retry_after(response: Any) -> float | None:
         return max(0.0, float(response.headers["retry-after"]))
     except (KeyError, ValueError):
         return None
+
+
+def concurrently(work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
+    """What the work gives for every task, as it comes, with a bounded number of them under way."""
+    waiting: set[Future] = set()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for task in tasks:
+                waiting.add(pool.submit(work, task))
+                if len(waiting) >= at_once:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:  # stopped from outside: what has not begun need not
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -22,6 +22,7 @@ from medusa.cache import TreeCache
 from medusa.checkpoints import load_heads, push_to_hub, save_heads
 from medusa.compilation import CompiledStep
 from medusa.config import TREE_FILE
+from medusa.context import Context
 from medusa.decoding import DecodingOptions, DecodingStep, decode
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
@@ -29,7 +30,8 @@ from medusa.hub import local_folder
 from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.processors import check_sampling, classify, processors_for
-from medusa.tree import MedusaTree, TreeTensors
+from medusa.tree import Drafter, MedusaTree, TreeTensors
+from medusa.trees import Tree, load_tree, save_tree
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -50,7 +52,7 @@ class MedusaModel:
         InvalidTree: the tree is deeper than the heads.
     """
 
-    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads | None = None, tree: MedusaTree | None = None):
+    def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads | None = None, tree: Tree | None = None):
         if not isinstance(backbone, PreTrainedModel):
             raise UnsupportedBackbone(
                 f"backbone is a {type(backbone).__name__}, wanted a transformers causal LM; "
@@ -83,7 +85,7 @@ class MedusaModel:
         cls,
         backbone: str | Path,
         heads: str | Path | None = None,
-        tree: str | Path | MedusaTree | None = None,
+        tree: str | Path | Tree | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         **kwargs: Any,
@@ -105,9 +107,9 @@ class MedusaModel:
         folder = local_folder(backbone)
         heads_folder = local_folder(heads) if heads is not None else folder
         if isinstance(tree, str | Path):
-            tree = MedusaTree.load(tree)
+            tree = load_tree(tree)
         elif tree is None and (heads_folder / TREE_FILE).is_file():
-            tree = MedusaTree.load(heads_folder / TREE_FILE)
+            tree = load_tree(heads_folder / TREE_FILE)
         loaded = load_heads(heads_folder, backbone=folder)
         module = load_backbone(folder, dtype=dtype, device_map=device_map, **kwargs)
         if heads is not None and has_adapter(heads_folder):
@@ -126,7 +128,7 @@ class MedusaModel:
         if self.heads is None:
             raise InvalidInput("this model has no heads to save")
         save_heads(self.heads, folder, base_model=self.backbone.config._name_or_path or None)
-        self.tree.save(Path(folder) / TREE_FILE)
+        save_tree(self.tree, Path(folder) / TREE_FILE)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Publish what `save_pretrained` writes, with a model card, and return its address."""
@@ -169,28 +171,30 @@ class MedusaModel:
         """The backbone's logits of hidden states."""
         return self._backbone.logits(hidden)
 
-    def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, Tensor, Tensor]:
-        """The tree's tokens (B, N), hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
+    def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
+        """The tree's tokens (B, N), the tree, hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
         return self._compiled_step(*args) if compiled else self._draft_and_verify(*args)
 
     def _draft_and_verify(
         self,
         root: Tensor,  # (B,) long
         hidden: Tensor,  # (B, d)
-        tree: TreeTensors,
+        drafter: Drafter,
+        context: Context | None,
         base: Tensor,
         lengths: Tensor,
         pads: Tensor,
         visible: int,
         cache: TreeCache,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
         with _span("medusa.heads"):
-            tokens = root[:, None]
-            if tree.num_heads and self.heads is not None:
-                tokens = tree.assemble(root, self.heads(hidden, tree.num_heads))
+            guesses = None
+            if drafter.num_heads and self.heads is not None:
+                guesses = drafter.guess(self.heads(hidden, drafter.num_heads))
+            tokens, tree = drafter.assemble(root, guesses, context)
         with _span("medusa.backbone"):
             states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)
-            return tokens, states, self._backbone.logits(states)
+            return tokens, tree, states, self._backbone.logits(states)
 
     # What a user calls.
 
@@ -215,12 +219,14 @@ class MedusaModel:
         tokenizer: Any = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        tree: MedusaTree | None = None,
+        tree: Tree | None = None,
         compile: bool = False,
     ) -> Iterator[DecodingStep]:
         """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
-        if tree is not None and not isinstance(tree, MedusaTree):
-            raise InvalidInput(f"tree is a {type(tree).__name__}, wanted a MedusaTree; load a file with MedusaTree.load")
+        if tree is not None and not isinstance(tree, Tree):
+            raise InvalidInput(
+                f"tree is a {type(tree).__name__}, wanted a MedusaTree or DynamicTree; load a file with load_tree"
+            )
         warpers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         check_sampling(**warpers, repetition_penalty=repetition_penalty)
         if not do_sample and any(value is not None for value in warpers.values()):
@@ -273,7 +279,7 @@ class MedusaModel:
             stop_strings: strings that end a row, with `tokenizer`.
             stopping_criteria, logits_processor: transformers' lists.
             streamer: gets the prompt, then tokens as they come, as in transformers; batch of one.
-            tree: another tree for this call; `MedusaTree([])` decodes plainly.
+            tree: another tree for this call: a `MedusaTree` (`MedusaTree([])` decodes plainly), `DynamicTree` or `TreeChoice`.
             compile: run each step through `torch.compile` with static shapes.
             pad_token_id: fills rows that finished early; default: the backbone's, else eos, else 0.
 

@@ -138,6 +138,18 @@ def _string(where: str, key: str, value: Any) -> str:
     return value
 
 
+def conversation(where: str, turns: list[Any]) -> tuple[Message, ...]:
+    """The turns of a `messages` or ShareGPT record as role and content.
+
+    Raises:
+        InvalidInput: it is no conversation, is empty, or its turns do not alternate.
+    """
+    try:
+        return _messages(where, turns)
+    except _Unusable as error:
+        raise InvalidInput(f"{where} is a record {error}") from None
+
+
 def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
     """The turns as role and content: perhaps a system turn, then user and assistant by turns, from the user on."""
     messages = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from medusa.tree import TreeTensors
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+Levels = list[tuple[Tensor, Tensor]]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
 Reads = Literal["scores", "tokens", "length"]  # nothing else; the row's tokens; its tokens with their padding
 
 
@@ -23,6 +24,11 @@ class Processors:
 
     def __bool__(self) -> bool:
         return bool(self.steps)
+
+    @property
+    def read_paths(self) -> bool:
+        """Whether one of them looks at tokens."""
+        return any(reads != "scores" for _, reads in self.steps)
 
     def __call__(
         self,
@@ -47,7 +53,7 @@ class Processors:
                 if nodes is None:
                     scores[row] = process(prefix[None], scores[row])
                     continue
-                for level, lineage in nodes.levels:
+                for level, lineage in nodes.of(row):
                     tail = nodes.tokens[row][lineage]  # (nodes of the level, depth + 1)
                     ids = torch.cat([prefix.expand(len(tail), -1), tail], dim=1)
                     scores[row, level] = process(ids, scores[row, level])
@@ -59,14 +65,22 @@ class NodePrefixes:
     """The tokens along every node's path, by depth, for processors that look at them."""
 
     tokens: Tensor  # (B, N) long
-    levels: tuple[tuple[Tensor, Tensor], ...]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
+    levels: Sequence[Levels]  # of every row, or of all rows at once
+
+    def of(self, row: int) -> Levels:
+        return self.levels[row if len(self.levels) > 1 else 0]
 
 
-def levels_of(tree: TreeTensors) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The nodes of each depth with their lineages, once per request."""
-    depths = range(tree.lineage.shape[1])
-    nodes = [(tree.depths == depth).nonzero().squeeze(1) for depth in depths]
-    return tuple((level, tree.lineage[level, : depth + 1]) for depth, level in zip(depths, nodes, strict=True))
+def levels_of(tree: TreeTensors) -> list[Levels]:
+    """The nodes of each depth with their lineages, per row of the tree; syncs with the device."""
+    return [
+        [
+            (level, lineage[level, : depth + 1])
+            for depth in range(lineage.shape[1])
+            for level in [(depths == depth).nonzero()[:, 0]]
+        ]
+        for depths, lineage in zip(tree.depths, tree.lineage, strict=True)
+    ]
 
 
 def uniforms(seed: int, rows: int, length: int, device: torch.device) -> Tensor:

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from medusa.context import Context
 from medusa.errors import CheckpointError, InvalidTree
 from medusa.files import write_text
 
@@ -100,34 +102,34 @@ class MedusaTree:
         if self.max_rank >= vocab_size:
             raise InvalidTree(f"tree uses rank {self.max_rank}, the vocabulary has {vocab_size} tokens")
 
+    def to_dict(self) -> dict[str, Any]:
+        """`{"paths": [[0], [0, 0], ...]}`, as saved."""
+        return {"paths": [list(path) for path in self.paths]}
+
+    @classmethod
+    def from_dict(cls, found: Any, source: str) -> MedusaTree:
+        """The tree of a saved mapping, or of a bare list of paths; CheckpointError where there is none."""
+        paths = found.get("paths") if isinstance(found, dict) else found
+        if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
+            raise CheckpointError(f"{source} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
+        return cls(paths)
+
     def save(self, path: str | Path) -> None:
-        """Write `{"paths": [[0], [0, 0], ...]}`."""
-        text = json.dumps({"paths": [list(p) for p in self.paths]})
-        write_text(Path(path), text + "\n")
+        """Write a tree file."""
+        write_tree_file(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | Path) -> MedusaTree:
-        """Read a saved tree, or a bare JSON list of paths.
+        """Read a saved tree, or a bare JSON list of paths; `load_tree` reads trees of all kinds.
 
         Raises:
             CheckpointError: the file is missing or is not such JSON.
             InvalidTree: its paths are not a tree.
         """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"no tree file {path}") from None
-        except OSError as error:
-            raise CheckpointError(f"cannot read the tree file {path}: {error.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        paths = found.get("paths") if isinstance(found, dict) else found
-        if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
-            raise CheckpointError(f"{path} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
-        return cls(paths)
+        return cls.from_dict(read_tree_file(path), str(path))
 
     def tensors(self, device: torch.device | str | None = None) -> TreeTensors:
-        """The tree as index tensors on a device, as a decoding request uses it."""
+        """The tree as index tensors on a device, the same for every row (b = 1)."""
         depths = [0, *map(len, self.paths)]
         width = self.depth + 1
         parents = self.parents
@@ -137,41 +139,117 @@ class MedusaTree:
             for d in range(depth, -1, -1):
                 lineage[node, d] = at
                 at = parents[at]
-        ancestors = torch.zeros(len(self), len(self) + 1, dtype=torch.bool)
-        ancestors.scatter_(1, lineage.where(lineage >= 0, len(self)), True)
+        tensors = TreeTensors(torch.tensor((0, *parents[1:])), torch.tensor(depths), lineage, ancestors_of(lineage[None])[0])
+        return TreeTensors(*(tensor[None].to(device) for tensor in tensors))
+
+    def drafter(self, device: torch.device | str | None = None) -> StaticDrafter:
+        """What fills the tree with tokens in a decoding request on a device."""
         guesses = torch.tensor([(len(path) - 1) * (self.max_rank + 1) + path[-1] for path in self.paths])
-        return TreeTensors(
-            parents=torch.tensor((0, *parents[1:]), device=device),
-            depths=torch.tensor(depths, device=device),
-            lineage=lineage.to(device),
-            ancestors=ancestors[:, :-1].to(device),
-            guesses=guesses.long().to(device),
-            num_heads=self.depth,
-            num_ranks=self.max_rank + 1,
-        )
+        return StaticDrafter(self.tensors(device), guesses.long().to(device), self.depth, self.max_rank + 1)
+
+    def for_batch(self, batch: int) -> MedusaTree:
+        """The tree for a batch of so many rows: itself; see `TreeChoice`."""
+        return self
+
+
+def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
+    write_text(Path(path), json.dumps(tree) + "\n")
+
+
+def read_tree_file(path: str | Path) -> Any:
+    """The JSON in a tree file; CheckpointError where there is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no tree file {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read the tree file {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+class TreeTensors(NamedTuple):
+    """A tree of N nodes (the root included) and depth D as index tensors, for b rows: all of a batch, or 1 for the same tree
+    in every row."""
+
+    parents: Tensor  # (b, N) long; the root is its own parent
+    depths: Tensor  # (b, N) long; the root's is 0
+    lineage: Tensor  # (b, N, D + 1) long: the nodes from the root to the node, then -1
+    ancestors: Tensor  # (b, N, N) bool: [n, m] whether m is n or above it
+
+    @property
+    def num_nodes(self) -> int:
+        return self.parents.shape[1]
+
+
+def ancestors_of(
+    lineage: Tensor,  # (b, N, D + 1) long, -1 behind
+) -> Tensor:  # (b, N, N) bool
+    """Whether a node is another or above it."""
+    nodes = lineage.shape[1]
+    ancestors = lineage.new_zeros(lineage.shape[0], nodes, nodes + 1, dtype=torch.bool)
+    return ancestors.scatter(2, torch.where(lineage >= 0, lineage, nodes), True)[..., :-1]
+
+
+class Guesses(NamedTuple):
+    """The likeliest tokens of the first D heads for every row, best first."""
+
+    tokens: Tensor  # (D, B, R) long
+    log_p: Tensor | None  # (D, B, R) float32; None where nobody asks
+
+
+class Drafter(Protocol):
+    """How a request's trees get their tokens; `MedusaTree` and `DynamicTree` make one each."""
+
+    @property
+    def num_nodes(self) -> int: ...  # at most, the root included
+
+    @property
+    def num_heads(self) -> int: ...  # D: heads asked, and the greatest depth
+
+    @property
+    def reads_context(self) -> bool: ...
+
+    @property
+    def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
+
+    def guess(self, head_logits: Tensor) -> Guesses: ...
+
+    def assemble(self, root: Tensor, guesses: Guesses | None, context: Context | None) -> tuple[Tensor, TreeTensors]: ...
 
 
 @dataclass(frozen=True)
-class TreeTensors:
-    """A tree of N nodes (the root included) and depth D as index tensors."""
+class StaticDrafter:
+    """The same tree at every step: rank i_k of head k along each path."""
 
-    parents: Tensor  # (N,) long; the root is its own parent
-    depths: Tensor  # (N,) long; the root's is 0
-    lineage: Tensor  # (N, D + 1) long: the nodes from the root to the node, then -1
-    ancestors: Tensor  # (N, N) bool: [n, m] whether m is n or above it
+    tree: TreeTensors  # b = 1
     guesses: Tensor  # (N - 1,) long: (head - 1) * num_ranks + rank of every node but the root
-    num_heads: int  # D
+    num_heads: int
     num_ranks: int  # guesses taken of each head
+    reads_context = False
 
-    def __len__(self) -> int:
-        return self.parents.shape[0]
+    @property
+    def num_nodes(self) -> int:
+        return self.tree.num_nodes
+
+    @property
+    def shape(self) -> tuple[float, ...]:
+        return (self.num_nodes, self.num_heads, self.num_ranks)
+
+    def guess(
+        self,
+        head_logits: Tensor,  # (D, B, V)
+    ) -> Guesses:
+        return Guesses(head_logits.topk(self.num_ranks, dim=-1).indices, None)
 
     def assemble(
         self,
         root: Tensor,  # (B,) long
-        head_logits: Tensor,  # (D, B, V)
-    ) -> Tensor:  # (B, N) long
-        """The token of every node: the root's, then rank i_k of head k along each path."""
-        guesses = head_logits.topk(self.num_ranks, dim=-1).indices  # (D, B, R)
-        guesses = guesses.transpose(0, 1).flatten(1)  # (B, D * R)
-        return torch.cat([root[:, None], guesses[:, self.guesses]], dim=1)
+        guesses: Guesses | None,  # None: the tree is its root
+        context: Context | None = None,
+    ) -> tuple[Tensor, TreeTensors]:
+        """The token of every node (B, N), and the tree."""
+        if guesses is None:
+            return root[:, None], self.tree
+        tokens = guesses.tokens.transpose(0, 1).flatten(1)  # (B, D * R)
+        return torch.cat([root[:, None], tokens[:, self.guesses]], dim=1), self.tree

@@ -14,7 +14,7 @@ from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
     from medusa.model import MedusaModel
-    from medusa.tree import MedusaTree
+    from medusa.trees import Tree
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the backbone, or `embedded`.", show_default=True)]
 HeadsOption = Annotated[
@@ -106,12 +106,13 @@ def default_device(name: str | None) -> str:
     return name
 
 
-def load_tree(name: str | None) -> MedusaTree | None:
+def load_tree(name: str | None) -> Tree | None:
     from medusa.tree import MedusaTree
+    from medusa.trees import load_tree as load
 
     if name is None:
         return None
-    return MedusaTree([]) if name == "root" else MedusaTree.load(name)
+    return MedusaTree([]) if name == "root" else load(name)
 
 
 def load_model(

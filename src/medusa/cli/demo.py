@@ -88,14 +88,16 @@ class _Recording:
 def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tuple[dict[str, Any], dict[str, _Recording]]:
     from rich.progress import Progress
 
-    from medusa.evaluation.compare import compare, medusa_decoder, overhead, repeated_ngrams, transformers_decoder
+    from medusa.evaluation.compare import compare, overhead
+    from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
+    from medusa.evaluation.quality import repeated_ngrams
     from medusa.tree import MedusaTree
 
     root = MedusaTree([])
-    decoders = {
-        "generate": transformers_decoder(model, max_new_tokens),
-        "plain": medusa_decoder(model, max_new_tokens, root, compile=compile),
-        "medusa": medusa_decoder(model, max_new_tokens, compile=compile),
+    decoders: dict[str, Decoder] = {
+        "generate": TransformersDecoder(model, max_new_tokens),
+        "plain": MedusaDecoder(model, max_new_tokens, root, compile=compile),
+        "medusa": MedusaDecoder(model, max_new_tokens, compile=compile),
     }
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("compiling, then measuring" if compile else "measuring", total=len(batches) * len(decoders))
@@ -118,7 +120,7 @@ def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tup
         "medusa": {
             "tokens_per_second": medusa.tokens_per_second,
             "acceleration_rate": medusa.acceleration_rate,
-            "overhead": overhead(medusa, plain),
+            "overhead": float(overhead(medusa.totals(), plain.totals())),
         },
         "speedup_vs_generate": medusa.tokens_per_second / generate.tokens_per_second,
         "speedup_vs_plain": medusa.tokens_per_second / plain.tokens_per_second,
@@ -134,16 +136,16 @@ def _identical_in_float32(
     """Whether generate, the plain loop and Medusa say the same on these prompts in float32, where they must."""
     import torch
 
-    from medusa.evaluation.compare import medusa_decoder, transformers_decoder
+    from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
     from medusa.tree import MedusaTree
 
     if loaded.backbone.dtype == torch.float32:
         return identical
     exact = common.load_model(name, heads, tree, "float32", device, trust_remote_code)
-    decoders = [
-        transformers_decoder(exact, max_new_tokens),
-        medusa_decoder(exact, max_new_tokens, MedusaTree([])),
-        medusa_decoder(exact, max_new_tokens),
+    decoders: list[Decoder] = [
+        TransformersDecoder(exact, max_new_tokens),
+        MedusaDecoder(exact, max_new_tokens, MedusaTree([])),
+        MedusaDecoder(exact, max_new_tokens),
     ]
     return all(len({str(decode(batch).tokens) for decode in decoders}) == 1 for batch in batches)
 

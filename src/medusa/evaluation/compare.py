@@ -1,99 +1,188 @@
-"""Comparing decoders: the same prompts, interleaved in one run, end to end."""
+"""Comparing decoders: the same prompts, interleaved in one run, end to end, with intervals."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from medusa.model import MedusaModel
-from medusa.tree import MedusaTree
+from medusa.evaluation.decoders import Decoded, Decoder
+
+RESAMPLES, LEVEL = 2000, 0.95
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """One decoded batch."""
+class Totals(NamedTuple):
+    """Sums over what was decoded, or a tensor of sums per resample."""
 
-    tokens: list[list[int]]  # per row, the new tokens
-    steps: int | None = None  # decoding steps; None where the decoder does not say
-    row_steps: int | None = None  # the steps that rows took part in, summed over rows
-    step_seconds: float = 0.0  # of the steps after the first, which has the prefill
-
-
-Decoder = Callable[[Tensor], Decoded]  # of prompts (B, P)
-
-
-@dataclass
-class Measurement:
-    """What one decoder did: outputs, and per batch of prompts the seconds of every round."""
-
-    outputs: list[list[list[int]]] = field(default_factory=list)  # [batch][row][token]
-    seconds: list[list[float]] = field(default_factory=list)  # [batch][round]
-    steps: int = 0
-    row_steps: int = 0
-    step_seconds: list[float] = field(default_factory=list)  # per batch and round, the mean of a step
+    tokens: Tensor
+    seconds: Tensor
+    decode_tokens: Tensor  # those that did not come of the prefill
+    decode_seconds: Tensor  # the prefill's left out
+    row_steps: Tensor
+    steps: Tensor
 
     @property
-    def tokens(self) -> int:
-        return sum(len(row) for rows in self.outputs for row in rows)
+    def tokens_per_second(self) -> Tensor:
+        """New tokens over end-to-end seconds, prefill included."""
+        return self.tokens / self.seconds
 
     @property
-    def total_seconds(self) -> float:
-        return sum(statistics.median(rounds) for rounds in self.seconds)
+    def decode_tokens_per_second(self) -> Tensor:
+        """The same without the prefill's seconds and tokens."""
+        return self.decode_tokens / self.decode_seconds
 
     @property
-    def tokens_per_second(self) -> float:
-        """New tokens over end-to-end seconds, prefill included; per batch the median over rounds."""
-        return self.tokens / self.total_seconds
-
-    @property
-    def acceleration_rate(self) -> float:
+    def acceleration_rate(self) -> Tensor:
         """Tokens per decoding step and row (paper B.1)."""
         return self.tokens / self.row_steps
 
+    @property
+    def step_seconds(self) -> Tensor:
+        """Of one decoding step, without the prefill."""
+        return self.decode_seconds / self.steps
 
-def transformers_decoder(model: MedusaModel, max_new_tokens: int, **sampling) -> Decoder:
-    """transformers' own `generate` on the same backbone, with the same limits."""
-    pad = model.backbone.generation_config.pad_token_id or 0
 
-    def decode(ids: Tensor) -> Decoded:
-        output = model.backbone.generate(
-            ids.to(model.device),
-            attention_mask=torch.ones_like(ids).to(model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            **({"do_sample": False} | sampling),
-        )
-        eos = set(model.eos_token_ids)
+@dataclasses.dataclass
+class Measurement:
+    """What one decoder did: per item (a batch of prompts or a conversation) the rounds in which it was decoded."""
+
+    items: list[list[Decoded]] = dataclasses.field(default_factory=list)  # [item][round]
+
+    @property
+    def outputs(self) -> list[list[list[int]]]:
+        """[item][row][token], of the first round."""
+        return [rounds[0].tokens for rounds in self.items]
+
+    @property
+    def lengths(self) -> Counter[int]:
+        """How many steps emitted so many tokens, in the first round."""
+        return Counter(length for rounds in self.items for row in rounds[0].lengths for length in row)
+
+    @property
+    def first_seconds(self) -> float:
+        """To the first token, the median over items."""
+        return statistics.median(_median(rounds, lambda run: run.first_seconds) for rounds in self.items)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return max((run.peak_bytes for rounds in self.items for run in rounds if run.peak_bytes is not None), default=None)
+
+    def totals(
+        self,
+        weights: Tensor | None = None,  # (R, items): how often each item counts in each resample; None: once
+    ) -> Totals:
+        """Sums over items; of an item's seconds, those of the median round."""
         rows = []
-        for row in output[:, ids.shape[1] :].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
-            rows.append(row[:end])
-        return Decoded(rows)
+        for rounds in self.items:
+            run = rounds[0]
+            tokens = sum(map(len, run.tokens))
+            seconds = _median(rounds, lambda run: run.seconds)
+            decoding = _median(rounds, lambda run: run.seconds - run.prefill_seconds)
+            rows.append([tokens, seconds, tokens - run.prefill_tokens, decoding, sum(map(len, run.lengths)), run.steps])
+        table = torch.tensor(rows, dtype=torch.double)  # (items, 6)
+        sums = table.sum(0) if weights is None else (weights @ table).T
+        return Totals(*sums)
 
-    return decode
+    @property
+    def tokens(self) -> int:
+        return int(self.totals().tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.totals().tokens_per_second)
+
+    @property
+    def acceleration_rate(self) -> float:
+        return float(self.totals().acceleration_rate)
 
 
-def medusa_decoder(model: MedusaModel, max_new_tokens: int, tree: MedusaTree | None = None, **options) -> Decoder:
-    """Our loop: plain with the root-only tree, Medusa with any other."""
+def _median(rounds: Sequence[Decoded], figure: Callable[[Decoded], float]) -> float:
+    return statistics.median(map(figure, rounds))
 
-    def decode(ids: Tensor) -> Decoded:
-        rows: list[list[int]] = [[] for _ in ids]
-        steps, row_steps, later = 0, 0, []
-        for step in model.stream(ids, max_new_tokens=max_new_tokens, tree=tree, **options):
-            if steps:
-                later.append(step.seconds)
-            steps += 1
-            for row, tokens in zip(rows, step.tokens, strict=True):
-                row += tokens
-                row_steps += bool(tokens)
-        return Decoded(rows, steps, row_steps, statistics.fmean(later) if later else 0.0)
 
-    return decode
+def overhead(measured: Totals, plain: Totals) -> Tensor:
+    """Time of a decoding step over that of a plain one, the prefill left out (paper B.1)."""
+    return measured.step_seconds / plain.step_seconds
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95 % interval; there is none of a single item."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@functools.lru_cache(maxsize=16)
+def resamples(items: int) -> Tensor:  # (R, items)
+    """How often each item counts in each bootstrap resample; the same for all decoders, so that ratios are paired."""
+    drawn = torch.randint(items, (RESAMPLES, items), generator=torch.Generator().manual_seed(0))
+    return torch.zeros(RESAMPLES, items, dtype=torch.double).scatter_add_(1, drawn, torch.ones(()).double().expand_as(drawn))
+
+
+def estimate(figure: Callable[..., Tensor], *measured: Measurement) -> Estimate:
+    """A figure of one or several decoders' totals, with its bootstrap interval over items.
+
+    Args:
+        figure: takes the `Totals` of each; measured on the same items.
+    """
+    value = float(figure(*(each.totals() for each in measured)))
+    items = len(measured[0].items)
+    if items < 2:
+        return Estimate(value, None, None)
+    weights = resamples(items)
+    drawn = figure(*(each.totals(weights) for each in measured))
+    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
+    low, high = torch.nanquantile(drawn, tails).tolist()  # a resample without decoding has no rate
+    return Estimate(value, low, high)
+
+
+def measure(decoder: Decoder, ids: Tensor) -> Decoded:
+    """Decode a batch of prompts, timed end to end."""
+    decoder.prepare(ids)
+    cuda = torch.cuda.is_initialized()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    watched = not cuda and _reset_peak()
+    start = time.perf_counter()
+    decoded = decoder(ids)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak() if watched else None
+    return dataclasses.replace(decoded, seconds=seconds, peak_bytes=peak)
+
+
+def _reset_peak() -> bool:
+    """Have Linux forget the most memory this process held; False where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _peak() -> int | None:
+    """The most memory this process has held since."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """The names in their order, a different one first each time: none is always the first after another's cache traffic."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def compare(
@@ -110,44 +199,14 @@ def compare(
         warmup: untimed runs of each decoder on the first batch.
         on_progress: called after every timed run.
     """
-    results = {name: Measurement() for name in decoders}
+    results = {name: Measurement([[] for _ in batches]) for name in decoders}
     for decoder in decoders.values():
         for _ in range(warmup):
             decoder(batches[0])
-    names = list(decoders)
     for number, batch in enumerate(batches):
-        for name in names:
-            results[name].seconds.append([])
         for round_ in range(rounds):
-            # A different one begins each time: none is always the first after another's cache traffic.
-            turn = (number + round_) % len(names)
-            for name in names[turn:] + names[:turn]:
-                start = time.perf_counter()
-                decoded = decoders[name](batch)
-                if batch.is_cuda:
-                    torch.cuda.synchronize()
-                measured = results[name]
-                measured.seconds[-1].append(time.perf_counter() - start)
-                measured.step_seconds.append(decoded.step_seconds)
-                if round_ == 0:
-                    measured.outputs.append(decoded.tokens)
-                    measured.steps += decoded.steps or 0
-                    measured.row_steps += decoded.row_steps or 0
+            for name in in_turn(list(decoders), number + round_):
+                results[name].items[number].append(measure(decoders[name], batch))
                 if on_progress:
                     on_progress()
     return results
-
-
-def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
-    """The share of n-grams that occurred before in the sequence: how much a model repeats itself.
-
-    >>> repeated_ngrams([1, 2, 1, 2, 1, 2], n=2)
-    0.6
-    """
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def overhead(measured: Measurement, plain: Measurement) -> float:
-    """Time of a decoding step over that of a plain one, the prefill left out (paper B.1)."""
-    return statistics.median(measured.step_seconds) / statistics.median(plain.step_seconds)

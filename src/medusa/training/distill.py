@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
-from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
+from medusa.endpoint import Endpoint, EndpointError, EndpointRefused, concurrently
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
+from medusa.records import append_line, claim, make_folder, read_lines
 from medusa.samples import Message, Skips, read_samples
 from medusa.training.templates import end_of_turn, ends_users_turns, opening
 
@@ -94,43 +92,14 @@ class Shards:
 
     def __init__(self, folder: str | Path, made_by: dict[str, Any] | None = None, per_shard: int = SAMPLES_PER_SHARD):
         self.folder, self._per_shard = Path(folder), per_shard
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidInput(f"cannot write to {folder}: {error.strerror}") from None
+        make_folder(self.folder)
         if made_by is not None:
-            self._claim(made_by)
-        self.done: set[str] = set()
+            claim(self.folder / MADE_BY, made_by)
         paths = sorted(self.folder.glob("samples-*.jsonl"))
-        counts = [self._repair_and_read(path) for path in paths]
+        found = [set(read_lines(path, "sample of a distillation")) for path in paths]
+        self.done = set().union(*found)
         self._number = max(0, len(paths) - 1)
-        self._in_shard = counts[-1] if counts else 0
-
-    def _claim(self, made_by: dict[str, Any]) -> None:
-        path = self.folder / MADE_BY
-        if not path.is_file():
-            path.write_text(yaml.safe_dump(made_by, sort_keys=False), encoding="utf-8")
-            return
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        for name, value in made_by.items():
-            if found.get(name) != value:
-                was = f"{self.folder} was made with {name} {found.get(name)!r}, not {value!r}"
-                raise InvalidInput(f"{was}; give another --output")
-
-    def _repair_and_read(self, path: Path) -> int:
-        """Cut off a half-written last line, note the ids of the others, and count them."""
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        lines = content[:whole].splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                self.done.add(json.loads(line)["id"])
-            except (ValueError, KeyError, TypeError):
-                raise InvalidInput(f"{path}:{number} is no sample of a distillation; give another --output") from None
-        return len(lines)
+        self._in_shard = len(found[-1]) if found else 0
 
     def add(self, identifier: str, record: dict[str, Any]) -> None:
         """Write one sample; when this returns it is on the disk.
@@ -142,15 +111,7 @@ class Shards:
             return
         if self._in_shard >= self._per_shard:
             self._number, self._in_shard = self._number + 1, 0
-        path = self.folder / SHARD.format(self._number)
-        line = json.dumps({"id": identifier, **record}, ensure_ascii=False) + "\n"
-        try:
-            with path.open("ab") as file:
-                file.write(line.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InvalidInput(f"cannot write {path}: {error.strerror}; make room and run the same command again") from None
+        append_line(self.folder / SHARD.format(self._number), {"id": identifier, **record})
         self.done.add(identifier)
         self._in_shard += 1
 
@@ -284,19 +245,7 @@ class EndpointAnswerer:
         self.endpoint, self.options = endpoint, options
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        waiting, source = set[Future](), iter(seeds)
-        with ThreadPoolExecutor(self.options.batch_size) as pool:
-            try:
-                for seed in source:
-                    waiting.add(pool.submit(self._answer, seed))
-                    if len(waiting) >= self.options.batch_size:
-                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                        yield from (future.result() for future in done)
-                while waiting:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            finally:  # stopped from outside: what has not begun need not
-                pool.shutdown(wait=False, cancel_futures=True)
+        yield from concurrently(self._answer, seeds, self.options.batch_size)
 
     def _answer(self, seed: Seed) -> tuple[Seed, dict[str, Any] | str, int]:
         if not seed.turns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
+from medusa.provenance import fingerprint
 from medusa.training.data import Row, Rows, collate
 
 SHARD_TOKENS = 1 << 18
@@ -115,16 +115,3 @@ def _is_whole(path: Path, tokens: int) -> bool:
         return False
     with safe_open(path, framework="pt") as file:
         return file.get_slice("hidden_states").get_shape()[0] == tokens
-
-
-def fingerprint(model: MedusaModel) -> str:
-    """A hash of the backbone's config and of a sample of every weight, its dtype with it."""
-    config = model.backbone.config.to_dict()
-    told = {key: value for key, value in config.items() if not key.startswith(("_", "transformers_version"))}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    for name, tensor in model.backbone.state_dict().items():
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -24,11 +24,12 @@ from medusa.config import HEADS_FILE, TREE_FILE
 from medusa.errors import InvalidInput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
+from medusa.provenance import fingerprint
 from medusa.quantization import make_differentiable
 from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate
-from medusa.training.hidden_states import fingerprint, keep
+from medusa.training.hidden_states import keep
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
 

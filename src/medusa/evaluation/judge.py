@@ -1,0 +1,207 @@
+"""The judge: a strong chat model grades answers from 1 to 10, each by itself, in the manner of MT-Bench (paper 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from medusa.endpoint import Endpoint, EndpointError, EndpointRefused, concurrently
+from medusa.errors import InvalidInput
+from medusa.records import Journal
+from medusa.samples import read_records
+
+CLAIM, GRADES = "judge.yaml", "grades.jsonl"
+ANSWER_TOKENS = 1024  # of the judge
+CHECKED = ("math", "cod", "reason")  # in the names of categories whose answers are right or wrong
+
+SYSTEM = (
+    "You grade what an assistant answered. Be strict and even-handed: weigh whether the answer is correct, does what was "
+    "asked, is complete, and is clear; length as such counts for nothing. First say in a few sentences what is good and "
+    "what is wrong. Then end with a line of its own, `Grade: N`, where N is a whole number from 1 (useless) to 10 (could "
+    "not be better)."
+)
+REFERENCE = "A correct answer, to compare with; other ways of being correct are as good:"
+LATER_TURN = "Grade the last answer alone; what came before it is shown so that you can follow."
+_GRADE = re.compile(r"\bgrade\b[\s:=*_`]*(\d+(?:\.\d+)?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One answer to grade; `decoders` all gave it."""
+
+    id: str
+    category: str
+    turn: int  # from 0
+    messages: tuple[dict[str, str], ...]
+    decoders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What the judging has used up."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def cost(self, price_in: float, price_out: float) -> float:
+        """At prices per million tokens."""
+        return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
+
+
+def read_tasks(source: str | Path) -> list[Task]:
+    """The answers of a file that `medusa bench` wrote, one task for all decoders that gave the same.
+
+    Raises:
+        InvalidInput: a broken file, or a record without id, turns and answers.
+    """
+    tasks = []
+    for where, record in read_records(source):
+        try:
+            question, category = str(record["id"]), str(record.get("category", "all"))
+            turns, references = list(record["turns"]), list(record.get("references") or ())
+            answers = {str(name): list(given) for name, given in record["answers"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise InvalidInput(f"{where} is no answer of a bench; wanted an object with id, turns and answers") from None
+        told: dict[tuple[str, ...], list[str]] = {}
+        for name, given in answers.items():
+            if len(given) > len(turns) or not all(isinstance(text, str) for text in (*given, *turns, *references)):
+                raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one a turn")
+            for turn in range(len(given)):
+                told.setdefault(tuple(given[: turn + 1]), []).append(name)
+        for said, names in told.items():
+            turn = len(said) - 1
+            reference = references[turn] if turn < len(references) and _is_checked(category) else None
+            messages = judge_messages(turns, said, reference)
+            digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
+            tasks.append(Task(f"{question}/{turn}/{digest}", category, turn, messages, tuple(names)))
+    if not tasks:
+        raise InvalidInput(f"{source} holds no answers")
+    return tasks
+
+
+def _is_checked(category: str) -> bool:
+    return any(part in category.lower() for part in CHECKED)
+
+
+def judge_messages(turns: Sequence[str], answers: Sequence[str], reference: str | None) -> tuple[dict[str, str], ...]:
+    """What the judge is asked about the last of these answers."""
+    blocks = []
+    for turn, answer in zip(turns, answers, strict=False):
+        blocks += [f"[User]\n{turn.strip()}", f"[Assistant]\n{answer.strip() or '(said nothing)'}"]
+    if reference is not None:
+        blocks.append(f"{REFERENCE}\n[Reference]\n{reference.strip()}")
+    if len(answers) > 1:
+        blocks.append(LATER_TURN)
+    return {"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(blocks)}
+
+
+def read_grade(text: str) -> float | None:
+    """The grade that a verdict ends with; None where there is none from 1 to 10.
+
+    >>> read_grade("Clear but wrong in part. Grade: 6"), read_grade("**Grade:** 8/10"), read_grade("Grade: 11")
+    (6.0, 8.0, None)
+    """
+    found = _GRADE.findall(text)
+    grade = float(found[-1]) if found else 0.0
+    return grade if 1 <= grade <= 10 else None
+
+
+def judge(
+    tasks: Sequence[Task],
+    endpoint: Endpoint,
+    journal: Journal,
+    at_once: int = 8,
+    tries: int = 3,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Counter[str]:
+    """Have every answer graded that is not yet; why some could not be, counted. These are tried again by the next run.
+
+    Args:
+        at_once: requests under way.
+        tries: how often the judge is asked where it gives no grade.
+
+    Raises:
+        EndpointRefused: the endpoint would refuse any request; the grades there are stay.
+    """
+    failed: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def work(task: Task) -> str | None:
+        record = _grade(task, endpoint, tries)
+        with lock:  # written here and not by who waits for it: of what is paid for nothing is lost
+            before = journal.records.get(task.id, {})  # a run that failed has cost something too
+            for name in ("prompt_tokens", "completion_tokens"):
+                record[name] += before.get(name, 0)
+            journal.add(record)
+        return record["failure"]
+
+    for failure in concurrently(work, [task for task in tasks if not is_graded(journal, task)], at_once):
+        if failure is not None:
+            failed[failure] += 1
+        on_progress()
+    return failed
+
+
+def is_graded(journal: Journal, task: Task) -> bool:
+    return journal.records.get(task.id, {}).get("grade") is not None
+
+
+def _grade(task: Task, endpoint: Endpoint, tries: int) -> dict[str, Any]:
+    """The record of one task: its grade, or why there is none."""
+    record: dict[str, Any] = {"id": task.id, "turn": task.turn + 1, "grade": None, "verdict": None, "failure": None}
+    spent = {"prompt_tokens": 0, "completion_tokens": 0}
+    for attempt in range(tries):
+        try:
+            # Asked again at temperature 0 it would say the same again.
+            answer = endpoint.chat(task.messages, temperature=0.0 if attempt == 0 else 0.7, max_tokens=ANSWER_TOKENS)
+        except EndpointRefused:
+            raise  # the next would be refused as well
+        except EndpointError as error:
+            record["failure"] = str(error)
+            break
+        spent["prompt_tokens"] += answer.prompt_tokens
+        spent["completion_tokens"] += answer.completion_tokens
+        record["verdict"], record["grade"] = answer.text, read_grade(answer.text)
+        if record["grade"] is not None:
+            break
+    else:
+        record["failure"] = f"no grade from 1 to 10 in {tries} verdicts"
+    return {**record, **spent}
+
+
+def spent(journal: Journal) -> Spent:
+    """Over all runs that the journal has seen."""
+    records = journal.records.values()
+    return Spent(sum(record["prompt_tokens"] for record in records), sum(record["completion_tokens"] for record in records))
+
+
+def grades(tasks: Sequence[Task], journal: Journal) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean grades by decoder and category, `overall` first, over all turns and by turn; with how many have none."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    names = list(dict.fromkeys(name for task in tasks for name in task.decoders))
+    for name in names:
+        own = [task for task in tasks if name in task.decoders]
+        categories = dict.fromkeys(task.category for task in own)
+        found[name] = {"overall": _means(own, journal)}
+        for category in categories:
+            found[name][category] = _means([task for task in own if task.category == category], journal)
+    return found
+
+
+def _means(tasks: Collection[Task], journal: Journal) -> dict[str, Any]:
+    graded = [(task.turn, journal.records[task.id]["grade"]) for task in tasks if is_graded(journal, task)]
+    by_turn = {turn: [grade for at, grade in graded if at == turn] for turn in sorted({task.turn for task in tasks})}
+    return {
+        "grade": fmean(grade for _, grade in graded) if graded else None,
+        "by_turn": [fmean(given) if given else None for given in by_turn.values()],
+        "graded": len(graded),
+        "failed": len(tasks) - len(graded),
+    }

@@ -1,0 +1,66 @@
+"""Provenance: what a figure was made with, so that it can be believed and made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medusa import __version__
+from medusa.heads import MedusaHeads
+from medusa.model import MedusaModel
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, as far as they bear on speed."""
+    found = {
+        "medusa": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
+def fingerprint(model: MedusaModel) -> str:
+    """A hash of the backbone's config and of a sample of every weight, its dtype with it."""
+    config = model.backbone.config.to_dict()
+    told = {key: value for key, value in config.items() if not key.startswith(("_", "transformers_version"))}
+    return _digest(told, model.backbone)
+
+
+def heads_fingerprint(heads: MedusaHeads) -> str:
+    """A hash of a sample of every weight of the heads."""
+    return _digest({}, heads)
+
+
+def _digest(told: dict[str, Any], module: torch.nn.Module) -> str:
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

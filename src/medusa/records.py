@@ -1,0 +1,102 @@
+"""Records: JSONL files that a run adds to, every line whole and on the disk or not there at all, in folders it has claimed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medusa.errors import InvalidInput
+from medusa.files import write_text
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        InvalidInput: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def claim(path: Path, made_by: dict[str, Any]) -> None:
+    """Note in a file what makes the folder's records; make the folder where there is none.
+
+    Raises:
+        InvalidInput: the folder cannot be written, or something else makes its records; what differs is named.
+    """
+    made_by = json.loads(json.dumps(made_by))  # as it will be read again: tuples are lists
+    make_folder(path.parent)
+    if not path.is_file():
+        write_text(path, yaml.safe_dump(made_by, sort_keys=False))
+        return
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = found if isinstance(found, dict) else {}
+    other = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in made_by.items() if found.get(name) != value]
+    if other:
+        raise InvalidInput(f"{path.parent} was made with {'; '.join(other)}; give another --output")
+
+
+def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
+    """The records of a JSONL file by their `id`, the last of an id counting; a half-written last line is cut off.
+
+    Args:
+        what: the name of a record, for errors.
+
+    Raises:
+        InvalidInput: a line is no record.
+    """
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    records = {}
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records[record["id"]] = record
+        except (ValueError, KeyError, TypeError):
+            raise InvalidInput(f"{path}:{number} is no {what}; give another --output") from None
+    return records
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add one record; when this returns it is on the disk.
+
+    Raises:
+        InvalidInput: it cannot be written (the disk is full); what was written before is kept.
+    """
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        with path.open("ab") as file:
+            file.write(line.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror}; make room and run the same command again") from None
+
+
+class Journal:
+    """A JSONL file of records by id that a run adds to, and goes on from.
+
+    Args:
+        what: the name of a record, for errors.
+    """
+
+    def __init__(self, path: Path, what: str):
+        self.path = path
+        self.records = read_lines(path, what)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep a record under its `id`, on the disk."""
+        append_line(self.path, record)
+        self.records[record["id"]] = record

@@ -1,0 +1,147 @@
+"""Hardware: what a machine computes and moves a second, and how long it takes over an operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from medusa.config import from_mapping, read_json_object
+from medusa.errors import CheckpointError, InvalidInput
+from medusa.simulation.operators import Operator
+
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine. The defaults are the terms fitted to the paper's measurements on an A100 (docs/simulation.md).
+
+    Attributes:
+        peak: FLOP/s by dtype: dense, accumulated in float32.
+        bandwidth: bytes a second of its memory.
+        memory: bytes.
+        compute_share, bandwidth_share: what operators reach of both.
+        launch: seconds that any operator takes besides.
+        layer, step: seconds of everything of a layer, and of a step, that does not grow with its size; measured machines only.
+        pointwise: bytes a second of elementwise passes over activations; None: not counted.
+        linear: by dtype, [inputs, rows, seconds a weight] of linear layers whose weights come from memory, inputs and rows
+            ascending; measured machines only, and used instead of peak and bandwidth.
+        asynchronous: the host runs ahead of the device, so that a step takes the longer of its fixed costs and its operators.
+    """
+
+    peak: dict[str, float]
+    bandwidth: float
+    memory: float
+    source: str
+    compute_share: float = 0.89
+    bandwidth_share: float = 0.96
+    launch: float = 34e-6
+    layer: float = 0.0
+    step: float = 0.0
+    pointwise: float | None = None
+    linear: dict[str, list[list[float]]] = field(default_factory=dict)
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        rates = [self.bandwidth, self.memory, self.compute_share, self.bandwidth_share, *self.peak.values()]
+        if not self.peak or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+            raise InvalidInput("hardware needs its bandwidth, memory, shares and peak of every dtype to be numbers above 0")
+        for dtype, samples in self.linear.items():
+            if not samples or any(len(sample) != 3 or min(sample) <= 0 for sample in samples):
+                raise InvalidInput(f"linear layers in {dtype} need samples [inputs, rows, seconds a weight], all above 0")
+
+    def flops(self, dtype: str) -> float:
+        if dtype not in self.peak:
+            raise InvalidInput(f"no FLOP/s known for {dtype}; this hardware has {', '.join(self.peak)}")
+        return self.peak[dtype]
+
+    def attainable(self, intensity: float, dtype: str = "bfloat16") -> float:
+        """The roofline: FLOP/s that an operator of this intensity cannot exceed.
+
+        >>> load_hardware("a100-80gb-pcie").attainable(100) / 1e12
+        193.5
+        """
+        return min(self.flops(dtype), self.bandwidth * intensity)
+
+    def seconds(self, operator: Operator, dtype: str = "bfloat16") -> float:
+        """Predicted time of one run of an operator: launch, then memory, then arithmetic, one after the other."""
+        if not operator.flops:
+            return operator.bytes / self.pointwise if self.pointwise else 0.0
+        moving = self.bandwidth * self.bandwidth_share
+        if operator.weights and dtype in self.linear:
+            unread = operator.weights * ELEMENT[dtype] - operator.weight_bytes  # of quantised weights
+            streamed = operator.weights * _seconds_a_weight(self.linear[dtype], operator.dims[0], operator.rows)
+            return self.launch + max(streamed - unread / moving, operator.weight_bytes / moving)
+        return self.launch + operator.bytes / moving + operator.flops / (self.flops(dtype) * self.compute_share)
+
+
+def _seconds_a_weight(samples: Sequence[Sequence[float]], inputs: int, rows: float) -> float:
+    """Between samples on logarithmic axes; beyond the most rows the FLOP/s stay."""
+    curves: dict[float, list[tuple[float, float]]] = {}
+    for width, sampled_rows, seconds in samples:
+        curves.setdefault(width, []).append((sampled_rows, seconds))
+    most = max(sampled_rows for _, sampled_rows, _ in samples)
+    by_width = [(width, _interpolate(curve, rows)) for width, curve in curves.items()]
+    return _interpolate(by_width, inputs) * max(1.0, rows / most)
+
+
+def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    if x <= points[0][0]:
+        return points[0][1]
+    for (low, before), (high, after) in pairwise(points):
+        if x <= high:
+            return before * (after / before) ** (math.log(x / low) / math.log(high / low))
+    return points[-1][1]
+
+
+def known_hardware() -> dict[str, Hardware]:
+    """The machines in `hardware.json`, by name."""
+    return read_hardware(Path(str(files(__package__) / "hardware.json")))
+
+
+def read_hardware(path: Path) -> dict[str, Hardware]:
+    """The machines in a file as `medusa simulate --measure --output` writes it."""
+    return {
+        name: from_mapping(Hardware, _mapping(entry, name), f"{path}: {name}") for name, entry in read_json_object(path).items()
+    }
+
+
+def _mapping(entry: Any, name: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"hardware {name} is {entry!r}, wanted an object")
+    return entry
+
+
+def load_hardware(name: str) -> Hardware:
+    """A known machine, or one measured into a file: `FILE`, or `FILE:NAME` where the file holds several.
+
+    Raises:
+        InvalidInput: no such machine.
+    """
+    known = known_hardware()
+    if name in known:
+        return known[name]
+    file, _, entry = name.partition(":")
+    if not Path(file).is_file():
+        raise InvalidInput(f"no hardware {name!r}; known: {', '.join(known)}; or give a file that --measure wrote")
+    found = read_hardware(Path(file))
+    if entry not in found and (entry or len(found) != 1):
+        raise InvalidInput(f"{file} holds {', '.join(found) or 'nothing'}; name one as {file}:NAME")
+    return found[entry] if entry else next(iter(found.values()))
+
+
+def save_hardware(hardware: Hardware, name: str, path: Path) -> None:
+    """Add a machine to a file of machines: a line each, numbers to four digits."""
+    held = read_json_object(path) if path.exists() else {}
+    entry = {key: value for key, value in dataclasses.asdict(hardware).items() if value is not None}
+    held[name] = json.loads(json.dumps(entry), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f"  {json.dumps(machine)}: {json.dumps(facts)}" for machine, facts in held.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

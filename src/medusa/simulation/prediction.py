@@ -1,0 +1,168 @@
+"""Prediction: step time from the operators, acceleration from a law or a calibration, and so the speedup (paper G.3)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa.errors import CheckpointError, InvalidInput
+from medusa.simulation.hardware import ELEMENT, Hardware
+from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step
+from medusa.simulation.shapes import ModelShape
+
+CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
+MOST_BATCH = 4096
+
+Acceleration = Callable[[int], float]  # candidates -> tokens a step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is simulated.
+
+    Attributes:
+        num_heads: Medusa heads that trees use; plain decoding runs none.
+        own_lm_heads: whether each has an LM head of its own.
+        weight_bits: of the backbone's quantised weights; None: as the dtype. Unpacking them is taken to cost nothing.
+        paper_block: only what the paper's G.3 simulates: eight operators of one layer, without heads.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    dtype: str = "bfloat16"
+    num_heads: int = 5
+    own_lm_heads: bool = True
+    weight_bits: int | None = None
+    paper_block: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 0:
+            raise InvalidInput(f"{self.num_heads} heads, wanted at least 0")
+        if self.weight_bits is not None and not 1 <= self.weight_bits <= 8 * ELEMENT[self.dtype]:
+            raise InvalidInput(f"weights of {self.weight_bits} bits, wanted 1 to {8 * ELEMENT[self.dtype]} for {self.dtype}")
+
+    @property
+    def element(self) -> int:
+        return ELEMENT[self.dtype]
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.element if self.weight_bits is None else self.weight_bits / 8
+
+    def operators(self, batch: int, length: int, candidates: int) -> list[Operator]:
+        """The operators of a decoding step over a tree of `candidates` nodes, the root included; 1 is plain decoding."""
+        check_positive(batch=batch, length=length, candidates=candidates)
+        if self.paper_block:
+            block = layers(self.shape, batch, length, candidates, self.element, self.weight_bytes, count=1)
+            return [operator for operator in block if operator.name.removeprefix("expert ") in PAPER_BLOCK]
+        heads = min(self.num_heads, candidates - 1)  # no tree is deeper
+        return step(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
+
+    def seconds(self, batch: int, length: int, candidates: int) -> float:
+        """Predicted time of a step."""
+        hardware = self.hardware
+        operators = self.operators(batch, length, candidates)
+        total = sum(operator.count * hardware.seconds(operator, self.dtype) for operator in operators)
+        if self.paper_block:
+            return total
+        fixed = hardware.step + self.shape.layers * hardware.layer
+        return max(total, fixed) if hardware.asynchronous else total + fixed
+
+
+@dataclass(frozen=True)
+class Point:
+    """A predicted setting: speedup = acceleration_rate / overhead (paper B.1)."""
+
+    batch: int
+    length: int
+    candidates: int
+    seconds: float
+    overhead: float
+    acceleration_rate: float
+    speedup: float
+
+
+def predict(setting: Setting, batch: int, length: int, candidates: int, acceleration: Acceleration) -> Point:
+    plain = setting.seconds(batch, length, 1)
+    seconds = setting.seconds(batch, length, candidates)
+    rate = acceleration(candidates)
+    return Point(batch, length, candidates, seconds, seconds / plain, rate, rate * plain / seconds)
+
+
+def best(
+    setting: Setting, batch: int, length: int, acceleration: Acceleration, candidates: Iterable[int] = CANDIDATES
+) -> Point:
+    """The tree size of the greatest speedup; of equals the smallest."""
+    return max((predict(setting, batch, length, size, acceleration) for size in candidates), key=lambda point: point.speedup)
+
+
+def stops_paying(
+    setting: Setting, length: int, acceleration: Acceleration, candidates: Iterable[int] = CANDIDATES
+) -> int | None:
+    """The smallest batch at which no tree is faster than plain decoding; None if there is none up to 4,096."""
+    sizes = tuple(candidates)
+    batch = 1
+    while best(setting, batch, length, acceleration, sizes).speedup > 1:
+        batch *= 2
+        if batch > MOST_BATCH:
+            return None
+    pays, stops = batch // 2, batch
+    while stops - pays > 1:
+        middle = (pays + stops) // 2
+        if best(setting, middle, length, acceleration, sizes).speedup > 1:
+            pays = middle
+        else:
+            stops = middle
+    return stops
+
+
+def log_law(candidates: int, base: float = 2.0) -> float:
+    """The paper's acceleration rate, 0.477·log(candidates), of Vicuna-7B's trees; at least the root's one token (G.3).
+
+    The paper does not say which logarithm. Base 2 is the one that its other figures allow: docs/simulation.md.
+
+    >>> round(log_law(64), 2)
+    2.86
+    """
+    return max(1.0, 0.477 * math.log(candidates, base))
+
+
+def calibrated(path: Path) -> Acceleration:
+    """The acceleration of the best tree of each size, from a `calibration.json` as `medusa tune` writes it."""
+    paths, positions = _read_calibration(path)
+    from medusa.search import search_joint_tree
+
+    return lambda candidates: _expected(search_joint_tree(paths, candidates).paths, paths, positions)
+
+
+def calibrated_tree(tree: Sequence[tuple[int, ...]], path: Path) -> float:
+    """Tokens a step that a tree (its paths) should give by a `calibration.json`."""
+    return _expected(tree, *_read_calibration(path))
+
+
+def _expected(tree: Sequence[tuple[int, ...]], paths: list[tuple[tuple[int, ...], int]], positions: int) -> float:
+    """The root's token, and of each path of the tree how often it came true."""
+    members = set(tree)
+    return 1 + sum(count for path, count in paths if path in members) / positions
+
+
+def _read_calibration(path: Path) -> tuple[list[tuple[tuple[int, ...], int]], int]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
+        if positions < 1:
+            raise ValueError("no positions")
+        return paths, positions
+    except FileNotFoundError:
+        raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no calibration as medusa tune writes it: {error!r}") from None
+
+
+def check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise InvalidInput(f"{name} is {value}, wanted at least 1")

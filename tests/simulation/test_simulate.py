@@ -1,0 +1,90 @@
+"""Claims about medusa simulate: tables as the paper has them, predictions that add up, figures, errors of one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from medusa.cli import app
+
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
+
+
+def simulate(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", [6, 7, 8])
+def test_paper_tables_are_lists_in_the_papers_order(number):
+    rows = json.loads(simulate("--paper-table", str(number), "--json"))
+    assert all(set(row) == {"row", "candidates", "tflops", "operational_intensity"} for row in rows)
+    found = [[row["row"], row["candidates"], round(row["operational_intensity"], 2)] for row in rows]
+    assert found == [[row, candidates, intensity] for row, candidates, _, intensity in PAPER[f"table{number}"]]
+    assert all(
+        row["tflops"] == pytest.approx(cell[2], rel=0.25) for row, cell in zip(rows, PAPER[f"table{number}"], strict=True)
+    )
+
+
+def test_predictions_name_the_best_size_and_where_trees_stop_paying():
+    record = json.loads(simulate("llama-13b", "--batch", "1,64", "--length", "256,1024", "--candidates", "1,16,64", "--json"))
+    assert len(record["points"]) == 2 * 2 * 3
+    for top in record["best"]:
+        alike = [p for p in record["points"] if (p["batch"], p["length"]) == (top["batch"], top["length"])]
+        assert top["speedup"] == max(p["speedup"] for p in alike)
+    assert [stop["length"] for stop in record["stops_paying"]] == [256, 1024]
+    assert all(1 < stop["batch"] < 64 for stop in record["stops_paying"])
+    assert record["memory_bytes"] == pytest.approx(26e9 + 2 * 40 * 64 * 1024 * 5120 * 2, rel=0.01)
+
+
+def test_the_embedded_model_with_its_own_calibration_and_tree():
+    law, own = (
+        json.loads(simulate("embedded", "--batch", "1", *more, "--json")) for more in ([], ["--calibration", "embedded"])
+    )
+    assert law["acceleration"] != own["acceleration"] == "calibrated"
+    from medusa import EMBEDDED
+
+    tree = json.loads(simulate("embedded", "--batch", "1", "--tree", str(EMBEDDED / "medusa_tree.json"), "--json"))
+    assert len(tree["points"]) == 2 and tree["points"][1]["acceleration_rate"] > 1.5
+
+
+def test_text_shows_speedups_and_roofline_rows():
+    assert "no tree pays from batch" in simulate("--batch", "1,32")
+    rows = json.loads(simulate("--roofline", "--batch", "1,2", "--candidates", "1,16", "--json"))
+    assert len(rows) == 2 * 3 * 9  # prefill and decoding once each, not again for every number of candidates
+    assert "medusa" in simulate("--roofline", "--batch", "1", "--candidates", "16")
+
+
+def test_figures_are_written_as_png_and_svg(tmp_path):
+    simulate("--plots", str(tmp_path), "--paper-block", "--batch", "1")
+    names = {"roofline", "attention_by_length", "attention_by_batch", "linear_by_batch", "candidates", "batches", "lengths"}
+    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (tmp_path / "roofline.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--hardware", "abacus"], "no hardware 'abacus'; known: a100-80gb-pcie"),
+        (["--batch", "0"], "--batch holds 0, wanted at least 1"),
+        (["--candidates", "many"], "wanted integers such as 1,16,64"),
+        (["--paper-table", "9"], "wanted one of 6, 7, 8"),
+        (["--dtype", "int4"], "wanted one of bfloat16"),
+        (["--roofline", "--measure"], "give one of"),
+    ],
+)
+def test_nonsense_is_refused(arguments, words):
+    from medusa.errors import MedusaError
+
+    with pytest.raises(MedusaError, match=words):
+        CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
+
+
+def test_errors_are_one_line():
+    done = subprocess.run([sys.executable, "-m", "medusa", "simulate", "--batch", "0"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1

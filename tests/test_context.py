@@ -1,0 +1,45 @@
+"""The context: which runs of tokens it says it has had."""
+
+import torch
+
+from medusa.context import Context
+
+
+def runs(tokens: list[int], n: int) -> set[tuple[int, ...]]:
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def found(context: Context, row: int, vocab: int, n: int) -> set[tuple[int, ...]]:
+    every = torch.cartesian_prod(*[torch.arange(vocab)] * n)
+    said = context.said(*(every[:, i].expand(len(context.last), -1) for i in range(n)))
+    return {tuple(run) for run in every[said[row]].tolist()}
+
+
+def test_a_context_knows_exactly_the_pairs_and_triples_of_its_text():
+    generator = torch.Generator().manual_seed(0)
+    vocab, capacity = 12, 4096  # a large table: no collisions among 12 ** 3 runs
+    prompts = torch.randint(vocab, (2, 6), generator=generator)
+    pads, root = torch.tensor([0, 2]), torch.tensor([3, 4])
+    context = Context.of(prompts, pads, root, capacity)
+    texts = [prompts[0].tolist() + [3], prompts[1, 2:].tolist() + [4]]
+    for _ in range(3):
+        path = torch.randint(vocab, (2, 4), generator=generator)
+        path[:, 0] = torch.tensor([text[-1] for text in texts])  # the root is known already
+        length, bonus = torch.tensor([1, 4]), torch.randint(vocab, (2,), generator=generator)
+        context.extend(path, length, bonus)
+        for row, text in enumerate(texts):
+            text += [*path[row, 1 : length[row]].tolist(), int(bonus[row])]
+            assert context.last[row] == text[-2]
+    for row, text in enumerate(texts):
+        assert found(context, row, vocab, 2) == runs(text, 2)
+        assert found(context, row, vocab, 3) == runs(text, 3)
+
+
+def test_collisions_are_rare_in_a_full_table():
+    capacity = 500
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(50_000, (1, capacity - 1), generator=generator)
+    context = Context.of(prompts, torch.tensor([0]), torch.tensor([1]), capacity)
+    a, b = torch.randint(50_000, (2, 1, 10_000), generator=generator)
+    assert context.said(a, b).float().mean() < 0.15
+    assert context.said(prompts[:, :-1], prompts[:, 1:]).all()
