@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medusa.context import Context
 from medusa.errors import CheckpointError, InvalidTree
+from medusa.files import write_text
 
 Path_ = tuple[int, ...]
 
@@ -142,7 +143,7 @@ class MedusaTree:
 
 
 def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
-    Path(path).write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    write_text(Path(path), json.dumps(tree) + "\n")
 
 
 def read_tree_file(path: str | Path) -> Any:

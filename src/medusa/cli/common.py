@@ -126,9 +126,10 @@ def load_model(
     heads_wanted: bool = True,
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
-    from medusa.heads import has_heads
+    from medusa.checkpoints import has_heads
     from medusa.hub import local_folder
-    from medusa.model import MedusaModel, load_backbone
+    from medusa.loading import load_backbone
+    from medusa.model import MedusaModel
     from medusa.quantization import quantized
 
     quiet_transformers()
