@@ -74,8 +74,8 @@ class Context:
         return (keys >> (64 - bits)) & ((1 << bits) - 1)
 
 
-# A run's key is what its beginning and its last token add up to, modulo 2 ** 64; slots are its top bits (multiplicative hashing). In
-# parts, so that a drafter computes what each guess adds once for all the runs that it may end.
+# A run's key is what its beginning and its last token add up to, modulo 2 ** 64; slots are its top bits: multiplicative
+# hashing, in parts, so that a drafter computes what each guess adds once for all the runs that it may end.
 
 
 def pair_start(first: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ def inspect_command(
     from medusa.config import TREE_FILE
     from medusa.hub import local_folder
     from medusa.tree import MedusaTree
+    from medusa.trees import Tree, load_tree
 
     file = Path(path)
     record: dict = {}
     if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
-        tree: MedusaTree | None = MedusaTree.load(file)
+        tree: Tree | None = load_tree(file)
     else:
         source = file if file.is_file() else local_folder(common.model_folder(path))
         found = open_checkpoint(source)
@@ -44,15 +45,16 @@ def inspect_command(
             "notes": list(found.notes),
         }
         beside = found.source.parent / TREE_FILE
-        tree = MedusaTree.load(beside) if beside.is_file() else None
+        tree = load_tree(beside) if beside.is_file() else None
     if tree is not None:
-        record["tree"] = {"nodes": len(tree), "depth": tree.depth, "max_rank": tree.max_rank}
+        record["tree"] = {"nodes": len(tree), "depth": tree.depth}
+        record["tree"] |= {"max_rank": tree.max_rank} if isinstance(tree, MedusaTree) else tree.to_dict()
     if as_json:
         print(json.dumps(record))
         return
     for part, facts in record.items():
         print(f"{part}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
-    if tree is not None:
+    if isinstance(tree, MedusaTree):
         print_tree(tree)
 
 

@@ -134,11 +134,11 @@ def tune_command(
         "made_with": _made_with(medusa, prompts, lengths, compile),
     }
     if output is not None:
-        from medusa.records import write_whole
+        from medusa.files import write_text
 
         save_tree(tree, output)
-        write_whole(output.parent / "calibration.json", json.dumps(calibration.to_dict()) + "\n")
-        write_whole(output.parent / "tuning.json", json.dumps(report, indent=2) + "\n")
+        write_text(output.parent / "calibration.json", json.dumps(calibration.to_dict()) + "\n")
+        write_text(output.parent / "tuning.json", json.dumps(report, indent=2) + "\n")
         if importlib.util.find_spec("matplotlib") is not None:
             from medusa.tuning.curve import draw_curve
 
@@ -192,7 +192,7 @@ def _prompts(
     found = [asking.prompt(question, []) for question in questions]
     if not asking.chat:
         found = [ids[:prompt_tokens] for ids in found]
-    room = None if medusa.context is None else medusa.context - max_new_tokens - medusa.num_heads - 1
+    room = None if medusa.context is None else medusa.context - max_new_tokens - medusa.num_heads
     found = [ids for ids in found if ids and (room is None or len(ids) <= room)]
     if not found:
         raise InvalidInput(f"{prompts} holds no prompt that leaves room for {max_new_tokens} new tokens in the context")

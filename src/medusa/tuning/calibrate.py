@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa.errors import InvalidInput
+from medusa.files import whole
 from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
 from medusa.output import MedusaGenerateOutput
@@ -190,7 +191,7 @@ def _record(
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     output = model.generate(
-        ids, mask, max_new_tokens=max_new_tokens + beyond, seed=seed, return_dict_in_generate=True, **sampling
+        ids, mask, max_new_tokens=max_new_tokens + model.num_heads, seed=seed, return_dict_in_generate=True, **sampling
     )
     assert isinstance(output, MedusaGenerateOutput) and output.sequences is not None and output.acceptance_lengths is not None
     for row, prompt in enumerate(prompts):
@@ -214,12 +215,11 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
         for field in fields(text):
             value = getattr(text, field.name)
             tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial)
+        with whole(path) as partial:
+            save_file(tensors, partial)
     except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot write {partial}: {error}; make room and run the same command again") from None
-    partial.replace(path)
+        raise InvalidInput(f"cannot write {path}: {error}; make room and run the same command again") from None
 
 
 def _load(path: Path) -> list[Recorded]:
