@@ -24,6 +24,7 @@ from medusa.compilation import CompiledStep
 from medusa.config import TREE_FILE
 from medusa.context import Context
 from medusa.decoding import DecodingOptions, DecodingStep, decode
+from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
 from medusa.hub import local_folder
@@ -44,7 +45,8 @@ class MedusaModel:
     Args:
         backbone: a loaded transformers causal LM with sdpa or eager attention.
         heads: its heads; None decodes plainly.
-        tree: the candidate tree; None takes the first guess of every head, a chain.
+        tree: the candidate tree; None takes a dynamic one of all heads, of 64 nodes on a GPU and 16 elsewhere: `medusa tune`
+            finds the fastest.
 
     Raises:
         UnsupportedBackbone: tree decoding on this backbone would not be exact (probed here, on random ids).
@@ -74,7 +76,8 @@ class MedusaModel:
             heads = heads.bound_to(self._backbone.lm_head, self._backbone.lm_head_device, self._backbone.dtype)
         self.heads = heads
         if tree is None:
-            tree = MedusaTree.dense([1] * self.num_heads)
+            nodes = 64 if self.device.type == "cuda" else 16
+            tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
         tree.check(self.num_heads, self.vocab_size)
         self.tree = tree
         self._compiled_step = CompiledStep(self._draft_and_verify)
