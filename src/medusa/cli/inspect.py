@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from medusa.cli import common
+from medusa.cli.tree import figures, show_tree
 from medusa.errors import InvalidInput
 
 
@@ -20,14 +21,14 @@ def inspect_command(
     from medusa.config import TREE_FILE
     from medusa.heads import load_heads
     from medusa.hub import local_folder
-    from medusa.tree import MedusaTree
+    from medusa.trees import Tree, load_tree
 
     file = Path(path)
     record: dict = {}
     if file.is_file() and file.suffix != ".json":
         raise InvalidInput(f"{path} is no tree file; give the folder that the heads are in")
     if file.is_file():
-        tree: MedusaTree | None = MedusaTree.load(file)
+        tree: Tree | None = load_tree(file)
     else:
         folder = local_folder(common.model_folder(path))
         heads = load_heads(folder)
@@ -42,24 +43,13 @@ def inspect_command(
             "dtype": str(next(heads.parameters()).dtype).removeprefix("torch."),
             "base_model": config.base_model_name_or_path,
         }
-        tree = MedusaTree.load(folder / TREE_FILE) if (folder / TREE_FILE).is_file() else None
+        tree = load_tree(folder / TREE_FILE) if (folder / TREE_FILE).is_file() else None
     if tree is not None:
-        record["tree"] = {"nodes": len(tree), "depth": tree.depth, "max_rank": tree.max_rank}
+        record["tree"] = figures(tree)
     if as_json:
         print(json.dumps(record))
         return
     for part, facts in record.items():
         print(f"{part}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
     if tree is not None:
-        print_tree(tree)
-
-
-def print_tree(tree) -> None:
-    """The tree as text: each node by its rank."""
-    from rich import print as rich_print
-    from rich.tree import Tree
-
-    branches = {(): Tree("root")}
-    for node in tree.paths:
-        branches[node] = branches[node[:-1]].add(f"head {len(node)} rank {node[-1]}")
-    rich_print(branches[()])
+        show_tree(tree)
