@@ -35,6 +35,7 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/training.md",
         "docs/evaluation.md",
         "docs/simulation.md",
+        "docs/trees.md",
         "examples/embedded_model/README.md",
     ],
 )
@@ -45,7 +46,9 @@ def test_files_that_documents_name_exist(document):
     assert all((ROOT / name).exists() for name in named), named
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/trees.md"]
+)
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
         verb, wide = line.split()[0], os.environ | {"COLUMNS": "200"}

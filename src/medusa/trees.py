@@ -61,12 +61,13 @@ def save_tree(tree: Tree, path: str | Path) -> None:
     write_tree_file(tree.to_dict(), path)
 
 
-PRESETS = Path(__file__).parent / "presets.json"
+def _presets() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "presets.json").read_text(encoding="utf-8"))
 
 
 def presets() -> dict[str, str]:
     """The names of the trees that are part of the package, each with the heads it was made for."""
-    return {name: preset["for"] for name, preset in json.loads(PRESETS.read_text(encoding="utf-8")).items()}
+    return {name: found["for"] for name, found in _presets().items()}
 
 
 def preset(name: str) -> MedusaTree:
@@ -78,9 +79,10 @@ def preset(name: str) -> MedusaTree:
     >>> preset("vicuna_7b_stage2")
     MedusaTree(64 nodes, depth 4, up to rank 9)
     """
-    if name not in presets():
-        raise InvalidInput(f"no tree is called {name!r}; there are {', '.join(presets())}")
-    return MedusaTree.from_dict(json.loads(PRESETS.read_text(encoding="utf-8"))[name], name)
+    known = _presets()
+    if name not in known:
+        raise InvalidInput(f"no tree is called {name!r}; there are {', '.join(known)}")
+    return MedusaTree.from_dict(known[name], name)
 
 
 def load_tree(path: str | Path) -> Tree:

@@ -29,7 +29,7 @@ def tree_command(
     accuracies: Annotated[
         Path | None,
         typer.Option(
-            "--accuracies", help='{"accuracies": [[a_1 of head 1, a_2, …], …]}: heads err independently (paper 2.3.3).'
+            "--accuracies", help='JSON, "accuracies": a list of numbers a head; heads err independently (paper 2.3.3).'
         ),
     ] = None,
     calibration: Annotated[

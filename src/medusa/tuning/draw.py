@@ -96,7 +96,7 @@ def tree_figure(tree: MedusaTree, chances: Mapping[Path_, float] | None = None, 
         text: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3, "in_layout": False}
         axes.annotate(str(path[-1]), places[path], fontsize=8 * scale, color="white" if dark else "black", **text)
         if chances is not None:
-            below = f"{100 * value:.2g}"
+            below = f"{100 * value:.1f}"
             text |= {"xytext": (0, -12 * scale), "textcoords": "offset points"}
             text |= {"bbox": {"fc": "white", "ec": "none", "pad": 0.4 * scale}}
             axes.annotate(below, places[path], fontsize=5 * scale, color="dimgrey", **text)
