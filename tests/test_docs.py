@@ -36,6 +36,7 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/evaluation.md",
         "docs/simulation.md",
         "docs/serving.md",
+        "docs/trees.md",
         "examples/embedded_model/README.md",
     ],
 )
@@ -47,7 +48,8 @@ def test_files_that_documents_name_exist(document):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md"]
+    "document",
+    ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md", "docs/trees.md"],
 )
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):

@@ -48,20 +48,25 @@ def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[l
     return [[hit / max(times, 1) for hit in row] for row, times in zip(hits, asked, strict=True)]
 
 
-def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
-    """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
+def path_chances(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> dict[tuple[int, ...], float]:
+    """How often each path of a tree comes true if heads err independently: the product of its guesses' accuracies (paper
+    2.3.3); 0 where a guess's accuracy is not known.
 
     Args:
         accuracies: [k - 1][i]: how often exactly guess i (0-based) of head k is right.
+    """
+    chances: dict[tuple[int, ...], float] = {(): 1.0}
+    for path in tree.paths:  # parents first
+        row = accuracies[len(path) - 1] if len(path) <= len(accuracies) else ()
+        chances[path] = chances[path[:-1]] * (row[path[-1]] if path[-1] < len(row) else 0.0)
+    del chances[()]
+    return chances
+
+
+def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
+    """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
 
     >>> expected_acceptance_length(MedusaTree([(0,), (0, 0)]), [[0.5], [0.4]])
     1.7
     """
-    total = 1.0
-    for path in tree.paths:
-        product = 1.0
-        for head, rank in enumerate(path):
-            row = accuracies[head] if head < len(accuracies) else ()
-            product *= row[rank] if rank < len(row) else 0.0
-        total += product
-    return total
+    return 1 + sum(path_chances(tree, accuracies).values())

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from medusa.cli import common
+from medusa.cli.tree import figures, show_tree
 
 
 def inspect_command(
@@ -19,7 +20,6 @@ def inspect_command(
     from medusa.checkpoints import open_checkpoint
     from medusa.config import TREE_FILE
     from medusa.hub import local_folder
-    from medusa.tree import MedusaTree
     from medusa.trees import Tree, load_tree
 
     file = Path(path)
@@ -47,23 +47,11 @@ def inspect_command(
         beside = found.source.parent / TREE_FILE
         tree = load_tree(beside) if beside.is_file() else None
     if tree is not None:
-        record["tree"] = {"nodes": len(tree), "depth": tree.depth}
-        record["tree"] |= {"max_rank": tree.max_rank} if isinstance(tree, MedusaTree) else tree.to_dict()
+        record["tree"] = figures(tree)
     if as_json:
         print(json.dumps(record))
         return
     for part, facts in record.items():
         print(f"{part}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
-    if isinstance(tree, MedusaTree):
-        print_tree(tree)
-
-
-def print_tree(tree) -> None:
-    """The tree as text: each node by its rank."""
-    from rich import print as rich_print
-    from rich.tree import Tree
-
-    branches = {(): Tree("root")}
-    for node in tree.paths:
-        branches[node] = branches[node[:-1]].add(f"head {len(node)} rank {node[-1]}")
-    rich_print(branches[()])
+    if tree is not None:
+        show_tree(tree)
