@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ PARTIAL = ".partial"  # what is being written, or was when a process was killed:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """The name to write a file or a folder under; at the end it is flushed to the disk and renamed to `path`, at once."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(path.name + PARTIAL)
     _remove(partial)  # of a process that was killed
     try:

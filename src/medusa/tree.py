@@ -143,7 +143,13 @@ class MedusaTree:
 
 
 def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
-    write_text(Path(path), json.dumps(tree) + "\n")
+    """Write a tree file, whole or not at all; CheckpointError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(tree) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_tree_file(path: str | Path) -> Any:

@@ -91,13 +91,7 @@ def tree_command(
     elif draw is not None or mark is not None:
         raise InvalidInput("only a static tree can be drawn: a dynamic one is another at every step, a choice holds several")
     if output is not None:
-        from medusa.records import make_folder
-
-        make_folder(output.parent)
-        try:
-            save_tree(tree, output)
-        except OSError as error:
-            raise InvalidInput(f"cannot write {output}: {error.strerror}") from None
+        save_tree(tree, output)
     expected = None if chances is None else 1 + sum(chances.values())
     if unknown := sum(not chance for chance in (chances or {}).values()):
         common.note(f"{unknown} nodes count for nothing: their guesses were never right, or the file does not go so far")
