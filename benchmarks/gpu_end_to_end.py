@@ -4,8 +4,8 @@
 
 Pretrains a Llama of 100-400 M parameters on the Python source that is installed here, has it write training data, trains
 Medusa-1 and Medusa-2 heads, chooses trees, and benches them on held-out files against transformers' generate, greedily and
-sampled, compiled and not. The stages share `--total-minutes`; a run does as much as fits in `--minutes`, writes what there is to
-results.json and results.md, says what is left and exits 0. Killed at any moment, the same command goes on.
+sampled, compiled and not. The stages share `--total-minutes`; a run does as much as fits in `--minutes`, writes what there
+is to results.json and results.md, says what is left and exits 0. Killed at any moment, the same command goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from medusa.errors import MedusaError
 
-STAGES = {
+STAGES: dict[str, Callable[..., dict[str, Any]]] = {
     "source": source,
     "pretraining": pretraining,
     "continuations": continuations,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, TrainerCallback
+
 from end_to_end.pretraining import BACKBONE
 from end_to_end.source import training_tokens
 from end_to_end.work import SliceOver, Work
-from transformers import PreTrainedModel, TrainerCallback
-
 from medusa import MedusaModel
 from medusa.heads import load_heads
 from medusa.model import load_backbone
@@ -47,7 +47,7 @@ def continuations(work: Work) -> dict[str, Any]:
         starts = chance.integers(len(tokens) - size.own_prompt, size=size.own_batch)
         prompts = torch.from_numpy(np.stack([tokens[at : at + size.own_prompt] for at in starts]).astype(np.int64))
         temperature = TEMPERATURES[batch % len(TEMPERATURES)]
-        sampling = {"do_sample": True, "temperature": temperature, "seed": batch} if temperature else {}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "seed": batch} if temperature else {}
         output = model.generate(prompts, max_new_tokens=size.own_new, eos_token_id=[], **sampling)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -86,9 +86,7 @@ def medusa_2(work: Work) -> dict[str, Any]:
     return _trained(work, MEDUSA_2, lambda: MedusaModel(backbone(work), load_heads(start)), "medusa-2-self-distill", options)
 
 
-def _trained(
-    work: Work, name: str, model: Callable[[], MedusaModel], recipe: str, options: dict[str, Any]
-) -> dict[str, Any]:
+def _trained(work: Work, name: str, model: Callable[[], MedusaModel], recipe: str, options: dict[str, Any]) -> dict[str, Any]:
     """Heads trained for as many steps as the stage has time for, measured on a few steps that are thrown away."""
     size, data, folder = work.size, rows(work), work.folder / name
     common = {"num_heads": NUM_HEADS, "batch_size": size.head_batch, "gradient_accumulation": 1, "optimizer": "adamw"}

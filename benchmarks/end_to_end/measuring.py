@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from end_to_end.heads import MEDUSA_1, MEDUSA_2, NUM_HEADS
 from end_to_end.pretraining import BACKBONE, text_loss
 from end_to_end.source import held_out_prompts
 from end_to_end.work import Work
-from torch import Tensor
-
 from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.errors import MedusaError
 from medusa.evaluation.compare import Measurement, compare, estimate, in_turn, measure, overhead
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.quality import repeated_ngrams
@@ -27,7 +27,7 @@ from medusa.tuning.calibrate import calibrate
 PLAIN, GENERATE = "plain", "generate"
 TEMPERATURE = 0.8
 STEP_PROMPTS, EXACT_PROMPTS = 4, 8
-COMPILING = 120.0  # seconds that several graphs may take
+COMPILING = 150.0  # seconds that several graphs may take
 A_MINUTE = 60.0
 RUNS = "bench.jsonl"
 
@@ -153,8 +153,8 @@ def decoders_of(work: Work, setting: Setting) -> dict[str, Decoder]:
     """generate as it comes, our plain loop, and both heads with both kinds of tree at the size chosen."""
     new, sampled = work.size.new, setting.temperature > 0
     nodes = work.read("tuning.json")["chosen_nodes"]["compiled" if setting.compiled else "as it comes"]
-    theirs = {"do_sample": True, "temperature": setting.temperature, "top_k": 0} if sampled else {}
-    ours = {"do_sample": True, "temperature": setting.temperature, "seed": 1} if sampled else {}
+    theirs: dict[str, Any] = {"do_sample": True, "temperature": setting.temperature, "top_k": 0} if sampled else {}
+    ours: dict[str, Any] = {"do_sample": True, "temperature": setting.temperature, "seed": 1} if sampled else {}
     ours["compile"] = setting.compiled
     original = medusa_model(work, MEDUSA_1)
     found: dict[str, Decoder] = {} if setting.compiled else {GENERATE: TransformersDecoder(original, new, **theirs)}
@@ -166,36 +166,41 @@ def decoders_of(work: Work, setting: Setting) -> dict[str, Decoder]:
 
 
 def bench(work: Work) -> dict[str, Any]:
-    """The stage: prompt after prompt, every decoder in turn in every setting, for as long as there is time."""
+    """The stage: prompt after prompt, every decoder in turn in every setting, for as long as there is time.
+
+    A decoder that fails is left out, and what it said is kept: the others are not to be lost with it.
+    """
     prompts = held_out_prompts(work, "test", work.size.bench_prompts[1])
     least, compiling = work.size.bench_prompts[0], COMPILING if work.size.compiled_nodes else 0.0
     journal = Journal(work.folder / RUNS, "run of the bench")
     decoders = {setting: decoders_of(work, setting) for setting in settings(work)}
+    failed: dict[tuple[Setting, str], str] = {}
     warm: set[tuple[Setting, str]] = set()
-    said: set[str] = set()
     seconds = 0.0
     for number, prompt in enumerate(prompts):
-        runs = list(_runs(decoders, number))
-        if all(_id(number, setting, name) in journal.records for setting, name in runs):
+        left = [(s, name) for s, name in _runs(decoders, number) if _id(number, s, name) not in journal.records]
+        if not left:
             continue
         if number >= least and work.left_of_stage() < seconds:
             break
         work.room(max(1.5 * seconds, 0.0 if warm else compiling))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", RuntimeWarning)
-            for setting, name in runs:
+        began = work.now()
+        for setting, name in left:
+            decoder, ids = decoders[setting][name], prompt[None]
+            try:
                 if (setting, name) not in warm:
-                    decoders[setting][name].prepare(prompt[None])
-                    decoders[setting][name](prompt[None])
+                    measure(decoder, ids)
                     warm.add((setting, name))
-            began = work.now()
-            for setting, name in runs:
-                if _id(number, setting, name) not in journal.records:
-                    decoded = measure(decoders[setting][name], prompt[None])
-                    journal.add({"id": _id(number, setting, name), **dataclasses.asdict(decoded)})
-            seconds = work.now() - began
-        said |= {str(warning.message) for warning in caught if warning.category is RuntimeWarning}
-    return {**figures(journal, {s: list(d) for s, d in decoders.items()}, len(prompts)), "warnings": sorted(said)}
+                    began = work.now()
+                journal.add({"id": _id(number, setting, name), **dataclasses.asdict(measure(decoder, ids))})
+            except (RuntimeError, MedusaError) as error:
+                if name == GENERATE:  # then it is the machine, or there is nothing to compare with
+                    raise
+                failed[setting, name] = str(error).strip().splitlines()[0][:200]
+                del decoders[setting][name]
+        seconds = work.now() - began
+    failures = {f"{setting.name}, {name}": error for (setting, name), error in failed.items()}
+    return {**figures(journal, {s: list(d) for s, d in decoders.items()}, len(prompts)), "failed": failures}
 
 
 def _runs(decoders: dict[Setting, dict[str, Decoder]], number: int) -> Iterator[tuple[Setting, str]]:
@@ -223,8 +228,10 @@ def figures(journal: Journal, names: dict[Setting, list[str]], prompts: int) -> 
 
     rows = []
     for setting, found in names.items():
-        generate = measured(dataclasses.replace(setting, compiled=False), GENERATE)
-        plain = measured(setting, PLAIN)
+        as_it_comes = dataclasses.replace(setting, compiled=False)
+        if PLAIN not in found or GENERATE not in names[as_it_comes] or not whole:
+            continue
+        generate, plain = measured(as_it_comes, GENERATE), measured(setting, PLAIN)
         for name in found:
             one = measured(setting, name)
             outputs = [output for item in one.outputs for output in item]

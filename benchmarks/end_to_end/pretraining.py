@@ -1,7 +1,7 @@
 """Pretraining: a Llama from scratch, in as many steps as its share of the time allows, stopped and resumed at any of them.
 
-A loop of its own and not transformers' Trainer, whose schedule must know its length before the first step: here the first steps,
-at a learning rate that only warms up, measure how many there will be.
+A loop of its own and not transformers' Trainer, whose schedule must know its length before the first step: here the first
+steps, at a learning rate that only warms up, measure how many there will be.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from end_to_end.source import TOKENIZER, held_out_ids, training_tokens
-from end_to_end.work import Size, SliceOver, Work
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from end_to_end.source import TOKENIZER, held_out_ids, training_tokens
+from end_to_end.work import Size, SliceOver, Work
 from medusa.training.losses import cross_entropy
 
 BACKBONE, CHECKPOINT = "backbone", "pretraining.pt"
@@ -55,7 +55,8 @@ class Pretraining:
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim == 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.step, self.steps, self.rate = 0, None, 0.0
+        self.step, self.rate = 0, 0.0
+        self.steps: int | None = None
         self.log: list[tuple[int, float]] = []
         self.micro_batch, self.compiled = size.micro_batch, "no"
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from end_to_end.work import Work
-
 from medusa.provenance import environment
 from medusa.records import write_whole
 
@@ -23,6 +22,7 @@ def write_report(work: Work, size_name: str, stages: Sequence[str]) -> list[str]
         "size": size_name,
         "seconds": work.spent(),
         "left": left,
+        "warnings": work.warnings(),
         **{stage: value for stage, value in found.items() if value is not None},
     }
     work.write("results.json", record)
@@ -39,6 +39,8 @@ def page(record: dict[str, Any]) -> str:
     parts.append(f"{versions}. {seconds}: {sum(record['seconds'].values()) / 60:.1f} minutes.")
     if record["left"]:
         parts.append(f"Not done yet: {', '.join(record['left'])}.")
+    if record["warnings"]:
+        parts.append("\n".join(f"- {warning}" for warning in record["warnings"]))
     writers = {
         "source": _source,
         "pretraining": _pretraining,
@@ -68,7 +70,8 @@ def _source(found: dict[str, Any]) -> list[str]:
     if rest:
         rows.append([f"{len(packages) - MOST_PACKAGES} more, in results.json", "", f"{rest / 1e6:.1f}"])
     held_out = ", ".join(f"{number} for {split}" for split, number in found["held_out_files"].items())
-    text = f"{found['files']:,} different files, {found['tokens'] / 1e6:.1f} M tokens. Held out by a hash of their path: {held_out}."
+    text = f"{found['files']:,} different files, {found['tokens'] / 1e6:.1f} M tokens. "
+    text += f"Held out by a hash of their path: {held_out}; they resemble their neighbours, which were trained on."
     return [text, _table(["package", "licence", "M characters"], rows)]
 
 
@@ -128,9 +131,8 @@ def _exactness(found: dict[str, Any]) -> list[str]:
 
 def _bench(found: dict[str, Any]) -> list[str]:
     parts = [f"{found['prompts']} held-out prompts, batch 1, prefill included; with 95 % intervals over prompts."]
-    if found["warnings"]:
-        parts.append("Said on the way: " + "; ".join(found["warnings"]))
-    columns = ["", "tokens/s", "× generate", "× plain", "tokens a step", "overhead", "as plain", "repeated 8-grams"]
+    parts += [f"Left out: {name}: {error}" for name, error in found["failed"].items()]
+    columns = ["", "tokens/s", "of generate", "of plain", "tokens a step", "overhead", "as plain", "repeated 8-grams"]
     for setting in dict.fromkeys(row["setting"] for row in found["rows"]):
         rows = [
             [
@@ -150,4 +152,4 @@ def _bench(found: dict[str, Any]) -> list[str]:
 def _estimate(found: Sequence[float | None]) -> str:
     value, low, high = found
     digits = 0 if abs(value or 0) >= 100 else 2
-    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    return f"{value:.{digits}f}" if low is None else f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from end_to_end.work import Size, Work
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from end_to_end.work import Size, Work
 from medusa.errors import InvalidInput
 
 TRAIN, HELD_OUT, TOKENIZER = "train.bin", "held_out.jsonl", "tokenizer"
@@ -26,7 +26,7 @@ END = "<|endoftext|>"
 KEPT_OF_HELD_OUT = 2048  # tokens of a held-out file
 FEWEST, MOST, LONGEST_LINE = 300, 300_000, 1000  # characters: others are stubs, tables and generated code
 TOKENIZER_BYTES = 40_000_000
-STANDARD_LIBRARY = "Python standard library"
+STANDARD_LIBRARY, OF_PACKAGES = "Python standard library", {"site-packages", "dist-packages"}
 
 
 class Document(NamedTuple):
@@ -56,7 +56,7 @@ def documents(folders: Sequence[Path], most_bytes: int) -> Iterator[Document]:
     for folder in folders:
         for path in folder.rglob("*.py"):
             relative = path.relative_to(folder)
-            if not {"site-packages", "dist-packages"} & set(relative.parts):  # searched by themselves
+            if not OF_PACKAGES.intersection(relative.parts):  # searched by themselves
                 names[int(hashlib.sha256(str(relative).encode()).hexdigest(), 16)] = folder, relative
     seen, size = set(), 0
     standard = Path(sysconfig.get_paths()["stdlib"])
@@ -72,7 +72,9 @@ def documents(folders: Sequence[Path], most_bytes: int) -> Iterator[Document]:
         if content in seen:
             continue
         seen.add(content)
-        package = STANDARD_LIBRARY if folder == standard else relative.parts[0].removesuffix(".py")
+        package = STANDARD_LIBRARY if folder == standard else folder.name
+        if package in OF_PACKAGES:
+            package = relative.parts[0].removesuffix(".py")
         yield Document(str(relative), package, text, digest)
         size += len(text)
         if size >= most_bytes:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from medusa.records import claim, write_whole
 # Shares of the whole time. What is left over (a fifth, less what finding the source and starting again take) is for tuning,
 # exactness and the bench.
 SHARES = {"pretraining": 0.48, "continuations": 0.05, "medusa-1": 0.07, "medusa-2": 0.08}
-CLAIM, SECONDS = "end_to_end.yaml", "seconds.json"
+CLAIM, SECONDS, WARNINGS = "end_to_end.yaml", "seconds.json", "warnings.json"
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Size:
     """How large everything is.
 
     The figures for an H100 or H200 are estimates: 110 M parameters take 0.7 GFLOP a token, and at the 30-40 % of its bfloat16
-    rate that compiled layers reach it sees 0.3-0.5 M tokens/s, so some 0.2-0.3 G in the 12 minutes of pretraining, about four to
-    six passes over the 50 M tokens of Python that come with a machine-learning environment. Nothing rests on it: the length of
+    rate that compiled layers reach it sees 0.3-0.5 M tokens/s, so some 0.2-0.3 G in the 12 minutes of pretraining, about three
+    to four passes over the 300 MB of Python that come with a machine-learning environment. Nothing rests on it: the length of
     every schedule is set by what the machine is measured to do.
     """
 
@@ -61,59 +62,48 @@ class Size:
     bench_prompts: tuple[int, int]  # at least, at most
 
 
+HUNDRED = Size(
+    hidden_size=768,
+    intermediate_size=2048,
+    layers=12,
+    attention_heads=12,
+    vocabulary=16384,
+    most_bytes=400_000_000,
+    held_out_of=50,
+    length=1024,
+    batch_size=64,  # 65 k tokens: some 4,000 steps; larger batches would leave too few
+    micro_batch=64,
+    learning_rate=1e-3,
+    warmup=200,
+    timed_steps=(10, 40),
+    own_batch=1024,  # a step's fixed cost is shared by so many rows; their cache takes 12 GB
+    own_prompt=128,
+    own_new=192,
+    head_batch=32,  # of 320 tokens
+    head_rate=3e-3,  # the embedded model's heads did best at 5e-3 at half this width, Vicuna's in the paper at 1e-3
+    probed_steps=(5, 15),
+    nodes=(1, 8, 16, 32, 64, 128),
+    compiled_nodes=(1, 16, 64, 128),
+    prompt=256,
+    new=128,
+    calibration_prompts=96,
+    bench_prompts=(8, 64),
+)
 SIZES = {
-    "100m": Size(
-        hidden_size=768,
-        intermediate_size=2048,
-        layers=12,
-        attention_heads=12,
-        vocabulary=16384,
-        most_bytes=400_000_000,
-        held_out_of=50,
-        length=1024,
-        batch_size=64,  # 65 k tokens: some 4,000 steps; larger batches would leave too few
-        micro_batch=64,
-        learning_rate=1e-3,
-        warmup=200,
-        timed_steps=(10, 40),
-        own_batch=1024,  # a step's fixed cost is shared by so many rows; their cache takes 12 GB
-        own_prompt=128,
-        own_new=192,
-        head_batch=32,  # of 320 tokens
-        head_rate=3e-3,  # the embedded model's heads did best at 5e-3 at half this width, Vicuna's in the paper at 1e-3
-        probed_steps=(5, 15),
-        nodes=(1, 8, 16, 32, 64, 128),
-        compiled_nodes=(1, 16, 64, 128),
-        prompt=256,
-        new=128,
-        calibration_prompts=96,
-        bench_prompts=(8, 64),
-    ),
-    "400m": Size(
+    "100m": HUNDRED,
+    "400m": replace(
+        HUNDRED,
         hidden_size=1024,
         intermediate_size=2816,
         layers=24,
         attention_heads=16,
-        vocabulary=16384,
-        most_bytes=400_000_000,
-        held_out_of=50,
-        length=1024,
-        batch_size=64,
         micro_batch=32,
         learning_rate=6e-4,
         warmup=100,
         timed_steps=(5, 20),
         own_batch=512,
-        own_prompt=128,
-        own_new=192,
-        head_batch=32,
         head_rate=2e-3,
-        probed_steps=(5, 15),
-        nodes=(1, 8, 16, 32, 64, 128),
         compiled_nodes=(1, 16, 64),
-        prompt=256,
-        new=128,
-        calibration_prompts=96,
         bench_prompts=(8, 48),
     ),
     "toy": Size(
@@ -203,14 +193,21 @@ class Work:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds within to the stage's, on the disk too."""
+        """Keep the seconds that pass within, and what warns there, such as a step that does not compile."""
         self._stage, self._since = stage, self.now()
-        try:
-            yield
-        finally:
-            self._seconds[stage] = self.spent()[stage]
-            self._stage = ""
-            self.write(SECONDS, self._seconds)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            try:
+                yield
+            finally:
+                self._seconds[stage] = self.spent()[stage]
+                self._stage = ""
+                self.write(SECONDS, self._seconds)
+                said = [f"{stage}: {warning.message}" for warning in caught if issubclass(warning.category, RuntimeWarning)]
+                self.write(WARNINGS, sorted({*self.warnings(), *said}))
+
+    def warnings(self) -> list[str]:
+        return self.read(WARNINGS) or []
 
     def spent(self) -> dict[str, float]:
         """Seconds of every stage, over all slices."""
