@@ -228,10 +228,10 @@ def figures(journal: Journal, names: dict[Setting, list[str]], prompts: int) -> 
 
     rows = []
     for setting, found in names.items():
-        as_it_comes = dataclasses.replace(setting, compiled=False)
-        if PLAIN not in found or GENERATE not in names[as_it_comes] or not whole:
+        if PLAIN not in found or not whole:
             continue
-        generate, plain = measured(as_it_comes, GENERATE), measured(setting, PLAIN)
+        generate = measured(dataclasses.replace(setting, compiled=False), GENERATE)
+        plain = measured(setting, PLAIN)
         for name in found:
             one = measured(setting, name)
             outputs = [output for item in one.outputs for output in item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ def write_report(work: Work, size_name: str, stages: Sequence[str]) -> list[str]
     record = {
         "environment": environment(work.device),
         "size": size_name,
+        "options": dataclasses.asdict(work.size),
         "seconds": work.spent(),
         "left": left,
         "warnings": work.warnings(),
