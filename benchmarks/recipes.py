@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa.checkpoints import load_heads
 from medusa.evaluation.prompts import held_out_prompts
-from medusa.heads import load_heads
-from medusa.model import load_backbone
+from medusa.loading import load_backbone
 from medusa.search import search_joint_tree
 from medusa.training.config import resolve
 from medusa.training.data import load_rows

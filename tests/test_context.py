@@ -2,7 +2,7 @@
 
 import torch
 
-from medusa.context import Context
+from medusa.context import Context, pair_end, pair_start, triple_end, triple_start
 
 
 def runs(tokens: list[int], n: int) -> set[tuple[int, ...]]:
@@ -11,13 +11,15 @@ def runs(tokens: list[int], n: int) -> set[tuple[int, ...]]:
 
 def found(context: Context, row: int, vocab: int, n: int) -> set[tuple[int, ...]]:
     every = torch.cartesian_prod(*[torch.arange(vocab)] * n)
-    said = context.said(*(every[:, i].expand(len(context.last), -1) for i in range(n)))
+    *start, end = (every[:, i].expand(len(context.last), -1) for i in range(n))
+    key = pair_start(*start) + pair_end(end) if n == 2 else triple_start(*start) + triple_end(end)
+    said = context.said(key)
     return {tuple(run) for run in every[said[row]].tolist()}
 
 
 def test_a_context_knows_exactly_the_pairs_and_triples_of_its_text():
     generator = torch.Generator().manual_seed(0)
-    vocab, capacity = 12, 4096  # a large table: no collisions among 12 ** 3 runs
+    vocab, capacity = 12, 1 << 16  # a large table: no collisions among 12 ** 3 runs
     prompts = torch.randint(vocab, (2, 6), generator=generator)
     pads, root = torch.tensor([0, 2]), torch.tensor([3, 4])
     context = Context.of(prompts, pads, root, capacity)
@@ -41,5 +43,5 @@ def test_collisions_are_rare_in_a_full_table():
     prompts = torch.randint(50_000, (1, capacity - 1), generator=generator)
     context = Context.of(prompts, torch.tensor([0]), torch.tensor([1]), capacity)
     a, b = torch.randint(50_000, (2, 1, 10_000), generator=generator)
-    assert context.said(a, b).float().mean() < 0.15
-    assert context.said(prompts[:, :-1], prompts[:, 1:]).all()
+    assert context.said(pair_start(a) + pair_end(b)).float().mean() < 0.15
+    assert context.said(pair_start(prompts[:, :-1]) + pair_end(prompts[:, 1:])).all()

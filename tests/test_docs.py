@@ -35,17 +35,22 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/training.md",
         "docs/evaluation.md",
         "docs/simulation.md",
+        "docs/serving.md",
+        "docs/trees.md",
         "examples/embedded_model/README.md",
     ],
 )
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
-    named = set(re.findall(r"`((?:src|tests|docs|examples|benchmarks)/[\w./-]+)`", text))
+    named = set(re.findall(r"`((?:src|tests|docs|examples|benchmarks|integration)/[\w./-]+)`", text))
     named |= set(re.findall(r"\]\((?!http)([\w./-]+)\)", text))
     assert all((ROOT / name).exists() for name in named), named
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md", "docs/trees.md"],
+)
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
         verb, wide = line.split()[0], os.environ | {"COLUMNS": "200"}

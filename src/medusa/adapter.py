@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa.errors import CheckpointError, InvalidInput
+from medusa.files import whole
 
 ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -65,7 +66,8 @@ def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None
     # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
     tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach().to("cpu", backbone.dtype).contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    with whole(folder / ADAPTER_WEIGHTS) as partial:
+        save_file(tensors, partial)
     saved = copy.copy(config)
     saved.base_model_name_or_path, saved.inference_mode = base_model, True
     saved.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medusa.errors import CheckpointError, ConfigError
+from medusa.files import write_text
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class MedusaConfig:
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_text(Path(folder) / CONFIG_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> MedusaConfig:

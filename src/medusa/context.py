@@ -54,25 +54,41 @@ class Context:
 
     def _remember(self, tokens: Tensor, pairs: Tensor, triples: Tensor) -> None:
         """Set the slots of the pairs and triples that end at each token, where they are wanted."""
-        for slots, wanted in (
-            (self._slots(tokens[:, :-1], tokens[:, 1:]), pairs),
-            (self._slots(tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]), triples),
+        a, b = tokens[:, :-1], tokens[:, 1:]
+        for keys, wanted in (
+            (pair_start(a) + pair_end(b), pairs),
+            (triple_start(a[:, :-1], b[:, :-1]) + triple_end(b[:, 1:]), triples),
         ):
-            self.table.scatter_(1, slots.where(wanted, self.table.shape[1] - 1), True)
+            self.table.scatter_(1, self._slots(keys).where(wanted, self.table.shape[1] - 1), True)
 
     def said(
         self,
-        *tokens: Tensor,  # each (B, ...) long, that broadcast: a pair or a triple
+        keys: Tensor,  # (B, ...) long: of pairs or triples
     ) -> Tensor:  # (B, ...) bool
-        """Whether the context holds this run of tokens."""
-        slots = self._slots(*tokens)
-        return self.table.gather(1, slots.flatten(1)).view(slots.shape)
+        """Whether the context holds these runs of tokens."""
+        return self.table.gather(1, self._slots(keys).flatten(1)).view(keys.shape)
 
-    def _slots(self, *tokens: Tensor) -> Tensor:
-        """Multiplicative hashing: the top bits of a product with an odd number, a token at a time."""
+    def _slots(self, keys: Tensor) -> Tensor:
+        """The top bits of a key."""
         bits = (self.table.shape[1] - 1).bit_length() - 1
-        mixed = tokens[0] + len(tokens) * 0x51ED27
-        for token in tokens[1:]:
-            mixed = mixed * 0x2545F4914F6CDD1D + token  # wraps around
-            mixed = mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)
-        return (mixed * -0x61C8864680B583EB >> (64 - bits)) & ((1 << bits) - 1)
+        return (keys >> (64 - bits)) & ((1 << bits) - 1)
+
+
+# A run's key is what its beginning and its last token add up to, modulo 2 ** 64; slots are its top bits: multiplicative
+# hashing, in parts, so that a drafter computes what each guess adds once for all the runs that it may end.
+
+
+def pair_start(first: Tensor) -> Tensor:
+    return first * 0x2545F4914F6CDD1D
+
+
+def pair_end(second: Tensor) -> Tensor:
+    return second * -0x61C8864680B583EB
+
+
+def triple_start(first: Tensor, second: Tensor) -> Tensor:
+    return first * 0x369DEA0F31A53F85 + second * -0x4B47D0C5A1B0E6A9
+
+
+def triple_end(third: Tensor) -> Tensor:
+    return third * 0x5851F42D4C957F2D + 0x14057B7EF767814F  # no triple has the key of a pair of zeros

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from medusa.config import from_mapping
-from medusa.context import Context
+from medusa.context import Context, pair_end, pair_start, triple_end, triple_start
 from medusa.errors import InvalidTree
-from medusa.tree import Guesses, TreeTensors, ancestors_of
+from medusa.tree import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-3  # of a node, in nats, however sure: children stay behind their parents
 
@@ -135,63 +135,59 @@ class DynamicDrafter:
         depth above, hold all nodes of that depth that belong to the tree; the tree is the likeliest N - 1 of all depths.
         """
         assert guesses is not None and guesses.log_p is not None
-        wanted = self.num_nodes - 1
-        batch = len(root)
-        before, previous = None if context is None else context.last[:, None], root[:, None]
-        value = guesses.log_p.new_zeros(batch, 1)
-        lineage = root.new_zeros(batch, 1, 0)  # candidates above, by their number among those of all depths
-        values, tokens, lineages = [], [], []
-        first = 0  # the number of this depth's first candidate
-        for log_p, guessed in zip(guesses.log_p, guesses.tokens, strict=True):
-            step = log_p[:, None].expand(-1, value.shape[1], -1)  # (B, W, R)
-            if self.reads_context and context is not None and before is not None:
-                token = guessed[:, None].expand_as(step)
-                step = step + self.pair_bonus * context.said(previous[..., None], token)
-                step = step + self.triple_bonus * context.said(before[..., None], previous[..., None], token)
+        wanted, ranks = self.num_nodes - 1, guesses.tokens.shape[-1]
+        value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
+        before = context.last[:, None] if context is not None else previous
+        ends = pair_end(guesses.tokens), triple_end(guesses.tokens)
+        parent = root.new_full((len(root), 1), -1)
+        first = 0  # the number, among the candidates of all depths, of the first of this one
+        values, tokens, parents = [], [], []
+        for depth in range(self.num_heads):
+            step = guesses.log_p[depth, :, None]  # (B, 1, R)
+            if self.reads_context and context is not None:
+                pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
+                triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
+                said = context.said(torch.stack([pairs, triples], 1))
+                step = step.add(said[:, 0], alpha=self.pair_bonus).add_(said[:, 1], alpha=self.triple_bonus)
             candidates = (value[..., None] + step.clamp(max=-LEAST_COST)).flatten(1)  # (B, W * R)
             value, chosen = candidates.topk(min(wanted, candidates.shape[1]), dim=-1)
-            parent = chosen // step.shape[-1]
-            before, previous = previous.gather(1, parent), guessed.gather(1, chosen % step.shape[-1])
-            number = torch.arange(first, first + value.shape[1], device=root.device).expand(batch, -1)
-            above = lineage.gather(1, parent[..., None].expand(-1, -1, lineage.shape[-1]))
-            lineage = torch.cat([above, number[..., None]], dim=-1)
+            above = chosen // ranks
+            before, previous = previous.gather(1, above), guesses.tokens[depth].gather(1, chosen - above * ranks)
+            parent = above + (first - parent.shape[1]) if depth else parent.expand_as(above)
             first += value.shape[1]
             values.append(value)
             tokens.append(previous)
-            lineages.append(pad(lineage, (0, self.num_heads - lineage.shape[-1]), value=-1))
-        return self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(lineages, 1))
+            parents.append(parent)
+        return self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
 
-    def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, lineages: Tensor) -> tuple[Tensor, TreeTensors]:
-        """The best of all candidates as a tree."""
-        batch, candidates, depth = lineages.shape
+    def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, TreeTensors]:
+        """The best of all candidates as a tree.
+
+        Args:
+            parents: (B, M) long: the candidate above each, -1 for the root.
+        """
+        batch, candidates = values.shape
         nodes = min(self.num_nodes, candidates + 1)
         chosen = values.topk(nodes - 1, dim=-1).indices  # best first: parents before children
-        number = torch.full((batch, candidates + 1), -1, device=root.device)
-        number.scatter_(1, chosen, torch.arange(1, nodes, device=root.device).expand(batch, -1))
-        above = lineages.gather(1, chosen[..., None].expand(-1, -1, depth)).remainder(candidates + 1)  # -1: the last entry
-        lineage = pad(number.gather(1, above.flatten(1)).view_as(above), (1, 0, 1, 0), value=-1)  # (B, N, D + 1)
-        lineage[..., 0] = 0
+        number = root.new_zeros(batch, candidates + 1)  # of the node that a candidate is; the last entry is the root's
+        node = torch.arange(nodes, device=root.device)
+        number.scatter_(1, chosen, node[1:].expand(batch, -1))
+        above = pad(number.gather(1, parents.gather(1, chosen).remainder(candidates + 1)), (1, 0))  # (B, N), the root its own
+        order = _depth_first(above, paths_up(above, self.num_heads)[1])
         tokens = torch.cat([root[:, None], tokens.gather(1, chosen)], dim=1)
-        order = _depth_first(lineage)
-        lineage = pad(order, (0, 1), value=-1).gather(1, lineage.remainder(nodes + 1).flatten(1)).view_as(lineage)
-        lineage = torch.empty_like(lineage).scatter_(1, order[..., None].expand_as(lineage), lineage)
-        tokens = torch.empty_like(tokens).scatter_(1, order, tokens)
-        depths = (lineage >= 0).sum(-1) - 1
-        parents = lineage.gather(-1, (depths - 1).clamp(min=0)[..., None]).squeeze(-1)
-        return tokens, TreeTensors(parents, depths, lineage, ancestors_of(lineage))
+        both = torch.stack([tokens, order.gather(1, above)], 1)  # (B, 2, N)
+        both = torch.empty_like(both).scatter_(2, order[:, None].expand_as(both), both)
+        return both[:, 0], tree_tensors(both[:, 1], self.num_heads)
 
 
 def _depth_first(
-    lineage: Tensor,  # (B, N, D + 1) long, nodes numbered best first
+    parents: Tensor,  # (B, N) long, nodes numbered best first
+    ancestors: Tensor,  # (B, N, N) bool
 ) -> Tensor:  # (B, N) long
     """Each node's number in depth-first order, the best child first: the likeliest path is then nodes 0, 1, 2, ..., which
-    lie in the cache where they belong. It sums, along the path, one more than the nodes in the subtrees of better siblings."""
-    depths = (lineage >= 0).sum(-1) - 1
-    parents = lineage.gather(-1, (depths - 1).clamp(min=0)[..., None]).squeeze(-1)
-    ancestors = ancestors_of(lineage)
+    lie in the cache in place. It sums, along the path, one more than the nodes in the subtrees of better siblings."""
+    node = torch.arange(parents.shape[1], device=parents.device)
     sizes = ancestors.sum(1)  # (B, N): nodes at or below each
-    node = torch.arange(lineage.shape[1], device=lineage.device)
     better = (parents[:, :, None] == parents[:, None]) & (node < node[:, None]) & (node > 0)  # [n, s]: s is n's better sibling
-    steps = 1 + (better * sizes[:, None]).sum(-1)  # (B, N)
-    steps[:, 0] = 0
+    steps = (better * sizes[:, None]).sum(-1) + (node > 0)
     return (ancestors * steps[:, None]).sum(-1)

@@ -6,22 +6,15 @@ predicts token t+k+1. Tensors and files count from 0, so head k is `heads[k - 1]
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from itertools import islice
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medusa.config import CONFIG_FILE, HEADS_FILE, MedusaConfig, read_json_object
+from medusa.config import MedusaConfig
 from medusa.errors import CheckpointError, InvalidInput
-
-OLD_HEADS_FILE = "medusa_lm_head.pt"  # v0.1
 
 
 class ResidualBlock(nn.Module):
@@ -166,106 +159,3 @@ class MedusaHeads(nn.ModuleList):
         if self.config.medusa_shared_lm_head:
             return self.lm_head(0)(torch.stack(states))  # the LM head's weights are read once for all heads
         return torch.stack([self.lm_head(k)(state) for k, state in enumerate(states)])
-
-
-def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:
-    """Write `medusa_lm_head.safetensors` and its `config.json`, each whole or not at all.
-
-    Args:
-        config: write `config.json`; not where it is the backbone's own.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
-    partial = folder / f"{HEADS_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / HEADS_FILE)
-    if config:
-        dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
-
-
-def has_heads(folder: Path) -> bool:
-    return (folder / HEADS_FILE).is_file() or (folder / OLD_HEADS_FILE).is_file()
-
-
-def load_heads(folder: str | Path, dtype: torch.dtype | None = None) -> MedusaHeads:
-    """Read heads from a folder: `medusa_lm_head.safetensors`, or a v0.1 `medusa_lm_head.pt` without code in it.
-
-    How many heads and layers there are is read off the tensors; the config's word is not taken for it.
-
-    Raises:
-        CheckpointError: no such file, a truncated one, a pickle that holds code, or tensors that are no heads.
-    """
-    folder = Path(folder)
-    path, pickle_path = folder / HEADS_FILE, folder / OLD_HEADS_FILE
-    if path.is_file():
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is broken or truncated ({error}); copy it again") from None
-    elif pickle_path.is_file():
-        path = pickle_path
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a broken pickle raises is anyone's guess
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path} is broken or holds code and was not loaded ({reason[:120]})") from None
-        if not isinstance(tensors, dict):
-            raise CheckpointError(f"{path} holds a {type(tensors).__name__}, wanted named tensors")
-    else:
-        raise CheckpointError(f"no Medusa heads in {folder}: wanted {HEADS_FILE}; pass heads=FOLDER or train some")
-    # Often the backbone's own config, where heads lie beside it: only what the tensors do not say is taken from it.
-    config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    return heads_from_tensors(tensors, config, str(path), dtype)
-
-
-_NAME = re.compile(r"(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
-
-
-def heads_from_tensors(
-    tensors: dict[str, Tensor], config: dict[str, Any], source: str, dtype: torch.dtype | None = None
-) -> MedusaHeads:
-    """Heads of the sizes that the tensors have, holding them; CheckpointError where they do not make up heads."""
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{source}: {name!r} is {getattr(tensor, 'dtype', type(tensor).__name__)}, wanted float tensors"
-            )
-    parsed = {name: _NAME.fullmatch(name) for name in tensors}
-    unknown = [name for name, match in parsed.items() if match is None]
-    if unknown or not tensors:
-        raise CheckpointError(f"{source} holds {unknown[0] if unknown else 'no tensors'}; wanted names like 0.0.linear.weight")
-    found = [match for match in parsed.values() if match is not None]
-    num_heads = 1 + max(int(match[1]) for match in found)
-    num_layers = 1 + max((int(match[2]) for match in found if match[3]), default=-1)
-    if max(num_heads, num_layers) > len(tensors):
-        raise CheckpointError(f"{source} has {len(tensors)} tensors and names for {num_heads} heads of {num_layers} layers")
-    own = any(not match[3] for match in found)
-    if own:
-        vocab_size, hidden_size = _size(tensors, f"0.{num_layers}.weight", source)
-    else:
-        hidden_size = _size(tensors, "0.0.linear.weight", source)[0]
-        if not isinstance(config.get("vocab_size"), int):
-            raise CheckpointError(f"{source} shares the LM head and has no {CONFIG_FILE} that gives vocab_size")
-        vocab_size = config["vocab_size"]
-    bias = any(not match[3] and match[4] == "bias" for match in found)
-    with torch.device("meta"):
-        heads = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, bias)
-    wanted = {name: tensor.shape for name, tensor in heads.state_dict().items()}
-    for name in wanted.keys() | tensors.keys():
-        got = tuple(tensors[name].shape) if name in tensors else None
-        want = tuple(wanted[name]) if name in wanted else None
-        if got != want:
-            raise CheckpointError(
-                f"{source}: tensor {name} has shape {got}, wanted {want} ({num_heads} heads of {num_layers} layers)"
-            )
-    dtype = dtype or next(iter(tensors.values())).dtype
-    heads.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    heads.config = dataclasses.replace(heads.config, base_model_name_or_path=config.get("base_model_name_or_path"))
-    return heads
-
-
-def _size(tensors: dict[str, Tensor], name: str, source: str) -> torch.Size:
-    if name not in tensors or tensors[name].ndim != 2:
-        raise CheckpointError(f"{source} has no matrix {name}")
-    return tensors[name].shape

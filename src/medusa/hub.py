@@ -11,6 +11,7 @@ from medusa.errors import CheckpointError
 
 # Weights as safetensors, configs, tokenizers, and old Medusa heads; no code.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "medusa_lm_head.pt"]
+PICKLES = ["pytorch_model*.bin"]  # of models that have nothing else
 
 
 def local_folder(name: str | Path) -> Path:
@@ -23,7 +24,10 @@ def local_folder(name: str | Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(name), allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(str(name), allow_patterns=PATTERNS))
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.pt")):
+            snapshot_download(str(name), allow_patterns=PICKLES)
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {reason}") from None

@@ -37,27 +37,6 @@ def rank_hits(
     return hits, asked
 
 
-@torch.no_grad()
-def guess_ranks(
-    heads: MedusaHeads,
-    hidden: Tensor,  # (T, d): the backbone's last hidden states of one text, in the dtype of the heads
-    ids: Tensor,  # (T,) long
-    ranks: int,
-) -> Tensor:  # (T - 2, K) long
-    """At each position, which guess of each head was right, from 0 on; -1 where none was or the text ends before."""
-    found = torch.full((max(0, len(ids) - 2), len(heads)), -1, dtype=torch.long)
-    for k in range(len(heads)):
-        shift = k + 2  # head k + 1 at position t guesses token t + k + 2
-        if len(ids) <= shift:
-            break
-        for start in range(0, len(ids) - shift, 1024):
-            part = hidden[start : min(start + 1024, len(ids) - shift)]
-            right = _guesses(heads, part, k, ranks) == ids[start + shift : start + shift + len(part), None]
-            rank = torch.where(right.any(-1), right.int().argmax(-1), -1)
-            found[start : start + len(part), k] = rank.cpu()
-    return found
-
-
 def _guesses(heads: MedusaHeads, states: Tensor, k: int, ranks: int) -> Tensor:  # (n, d) -> (n, ranks) long
     """The likeliest tokens of head k + 1, in order."""
     lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
@@ -69,20 +48,25 @@ def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[l
     return [[hit / max(times, 1) for hit in row] for row, times in zip(hits, asked, strict=True)]
 
 
-def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
-    """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
+def path_chances(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> dict[tuple[int, ...], float]:
+    """How often each path of a tree comes true if heads err independently: the product of its guesses' accuracies (paper
+    2.3.3); 0 where a guess's accuracy is not known.
 
     Args:
         accuracies: [k - 1][i]: how often exactly guess i (0-based) of head k is right.
+    """
+    chances: dict[tuple[int, ...], float] = {(): 1.0}
+    for path in tree.paths:  # parents first
+        row = accuracies[len(path) - 1] if len(path) <= len(accuracies) else ()
+        chances[path] = chances[path[:-1]] * (row[path[-1]] if path[-1] < len(row) else 0.0)
+    del chances[()]
+    return chances
+
+
+def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
+    """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
 
     >>> expected_acceptance_length(MedusaTree([(0,), (0, 0)]), [[0.5], [0.4]])
     1.7
     """
-    total = 1.0
-    for path in tree.paths:
-        product = 1.0
-        for head, rank in enumerate(path):
-            row = accuracies[head] if head < len(accuracies) else ()
-            product *= row[rank] if rank < len(row) else 0.0
-        total += product
-    return total
+    return 1 + sum(path_chances(tree, accuracies).values())

@@ -6,25 +6,29 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.adapter import has_adapter, load_adapter
 from medusa.backbone import Backbone, token_ids
 from medusa.cache import TreeCache
+from medusa.checkpoints import load_heads, push_to_hub, save_heads
 from medusa.compilation import CompiledStep
 from medusa.config import TREE_FILE
 from medusa.context import Context
 from medusa.decoding import DecodingOptions, DecodingStep, decode
+from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
-from medusa.heads import MedusaHeads, load_heads, save_heads
+from medusa.heads import MedusaHeads
 from medusa.hub import local_folder
+from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.processors import check_sampling, classify, processors_for
 from medusa.tree import Drafter, MedusaTree, TreeTensors
@@ -41,7 +45,8 @@ class MedusaModel:
     Args:
         backbone: a loaded transformers causal LM with sdpa or eager attention.
         heads: its heads; None decodes plainly.
-        tree: the candidate tree; None takes the first guess of every head, a chain.
+        tree: the candidate tree; None takes a dynamic one of all heads, of 64 nodes on a GPU and 16 elsewhere: `medusa tune`
+            finds the fastest.
 
     Raises:
         UnsupportedBackbone: tree decoding on this backbone would not be exact (probed here, on random ids).
@@ -71,7 +76,8 @@ class MedusaModel:
             heads = heads.bound_to(self._backbone.lm_head, self._backbone.lm_head_device, self._backbone.dtype)
         self.heads = heads
         if tree is None:
-            tree = MedusaTree.dense([1] * self.num_heads)
+            nodes = 64 if self.device.type == "cuda" else 16
+            tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
         tree.check(self.num_heads, self.vocab_size)
         self.tree = tree
         self._compiled_step = CompiledStep(self._draft_and_verify)
@@ -91,8 +97,8 @@ class MedusaModel:
 
         Args:
             backbone: a local folder or hub id, for `AutoModelForCausalLM`.
-            heads: a folder or hub id with the heads, and the adapter of a backbone trained with them (Medusa-2); None
-                where the backbone's folder holds them too.
+            heads: a folder or hub id with the heads, in any format (docs/serving.md), and the adapter of a backbone
+                trained with them (Medusa-2); None where the backbone's folder holds them too.
             tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
             dtype: of backbone and heads; None keeps the backbone's own.
             device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given).
@@ -107,7 +113,7 @@ class MedusaModel:
             tree = load_tree(tree)
         elif tree is None and (heads_folder / TREE_FILE).is_file():
             tree = load_tree(heads_folder / TREE_FILE)
-        loaded = load_heads(heads_folder)
+        loaded = load_heads(heads_folder, backbone=folder)
         module = load_backbone(folder, dtype=dtype, device_map=device_map, **kwargs)
         if heads is not None and has_adapter(heads_folder):
             load_adapter(module, heads_folder)
@@ -126,6 +132,12 @@ class MedusaModel:
             raise InvalidInput("this model has no heads to save")
         save_heads(self.heads, folder, base_model=self.backbone.config._name_or_path or None)
         save_tree(self.tree, Path(folder) / TREE_FILE)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Publish what `save_pretrained` writes, with a model card, and return its address."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_to_hub(folder, repo_id, private, token)
 
     @property
     def device(self) -> torch.device:
@@ -339,14 +351,6 @@ class MedusaModel:
         """The id that fills rows which finished early."""
         default = self.backbone.generation_config.pad_token_id
         return next((token for token in (given, default, *eos) if token is not None), 0)
-
-
-def load_backbone(folder: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A causal LM from a folder; one-line errors where transformers' run to pages."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"cannot load a causal language model from {folder}: {str(error).splitlines()[0]}") from error
 
 
 def typical_thresholds(acceptance: str, epsilon: float, delta: float) -> TypicalAcceptance | None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from medusa.errors import InvalidInput
+from medusa.files import write_text
 
 
 def make_folder(folder: Path) -> None:
@@ -33,20 +34,13 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
     made_by = json.loads(json.dumps(made_by))  # as it will be read again: tuples are lists
     make_folder(path.parent)
     if not path.is_file():
-        write_whole(path, yaml.safe_dump(made_by, sort_keys=False))
+        write_text(path, yaml.safe_dump(made_by, sort_keys=False))
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = found if isinstance(found, dict) else {}
     other = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in made_by.items() if found.get(name) != value]
     if other:
         raise InvalidInput(f"{path.parent} was made with {'; '.join(other)}; give another --output")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one go: it has its old content or its new one, whenever the process dies."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medusa.context import Context
 from medusa.errors import CheckpointError, InvalidTree
+from medusa.files import write_text
 
 Path_ = tuple[int, ...]
 
@@ -129,17 +130,7 @@ class MedusaTree:
 
     def tensors(self, device: torch.device | str | None = None) -> TreeTensors:
         """The tree as index tensors on a device, the same for every row (b = 1)."""
-        depths = [0, *map(len, self.paths)]
-        width = self.depth + 1
-        parents = self.parents
-        lineage = torch.full((len(self), width), -1)
-        for node, depth in enumerate(depths):  # once a request: from the node up to the root
-            at = node
-            for d in range(depth, -1, -1):
-                lineage[node, d] = at
-                at = parents[at]
-        tensors = TreeTensors(torch.tensor((0, *parents[1:])), torch.tensor(depths), lineage, ancestors_of(lineage[None])[0])
-        return TreeTensors(*(tensor[None].to(device) for tensor in tensors))
+        return tree_tensors(torch.tensor([(0, *self.parents[1:])], device=device), self.depth)
 
     def drafter(self, device: torch.device | str | None = None) -> StaticDrafter:
         """What fills the tree with tokens in a decoding request on a device."""
@@ -152,7 +143,13 @@ class MedusaTree:
 
 
 def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
-    Path(path).write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    """Write a tree file, whole or not at all; CheckpointError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(tree) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_tree_file(path: str | Path) -> Any:
@@ -181,13 +178,30 @@ class TreeTensors(NamedTuple):
         return self.parents.shape[1]
 
 
-def ancestors_of(
-    lineage: Tensor,  # (b, N, D + 1) long, -1 behind
-) -> Tensor:  # (b, N, N) bool
-    """Whether a node is another or above it."""
-    nodes = lineage.shape[1]
-    ancestors = lineage.new_zeros(lineage.shape[0], nodes, nodes + 1, dtype=torch.bool)
-    return ancestors.scatter(2, torch.where(lineage >= 0, lineage, nodes), True)[..., :-1]
+def tree_tensors(
+    parents: Tensor,  # (b, N) long; the root, node 0, is its own parent
+    depth: int,  # D: at least the tree's
+) -> TreeTensors:
+    """The trees that parents describe; no sync."""
+    up, ancestors = paths_up(parents, depth)
+    depths = ancestors.sum(-1) - 1
+    left = depths[..., None] - torch.arange(depth + 1, device=parents.device)  # steps up from the node to each depth
+    lineage = up.gather(2, left.clamp(min=0)).where(left >= 0, -1)
+    return TreeTensors(parents, depths, lineage, ancestors)
+
+
+def paths_up(
+    parents: Tensor,  # (b, N) long
+    depth: int,
+) -> tuple[Tensor, Tensor]:
+    """From every node upwards (b, N, depth + 1), the root repeated once it is reached; and its ancestors (b, N, N) bool."""
+    at = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+    steps = [at]
+    for _ in range(depth):
+        steps.append(at := parents.gather(1, at))
+    up = torch.stack(steps, -1)
+    ancestors = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
+    return up, ancestors.scatter_(2, up, True)
 
 
 class Guesses(NamedTuple):

@@ -1,14 +1,15 @@
-"""Tree files and the trees that a model can have: static, dynamic, or one for each size of batch."""
+"""Tree files, presets, and the trees that a model can have: static, dynamic, or one for each size of batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medusa.dynamic import DynamicTree
-from medusa.errors import CheckpointError, InvalidTree
+from medusa.errors import CheckpointError, InvalidInput, InvalidTree
 from medusa.tree import MedusaTree, read_tree_file, write_tree_file
 
 
@@ -60,14 +61,41 @@ def save_tree(tree: Tree, path: str | Path) -> None:
     write_tree_file(tree.to_dict(), path)
 
 
+def _presets() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "presets.json").read_text(encoding="utf-8"))
+
+
+def presets() -> dict[str, str]:
+    """The names of the trees that are part of the package, each with the heads it was made for."""
+    return {name: found["for"] for name, found in _presets().items()}
+
+
+def preset(name: str) -> MedusaTree:
+    """A tree that is part of the package: those of the reference project, 64 nodes with the root.
+
+    Raises:
+        InvalidInput: there is none of that name.
+
+    >>> preset("vicuna_7b_stage2")
+    MedusaTree(64 nodes, depth 4, up to rank 9)
+    """
+    known = _presets()
+    if name not in known:
+        raise InvalidInput(f"no tree is called {name!r}; there are {', '.join(known)}")
+    return MedusaTree.from_dict(known[name], name)
+
+
 def load_tree(path: str | Path) -> Tree:
-    """Read a tree file of any kind, or a bare JSON list of paths.
+    """Read a tree file of any kind, or a bare JSON list of paths; where there is no such file, the preset of that name.
 
     Raises:
         CheckpointError: the file is missing or holds no tree.
+        InvalidInput: neither a file nor a preset has that name.
         InvalidTree: its tree is malformed.
         ConfigError: a dynamic tree with an unknown key, or a value of the wrong type.
     """
+    if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
+        return preset(str(path))
     return _tree(read_tree_file(path), str(path))
 
 

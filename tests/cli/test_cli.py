@@ -95,11 +95,12 @@ def test_train_tune_generate_on_ones_own_model(tmp_path, embedded_tokenizer):
     assert "eval_head2_top1" in json.loads(done.stdout)["metrics"]
     done = medusa(
         "tune", model, "--heads", heads, "--prompts", str(data), "--max-prompts", "2", "--prompt-tokens", "32", "-n", "16",
-        "--nodes", "6", "--output", f"{heads}/medusa_tree.json", "--json",
+        "--nodes", "6", "--rounds", "1", "--always", "--output", f"{heads}/medusa_tree.json", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    assert record["expected_acceptance_length"] >= 1 and len(record["calibration"]["accuracies"]) == 2
+    assert record["chosen"]["1"]["acceleration_rate"] >= 1 and len(record["calibration"]["accuracies"]) == 2
+    assert json.loads((tmp_path / "heads" / "medusa_tree.json").read_text()) == record["tree"]
     done = medusa("generate", model, "x = ", "--heads", heads, "-n", "5", "--json")
     assert done.returncode == 0, done.stderr
 
@@ -125,8 +126,9 @@ def tiny_folder(tmp_path):
         (["chat", "embedded"], "no chat template"),
         (["inspect", "no-such-folder/at-all"], "is no folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
-        (["tune", "embedded"], "no prompts"),
-        (["tune", "embedded", "--prompts", "x", "--nodes", "0"], "--nodes is 0"),
+        (["tune", "some/model"], "no prompts"),
+        (["tune", "embedded", "--nodes", "1"], "--nodes is 1"),
+        (["tune", "embedded", "--kind", "sparse"], "wanted one of static, dynamic, independent"),
         (["generate", "embedded", "x", "--tree", "."], "cannot read the tree file"),
         (["generate", "embedded", "x", "--device", "cuda:99"], "is not there"),
         (["generate", "embedded", "x", "--stop", ""], "a stop string is empty"),

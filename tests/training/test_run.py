@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa.checkpoints import load_heads
 from medusa.errors import InvalidInput, MedusaError
-from medusa.heads import load_heads
-from medusa.model import load_backbone
+from medusa.loading import load_backbone
 from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
 from medusa.training.data import Row, Rows, load_rows
 from medusa.training.hidden_states import keep

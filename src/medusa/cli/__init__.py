@@ -8,7 +8,7 @@ from importlib import import_module
 
 import typer
 
-VERBS = ("demo", "generate", "chat", "distill", "train", "tune", "bench", "judge", "simulate", "inspect")
+VERBS = ("demo", "generate", "chat", "distill", "train", "tune", "tree", "bench", "judge", "simulate", "convert", "inspect")
 
 app = typer.Typer(
     name="medusa",

@@ -167,15 +167,15 @@ def bench_command(
 def _save(output: Path, record: dict[str, Any], answers: list[dict[str, Any]]) -> None:
     from medusa.evaluation.page import page
     from medusa.evaluation.report import markdown
-    from medusa.records import write_whole
+    from medusa.files import write_text
 
-    write_whole(output / "answers.jsonl", "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-    write_whole(output / "results.json", json.dumps(record, indent=2) + "\n")
-    write_whole(output / "results.md", markdown(record))
+    write_text(output / "answers.jsonl", "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    write_text(output / "results.json", json.dumps(record, indent=2) + "\n")
+    write_text(output / "results.md", markdown(record))
     if importlib.util.find_spec("matplotlib") is None:
         common.note("no results.html without matplotlib: pip install 'medusa-decoding[plots]' and run the same command again")
     else:
-        write_whole(output / "results.html", page(record))
+        write_text(output / "results.html", page(record))
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ HeadsOption = Annotated[
 ]
 TreeOption = Annotated[
     str | None,
-    typer.Option("--tree", help="A tree file, or `root` for plain decoding (default: the one beside the heads)."),
+    typer.Option("--tree", help="A tree file, a preset, or `root` for plain decoding (default: the one beside the heads)."),
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32 (default: the backbone's own).")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … (default: cuda where there is one).")]
@@ -126,9 +126,10 @@ def load_model(
     heads_wanted: bool = True,
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
-    from medusa.heads import has_heads
+    from medusa.checkpoints import has_heads
     from medusa.hub import local_folder
-    from medusa.model import MedusaModel, load_backbone
+    from medusa.loading import load_backbone
+    from medusa.model import MedusaModel
     from medusa.quantization import quantized
 
     quiet_transformers()
@@ -201,6 +202,17 @@ def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = No
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]  # an empty prompt starts a text
     return torch.tensor([ids], dtype=torch.long)
+
+
+def integers(name: str, text: str, least: int = 1) -> list[int]:
+    """Integers with commas between."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInput(f"--{name} is {text!r}, wanted integers such as 1,16,64") from None
+    if min(values) < least:
+        raise InvalidInput(f"--{name} holds {min(values)}, wanted at least {least}")
+    return values
 
 
 def note(message: str) -> None:

@@ -9,57 +9,49 @@ from typing import Annotated
 import typer
 
 from medusa.cli import common
-from medusa.errors import InvalidInput
+from medusa.cli.tree import figures, show_tree
 
 
 def inspect_command(
-    path: Annotated[str, typer.Argument(help="A folder or hub id with heads, a tree file, or `embedded`.")],
+    path: Annotated[str, typer.Argument(help="A folder, file or hub id with heads of any format, a tree file, or `embedded`.")],
     as_json: common.JsonOption = False,
 ) -> None:
-    """Say what is there: heads, their sizes and parameters, and the tree."""
+    """Say what is there: heads, their format, sizes and parameters, and the tree."""
+    from medusa.checkpoints import open_checkpoint
     from medusa.config import TREE_FILE
-    from medusa.heads import load_heads
     from medusa.hub import local_folder
-    from medusa.tree import MedusaTree
+    from medusa.trees import Tree, load_tree
 
     file = Path(path)
     record: dict = {}
-    if file.is_file() and file.suffix != ".json":
-        raise InvalidInput(f"{path} is no tree file; give the folder that the heads are in")
-    if file.is_file():
-        tree: MedusaTree | None = MedusaTree.load(file)
+    if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
+        tree: Tree | None = load_tree(file)
     else:
-        folder = local_folder(common.model_folder(path))
-        heads = load_heads(folder)
-        config = heads.config
+        source = file if file.is_file() else local_folder(common.model_folder(path))
+        found = open_checkpoint(source)
         record["heads"] = {
-            "num_heads": len(heads),
-            "num_layers": heads.num_layers,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "shared_lm_head": config.medusa_shared_lm_head,
-            "parameters": sum(p.numel() for p in heads.parameters()),
-            "dtype": str(next(heads.parameters()).dtype).removeprefix("torch."),
-            "base_model": config.base_model_name_or_path,
+            "format": found.format,
+            "file": found.source.name,
+            "num_heads": found.num_heads,
+            "num_layers": found.num_layers,
+            "hidden_size": found.hidden_size,
+            "vocab_size": found.vocab_size,
+            "shared_lm_head": found.shared_lm_head,
+            "lm_head_bias": found.lm_head_bias,
+            "tied_blocks": found.tied_blocks,
+            "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
+            "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),
+            "base_model": found.base_model,
+            "notes": list(found.notes),
         }
-        tree = MedusaTree.load(folder / TREE_FILE) if (folder / TREE_FILE).is_file() else None
+        beside = found.source.parent / TREE_FILE
+        tree = load_tree(beside) if beside.is_file() else None
     if tree is not None:
-        record["tree"] = {"nodes": len(tree), "depth": tree.depth, "max_rank": tree.max_rank}
+        record["tree"] = figures(tree)
     if as_json:
         print(json.dumps(record))
         return
     for part, facts in record.items():
         print(f"{part}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
     if tree is not None:
-        print_tree(tree)
-
-
-def print_tree(tree) -> None:
-    """The tree as text: each node by its rank."""
-    from rich import print as rich_print
-    from rich.tree import Tree
-
-    branches = {(): Tree("root")}
-    for node in tree.paths:
-        branches[node] = branches[node[:-1]].add(f"head {len(node)} rank {node[-1]}")
-    rich_print(branches[()])
+        show_tree(tree)

@@ -44,7 +44,8 @@ def judge_command(
 
     from medusa.endpoint import Endpoint
     from medusa.evaluation.judge import CLAIM, GRADES, SYSTEM, grades, is_graded, judge, read_tasks, spent
-    from medusa.records import Journal, claim, write_whole
+    from medusa.files import write_text
+    from medusa.records import Journal, claim
 
     tasks = read_tasks(answers)
     folder = output or Path(answers).parent / f"judge-{judge_model.replace('/', '-')}"
@@ -66,7 +67,7 @@ def judge_command(
         "failed": dict(failed),
         "decoders": grades(tasks, journal),
     }
-    write_whole(folder / "judge.json", json.dumps(record, indent=2) + "\n")
+    write_text(folder / "judge.json", json.dumps(record, indent=2) + "\n")
     if as_json:
         print(json.dumps(record))
     else:

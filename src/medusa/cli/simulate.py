@@ -91,7 +91,8 @@ def simulate_command(
         )
     shape = load_shape(common.model_folder(model), trust_remote_code)
     setting = Setting(shape, machine, dtype, num_heads, not shared_lm_head, weight_bits, paper_block)
-    batches, lengths, sizes = integers("batch", batch), integers("length", length), integers("candidates", candidates)
+    batches, lengths = common.integers("batch", batch), common.integers("length", length)
+    sizes = common.integers("candidates", candidates)
     if roofline:
         found = [p for b in batches for s in lengths for q in sizes for p in rooflines.points(shape, machine, b, s, q, dtype)]
         return show([dataclasses.asdict(p) for p in dict.fromkeys(found)], as_json)  # prefill and decoding once
@@ -221,14 +222,3 @@ def show(rows: list[dict], as_json: bool) -> None:
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=None if Console().is_terminal else 160).print(table)
-
-
-def integers(name: str, text: str) -> list[int]:
-    """Positive integers with commas between."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidInput(f"--{name} is {text!r}, wanted integers such as 1,16,64") from None
-    if min(values) < 1:
-        raise InvalidInput(f"--{name} holds {min(values)}, wanted at least 1")
-    return values

@@ -81,9 +81,10 @@ def train_command(
     recipe = resolve(method, settings, str(config) if config else "training options")
 
     common.quiet_transformers()
-    from medusa.heads import load_heads
+    from medusa.checkpoints import load_heads
     from medusa.hub import local_folder
-    from medusa.model import MedusaModel, load_backbone
+    from medusa.loading import load_backbone
+    from medusa.model import MedusaModel
     from medusa.quantization import quantized
     from medusa.training.data import load_rows
     from medusa.training.run import train

@@ -1,82 +1,257 @@
-"""medusa tune: calibrate the heads and search their tree."""
+"""medusa tune: calibrate the heads and choose the tree that is fastest on this machine."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medusa.cli import common
 from medusa.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.model import MedusaModel
+    from medusa.tuning.calibrate import Recorded
+    from medusa.tuning.tune import Option, Tuned
+
 
 def tune_command(
     model: common.ModelArgument = "embedded",
-    prompts: Annotated[Path | None, typer.Option("--prompts", help='JSONL with "text" or "input_ids".')] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", help="Text like the model will see: a set, file or hub id (default for `embedded`: its own)."
+        ),
+    ] = None,
     heads: common.HeadsOption = None,
-    nodes: Annotated[int, typer.Option("--nodes", help="Size of the tree, the root included.")] = 24,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where to write the tree; what it was chosen by goes beside it, and is gone on with."
+        ),
+    ] = None,
+    nodes: Annotated[
+        list[int] | None, typer.Option("--nodes", help="Sizes to try, the root included; repeatable (default: 2 to 128).")
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind", help="static, dynamic or independent (the paper's search); repeatable (default: the first two)."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", help="Batch sizes to choose a tree for; repeatable (default: 1).")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option("--context", help="Context lengths at which steps are timed; repeatable (default: that of the prompts)."),
+    ] = None,
+    always: Annotated[bool, typer.Option("--always", help="Choose a tree even where plain decoding is faster.")] = False,
     max_prompts: Annotated[int, typer.Option("--max-prompts", help="Prompts used.")] = 64,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt used.")] = 256,
     max_new_tokens: common.MaxNewTokens = 128,
     temperature: common.Temperature = 0.0,
-    ranks: Annotated[int, typer.Option("--ranks", help="Guesses of each head that are scored.")] = 16,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write the tree; calibration.json goes beside it.")
-    ] = None,
-    independent: Annotated[
-        bool, typer.Option("--independent", help="Take heads to err independently (the paper's search).")
-    ] = False,
+    ranks: Annotated[int, typer.Option("--ranks", help="Guesses of each head that may become nodes.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts continued together while calibrating.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", help="Times that each tree's steps are timed, in turn.")] = 5,
     quantization: common.QuantizationOption = "none",
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
+    compile: common.CompileOption = False,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Score the heads on what the backbone says and search the best tree of a size (paper 2.3.3)."""
-    if prompts is None:
-        raise InvalidInput("no prompts; pass --prompts FILE.jsonl with text like the model will see")
+    """Record what the backbone says and its heads guess, replay trees of all kinds and sizes on it, time their steps here, and
+    choose the one with the most tokens a second; plain decoding where none pays (paper 2.3.3, 2.2.3)."""
+    from medusa.tuning.tune import KINDS, SIZES
+
+    sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:2]), batch or [1]
+    _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
+    if prompts is None and model != "embedded":
+        raise InvalidInput("no prompts; pass --prompts FILE with text like the model will see")
+    from rich.console import Console
+    from rich.progress import Progress, TimeRemainingColumn
+
+    from medusa.trees import Tree, TreeChoice, save_tree
+    from medusa.tuning.calibrate import Calibration, record
+    from medusa.tuning.tune import Measure, Trees, measure_steps, tune
+
+    medusa = common.load_model(model, heads, "root", dtype, device, trust_remote_code, quantization)
+    chosen_prompts = _prompts(model, prompts, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code)
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("recording", total=len(chosen_prompts))
+        texts = record(
+            medusa,
+            chosen_prompts,
+            max_new_tokens,
+            ranks,
+            temperature,
+            batch_size=batch_size,
+            folder=output.parent / "recorded" if output is not None else None,
+            on_progress=lambda done: progress.advance(task, done),
+        )
+        progress.add_task("searching trees", total=None)
+        trees = Trees(texts, ranks)
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
+        lengths = context or [max(text.start + 1 for text in texts)]
+
+        def measure(tried: Any, rows: int) -> list[float]:
+            task = progress.add_task(f"timing steps, batch {rows}", total=len(tried) * (rounds + 1) * len(lengths))
+            seconds = [
+                measure_steps(
+                    medusa,
+                    tried,
+                    _rows(texts, rows, length),
+                    rounds=rounds,
+                    on_progress=lambda: progress.advance(task),
+                    compile=compile,
+                    **sampling,
+                )
+                for length in lengths
+            ]
+            return [sum(each) / len(lengths) for each in zip(*seconds, strict=True)]
+
+        timed: Measure = measure
+        tuned = tune(trees, timed, kinds, sizes, sorted(batches), always)
+    picked = {size: option.tree for size, option in tuned.chosen.items()}
+    tree: Tree = picked[min(picked)] if len(set(picked.values())) == 1 else TreeChoice(picked)
+    calibration = Calibration.of(texts)
+    report = {
+        "tree": tree.to_dict(),
+        **tuned.to_dict(),
+        "calibration": {
+            "accuracies": calibration.accuracies,
+            "positions": calibration.positions,
+            "texts": len(texts),
+            "temperature": temperature,
+        },
+        "made_with": _made_with(medusa, prompts, lengths, compile),
+    }
+    if output is not None:
+        from medusa.files import write_text
+
+        save_tree(tree, output)
+        write_text(output.parent / "calibration.json", json.dumps(calibration.to_dict()) + "\n")
+        write_text(output.parent / "tuning.json", json.dumps(report, indent=2) + "\n")
+        if importlib.util.find_spec("matplotlib") is not None:
+            from medusa.tuning.curve import draw_curve
+
+            draw_curve(tuned, output.parent / "tuning.png")
+        common.note(f"tree saved as {output}; beside it calibration.json, tuning.json and the curve")
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show(tuned, calibration.accuracies)
+
+
+def _check(
+    sizes: list[int], kinds: list[str], batches: list[int], contexts: list[int], counts: list[int], temperature: float
+) -> None:
+    from medusa.tuning.tune import KINDS
+
     if temperature < 0:
         raise InvalidInput(f"temperature is {temperature}, wanted 0 (greedy) or more")
-    for name, value in (("nodes", nodes), ("max-prompts", max_prompts), ("prompt-tokens", prompt_tokens), ("ranks", ranks)):
+    if any(size < 2 for size in sizes):
+        raise InvalidInput(f"--nodes is {min(sizes)}, wanted at least 2: the root alone is always tried")
+    for name, values in (("batch", batches), ("context", contexts)):
+        if min(values) < 1:
+            raise InvalidInput(f"--{name} is {min(values)}, wanted at least 1")
+    for name, value in zip(("max-prompts", "prompt-tokens", "ranks", "batch-size", "rounds"), counts, strict=True):
         if value < 1:
             raise InvalidInput(f"--{name} is {value}, wanted at least 1")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InvalidInput(f"--kind is {kind!r}, wanted one of {', '.join(KINDS)}")
+
+
+def _prompts(
+    model: str,
+    prompts: str | None,
+    medusa: MedusaModel,
+    max_prompts: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    trust_remote_code: bool,
+) -> list[Tensor]:
+    """Token ids of prompts: under the model's chat template, or the beginnings of texts."""
+    import torch
+
+    from medusa.evaluation.bench import Asking
+    from medusa.evaluation.prompts import held_out_prompts, read_questions, select
+
+    if prompts is None:
+        return [prompt.ids[:prompt_tokens] for prompt in held_out_prompts("calibration")[:max_prompts]]
+    asking = Asking(common.load_tokenizer(model, trust_remote_code), medusa.eos_token_ids)
+    questions = select(read_questions(prompts), (), None)
+    found = [asking.prompt(question, []) for question in questions]
+    if not asking.chat:
+        found = [ids[:prompt_tokens] for ids in found]
+    room = None if medusa.context is None else medusa.context - max_new_tokens - medusa.num_heads
+    found = [ids for ids in found if ids and (room is None or len(ids) <= room)]
+    if not found:
+        raise InvalidInput(f"{prompts} holds no prompt that leaves room for {max_new_tokens} new tokens in the context")
+    stride = max(1, len(found) // max_prompts)
+    return [torch.tensor(ids) for ids in found[::stride][:max_prompts]]
+
+
+def _rows(texts: list[Recorded], batch: int, length: int) -> Tensor:
+    """(batch, length) of recorded text, from the beginning again where there is too little."""
+    import torch
+
+    every = torch.cat([text.ids for text in texts])
+    repeats = -(-batch * length // len(every))
+    return every.repeat(repeats)[: batch * length].view(batch, length)
+
+
+def _made_with(medusa: MedusaModel, prompts: str | None, lengths: list[int], compile: bool) -> dict[str, Any]:
+    from medusa.provenance import environment, fingerprint, heads_fingerprint
+
+    assert medusa.heads is not None
+    return {
+        "prompts": prompts or "held out",
+        "contexts": lengths,
+        "compile": compile,
+        "dtype": str(medusa.backbone.dtype).removeprefix("torch."),
+        "backbone": fingerprint(medusa),
+        "heads": heads_fingerprint(medusa.heads),
+        **environment(medusa.device),
+    }
+
+
+def _show(tuned: Tuned, accuracies: list[list[float]]) -> None:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.table import Table
 
-    from medusa.metrics import expected_acceptance_length
-    from medusa.search import search_joint_tree, search_tree
-    from medusa.training.data import load_rows
-    from medusa.tuning.calibrate import calibrate
+    console = Console()
+    for k, row in enumerate(accuracies, 1):
+        console.print(f"head {k}: " + "  ".join(f"{accuracy:.3f}" for accuracy in row[:8]))
 
-    medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
-    tokenizer = common.load_tokenizer(model, trust_remote_code)
-    rows = load_rows(prompts, tokenizer, prompt_tokens, medusa.vocab_size)
-    blocks = [row.ids for row in rows if len(row) >= min(32, prompt_tokens)]
-    if not blocks:
-        raise InvalidInput(f"{prompts} holds no text of at least {min(32, prompt_tokens)} tokens")
-    stride = max(1, len(blocks) // max_prompts)
-    chosen = [block.long() for block in blocks[::stride][:max_prompts]]
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("calibrating", total=len(chosen))
-        calibration = calibrate(medusa, chosen, max_new_tokens, ranks, temperature, on_progress=lambda: progress.advance(task))
-    if independent:
-        tree = search_tree(calibration.accuracies, nodes)
-        expected = expected_acceptance_length(tree, calibration.accuracies)
-    else:
-        tree = search_joint_tree(calibration.paths, nodes)
-        expected = 1 + sum(count for path, count in calibration.paths if path in tree.paths) / calibration.positions
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tree.save(output)
-        record = {"prompts": prompts.name, "temperature": temperature, **calibration.to_dict()}
-        (output.parent / "calibration.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-        common.note(f"tree saved as {output}, the accuracies beside it as calibration.json")
-    if as_json:
-        paths = [list(path) for path in tree.paths]
-        print(json.dumps({"paths": paths, "expected_acceptance_length": expected, "calibration": calibration.to_dict()}))
-        return
-    for k, row in enumerate(calibration.accuracies, 1):
-        print(f"head {k}: " + "  ".join(f"{accuracy:.3f}" for accuracy in row[:8]))
-    print(f"{len(tree)} nodes, depth {tree.depth}: {expected:.2f} tokens a step expected")
+    def add(table: Table, option: Option, marked: bool) -> None:
+        low, high = option.interval
+        cells = [option.name, f"{option.acceleration_rate:.2f} ({low:.2f}-{high:.2f})"]
+        for batch, seconds in option.step_seconds.items():
+            speedup = option.tokens_per_second(batch) / tuned.plain.tokens_per_second(batch)
+            cells += [f"{1e3 * seconds:.2f}", f"{seconds / tuned.plain.step_seconds[batch]:.2f}", f"{speedup:.2f}"]
+        table.add_row(*cells, style="bold" if marked else None)
+
+    picked = [option.tree for option in tuned.chosen.values()]
+    for title, options in (("kinds and sizes", [tuned.plain, *tuned.options]), ("what each head adds", tuned.by_depth)):
+        if options:
+            of = [f"{what}{f', batch {b}' if len(tuned.chosen) > 1 else ''}" for b in tuned.chosen for what in FIGURES]
+            table = Table("tree", "tokens a step", *of, title=title)
+            for option in options:
+                add(table, option, option.tree in picked)
+            console.print(table)
+    for batch, option in tuned.chosen.items():
+        speedup = option.tokens_per_second(batch) / tuned.plain.tokens_per_second(batch)
+        console.print(f"batch {batch}: {option.name}, {speedup:.2f} times plain decoding")
+    console.print(f"heads worth having: {tuned.recommended_heads}")
+
+
+FIGURES = ("ms", "overhead", "speedup")

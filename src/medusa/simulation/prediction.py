@@ -132,7 +132,7 @@ def log_law(candidates: int, base: float = 2.0) -> float:
 
 def calibrated(path: Path) -> Acceleration:
     """The acceleration of the best tree of each size, from a `calibration.json` as `medusa tune` writes it."""
-    paths, positions = _read_calibration(path)
+    paths, positions = read_calibration(path)
     from medusa.search import search_joint_tree
 
     return lambda candidates: _expected(search_joint_tree(paths, candidates).paths, paths, positions)
@@ -140,7 +140,7 @@ def calibrated(path: Path) -> Acceleration:
 
 def calibrated_tree(tree: Sequence[tuple[int, ...]], path: Path) -> float:
     """Tokens a step that a tree (its paths) should give by a `calibration.json`."""
-    return _expected(tree, *_read_calibration(path))
+    return _expected(tree, *read_calibration(path))
 
 
 def _expected(tree: Sequence[tuple[int, ...]], paths: list[tuple[tuple[int, ...], int]], positions: int) -> float:
@@ -149,7 +149,8 @@ def _expected(tree: Sequence[tuple[int, ...]], paths: list[tuple[tuple[int, ...]
     return 1 + sum(count for path, count in paths if path in members) / positions
 
 
-def _read_calibration(path: Path) -> tuple[list[tuple[tuple[int, ...], int]], int]:
+def read_calibration(path: Path) -> tuple[list[tuple[tuple[int, ...], int]], int]:
+    """The rank paths of a `calibration.json` with how often each came true, and of how many positions."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])

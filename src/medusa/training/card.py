@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from medusa.checkpoints.card import card
+from medusa.files import write_text
 from medusa.training.config import TrainingConfig
 
-CARD = """\
----
-library_name: medusa-decoding
-pipeline_tag: text-generation
-tags: [medusa, speculative-decoding]{base_model}
----
-
-# Medusa heads{of}
-
-{method} (Cai et al., 2024): {num_heads} heads, {num_layers} residual block{plural} each, {lm_head}.
-
-    from medusa import MedusaModel
-    model = MedusaModel.from_pretrained({backbone!r}, heads="this folder")
+MEASURED = """\
 
 {backbone_note}
 
@@ -54,15 +44,9 @@ def write_card(
         if f"eval_head{k}_top1" in metrics:
             row = " | ".join(f"{metrics[f'eval_head{k}_top{i}']:.3f}" for i in ranks)
             lines.append(f"| {k} | token t+{k + 1} | {row} |")
-    text = CARD.format(
-        base_model=f"\nbase_model: {base_model}" if base_model else "",
-        of=f" for {base_model}" if base_model else "",
-        method="Medusa-2" if config.joint else "Medusa-1",
-        num_heads=config.num_heads,
-        num_layers=config.num_layers,
-        plural="" if config.num_layers == 1 else "s",
-        lm_head="predicting through the backbone's LM head" if config.shared_lm_head else "with LM heads of their own",
-        backbone=base_model or "the backbone",
+    method = "Medusa-2" if config.joint else "Medusa-1"
+    head = card(config.num_heads, config.num_layers, config.shared_lm_head, base_model, method, config.backbone == "full")
+    measured = MEASURED.format(
         backbone_note=BACKBONE_NOTES[config.backbone],
         ranks=" | ".join(f"top-{i}" for i in ranks),
         rule="|".join("---" for _ in ranks),
@@ -73,4 +57,4 @@ def write_card(
         tokens=tokens,
         labelled=labelled,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", head + measured)

@@ -93,6 +93,10 @@ class TrainingConfig:
         if self.backbone == "frozen" and self.heads_steps:
             raise InvalidInput("heads_steps is for a backbone that is trained; with a frozen one all steps are of the heads")
 
+    def lambdas(self, num_heads: int) -> list[float]:
+        """What the loss of each head counts (paper 2.2.1, Eq. 1): lambda_k is the k-th power of a constant."""
+        return [self.lambda_base**k for k in range(1, num_heads + 1)]
+
     @property
     def joint(self) -> bool:
         """Whether the backbone is trained together with the heads (Medusa-2)."""

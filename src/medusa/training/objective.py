@@ -99,10 +99,9 @@ class Objective(nn.Module):
             with torch.no_grad(), without_adapter(self.backbone):
                 original = model.hidden_states(input_ids, packed)[:, :-1][following]
 
-        # Medusa 2.2.1, Eq. 1: lambda_k is the k-th power of a constant
+        # Medusa 2.2.1, Eq. 1
         head_losses = self._head_losses(hidden, labels, segments, following, original, distill) / counts[1:]
-        powers = torch.arange(1, len(self.heads) + 1, device=head_losses.device)
-        loss = (config.lambda_base**powers * head_losses).sum()
+        loss = (head_losses.new_tensor(config.lambdas(len(self.heads))) * head_losses).sum()
         output = {"head_losses": head_losses.detach(), "hidden": hidden.detach()}
         if config.joint:
             states, wanted = hidden[:, :-1][following], labels[:, 1:][following]

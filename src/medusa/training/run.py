@@ -21,9 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa import __version__
 from medusa.adapter import ADAPTER_FILES, attach_adapter, save_adapter
+from medusa.checkpoints import heads_from_tensors, load_heads, save_heads
 from medusa.config import HEADS_FILE, TREE_FILE
 from medusa.errors import InvalidInput
-from medusa.heads import MedusaHeads, heads_from_tensors, load_heads, save_heads
+from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.provenance import fingerprint
 from medusa.quantization import make_differentiable

@@ -88,7 +88,7 @@ class MedusaTrainer(Trainer):
         """Stop when the loss is no number or explodes: going on would only overwrite good checkpoints."""
         config = self.model.recipe
         vocab_size = self.model.heads.config.vocab_size
-        weight = sum(config.lambda_base**k for k in range(1, len(self.model.heads) + 1))
+        weight = sum(config.lambdas(len(self.model.heads)))
         ignorant = math.log(vocab_size) * (1 + config.lambda_0 * weight if config.joint else weight)
         untrained = self.state.global_step < config.warmup_steps  # new heads say what the LM head says, and are far off
         if math.isfinite(loss) and (untrained or loss < EXPLODED * ignorant):
@@ -144,7 +144,7 @@ class MedusaTrainer(Trainer):
         hits, times, losses, counts = (self.accelerator.reduce(total, "sum") for total in (hits, times, losses, counts))
         self.evaluated = Evaluated(hits.tolist(), times.tolist())
         lm_loss, *head_losses = (losses / counts.clamp(min=1)).tolist()
-        loss = sum(config.lambda_base**k * head_loss for k, head_loss in enumerate(head_losses, 1))
+        loss = sum(weight * loss for weight, loss in zip(config.lambdas(len(head_losses)), head_losses, strict=True))
         metrics = {f"{metric_key_prefix}_loss": lm_loss + config.lambda_0 * loss if config.joint else loss}
         if config.joint:
             metrics[f"{metric_key_prefix}_lm_loss"] = lm_loss

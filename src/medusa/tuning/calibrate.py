@@ -1,21 +1,54 @@
-"""Calibration: how often each guess of each head is right where it is asked during decoding (paper 2.3.3)."""
+"""Calibration: what each head guesses where it is asked during decoding, and how often it is right (paper 2.3.3)."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa.errors import InvalidInput
-from medusa.metrics import accuracies_of, guess_ranks
+from medusa.files import whole
+from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
+from medusa.output import MedusaGenerateOutput
+from medusa.provenance import fingerprint, heads_fingerprint
+from medusa.records import claim
 
 MOST_PATHS = 1024
+CLAIM = "recorded.yaml"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the backbone said after a prompt, and what the heads guessed at each of T places in it.
+
+    At place t the last committed token is number `start + t`, the root the one after it, and head k guesses the k-th after the
+    root. The text goes on beyond the last place, so that every head can be scored at every place.
+    """
+
+    ids: Tensor  # (start + T + K + 1,) long
+    start: int  # of the last token of the prompt
+    guesses: Tensor  # (T, K, R) int32: the likeliest tokens of each head, best first
+    log_p: Tensor  # (T, K, R) float32
+
+    def __len__(self) -> int:
+        return self.guesses.shape[0]
+
+    def right(self) -> Tensor:  # (T, K) long
+        """Which guess of each head was right, from 0 on; -1 where none was."""
+        places = self.start + 2 + torch.arange(len(self))[:, None] + torch.arange(self.guesses.shape[1])
+        hits = self.guesses == self.ids[places][..., None]
+        return torch.where(hits.any(-1), hits.int().argmax(-1), -1)
 
 
 @dataclass(frozen=True)
@@ -24,87 +57,178 @@ class Calibration:
 
     Attributes:
         hits: [k - 1][i]: how often exactly guess i (0-based) of head k was right.
-        asked: [k - 1]: of so many times.
+        positions: of so many.
         paths: the rank paths that came true most often, each with how often: what heads get right together, without the
             assumption that they err independently.
-        positions: of so many.
     """
 
     hits: list[list[int]]
-    asked: list[int]
-    paths: list[tuple[tuple[int, ...], int]]
     positions: int
+    paths: list[tuple[tuple[int, ...], int]]
+
+    @classmethod
+    def of(cls, texts: Sequence[Recorded]) -> Calibration:
+        """The counts of recorded texts."""
+        right = torch.cat([text.right() for text in texts])
+        ranks = texts[0].guesses.shape[-1]
+        hits = [torch.bincount(column[column >= 0], minlength=ranks).tolist() for column in right.T]
+        counts: Counter[tuple[int, ...]] = Counter()
+        for row in right.tolist():
+            path = tuple(takewhile(lambda rank: rank >= 0, row))
+            counts.update(path[:depth] for depth in range(1, len(path) + 1))
+        paths = sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[:MOST_PATHS]
+        return cls(hits, len(right), paths)
 
     @property
     def accuracies(self) -> list[list[float]]:
-        return accuracies_of(self.hits, self.asked)
+        """[k - 1][i]: the share of places at which exactly guess i of head k was right."""
+        return accuracies_of(self.hits, [self.positions] * len(self.hits))
 
-    def to_dict(self) -> dict:
-        return {**asdict(self), "accuracies": self.accuracies}
+    def intervals(self) -> list[list[tuple[float, float]]]:
+        """The 95 % intervals of the accuracies (Wilson's), as if places were independent."""
+        return [[wilson(hit, self.positions) for hit in row] for row in self.hits]
+
+    def conditional(self, path: tuple[int, ...]) -> list[float]:
+        """How often head k + 1 was right with each guess where the ranks of `path`, of heads 1 to k, were: what the assumption
+        that heads err independently leaves out."""
+        counts = dict(self.paths)
+        above = counts.get(path, 0) if path else self.positions
+        ranks = len(self.hits[0])
+        return [counts.get((*path, rank), 0) / above if above else 0.0 for rank in range(ranks)]
+
+    def to_dict(self) -> dict[str, Any]:
+        best = [(0,) * depth for depth in range(len(self.hits))]
+        return {
+            **asdict(self),
+            "accuracies": self.accuracies,
+            "intervals": self.intervals(),
+            "after_first_guesses": [self.conditional(path)[:8] for path in best],
+        }
 
 
-def calibrate(
+def wilson(hits: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share by Wilson's score.
+
+    >>> [round(bound, 3) for bound in wilson(50, 100)]
+    [0.404, 0.596]
+    """
+    if not asked:
+        return 0.0, 1.0
+    share, spread = hits / asked, z * z / asked
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / asked + spread / asked / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def record(
     model: MedusaModel,
     prompts: Sequence[Tensor],  # each (P,) long
     max_new_tokens: int = 128,
-    ranks: int = 16,
+    ranks: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 8,
-    on_progress: Callable[[], None] | None = None,
-) -> Calibration:
-    """Let the backbone continue the prompts, with Medusa's help, and score the heads on what it said.
+    folder: Path | None = None,
+    on_progress: Callable[[int], None] = lambda prompts: None,
+) -> list[Recorded]:
+    """Let the backbone continue the prompts, with Medusa's help, and note what the heads guess on the way.
 
     Args:
+        max_new_tokens: places at which heads are asked, in each text.
         temperature: 0 is greedy; otherwise continuations are drawn from the backbone's distribution.
         batch_size: prompts continued together; what is said does not depend on it but for rounding.
-        on_progress: called after every prompt.
+        folder: keeps what is recorded, batch by batch, and goes on from what it holds.
+        on_progress: called with the prompts done, after every batch.
+
+    Raises:
+        InvalidInput: no heads, no text long enough, or the folder holds what something else was recorded with.
     """
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.vocab_size)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    found = []
+    if folder is not None:
+        told = [prompt.tolist() for prompt in prompts]
+        made_with = {
+            "backbone": fingerprint(model),
+            "heads": heads_fingerprint(model.heads),
+            "settings": [max_new_tokens, ranks, temperature, seed, batch_size],
+            "prompts": len(prompts),
+            "prompts_digest": hashlib.sha256(repr(told).encode()).hexdigest()[:16],
+        }
+        claim(folder / CLAIM, made_with)
+    texts: list[Recorded] = []
     for first in range(0, len(prompts), batch_size):
-        for prompt, ids in continuations(
-            model, prompts[first : first + batch_size], max_new_tokens, seed=seed + first, **sampling
-        ):
-            with torch.inference_mode():
-                hidden = model.hidden_states(ids[None])
-            # Heads are asked from the last token of the prompt on.
-            start = len(prompt) - 1
-            found.append(guess_ranks(model.heads, hidden[0, start:], ids[start:], ranks))
-            if on_progress:
-                on_progress()
-    every = torch.cat(found)
-    hits = [torch.bincount(every[every[:, k] >= 0, k], minlength=ranks).tolist() for k in range(model.num_heads)]
-    # Head k is not asked for the last k tokens of a text.
-    asked = [sum(max(0, len(part) - k) for part in found) for k in range(model.num_heads)]
-    return Calibration(hits, asked, _paths(every), len(every))
+        batch = prompts[first : first + batch_size]
+        shard = folder / f"texts-{first:05d}.safetensors" if folder is not None else None
+        if shard is not None and shard.is_file():
+            texts += _load(shard)
+        else:
+            found = list(_record(model, batch, max_new_tokens, ranks, temperature, seed + first))
+            if shard is not None:
+                _save(found, shard)
+            texts += found
+        on_progress(len(batch))
+    if not texts:
+        raise InvalidInput(f"no text went on for more than {model.num_heads + 1} tokens; give other prompts or more tokens")
+    return texts
 
 
-def continuations(
-    model: MedusaModel, prompts: Sequence[Tensor], max_new_tokens: int, **options: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """Each prompt with its whole text, continued in one batch."""
-    width = max(map(len, prompts))
-    batch = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(batch)
+def calibrate(model: MedusaModel, prompts: Sequence[Tensor], **options: Any) -> Calibration:
+    """What the heads get right after these prompts; options as for `record`."""
+    return Calibration.of(record(model, prompts, **options))
+
+
+@torch.inference_mode()
+def _record(
+    model: MedusaModel, prompts: Sequence[Tensor], max_new_tokens: int, ranks: int, temperature: float, seed: int
+) -> Iterator[Recorded]:
+    assert model.heads is not None
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    width, beyond = max(map(len, prompts)), model.num_heads + 1
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        batch[row, width - len(prompt) :] = prompt
+        ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
-    output = model.generate(batch, mask, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
-    ends = [width + sum(lengths) for lengths in output.acceptance_lengths]
+    output = model.generate(
+        ids, mask, max_new_tokens=max_new_tokens + model.num_heads, seed=seed, return_dict_in_generate=True, **sampling
+    )
+    assert isinstance(output, MedusaGenerateOutput) and output.sequences is not None and output.acceptance_lengths is not None
+    for row, prompt in enumerate(prompts):
+        text = output.sequences[row, width - len(prompt) : width + sum(output.acceptance_lengths[row])].to(model.device)
+        start = len(prompt) - 1
+        places = len(text) - start - beyond
+        if places < 1:
+            continue
+        hidden = model.hidden_states(text[None])[0, start : start + places]
+        tokens, log_p = [], []
+        for part in hidden.split(256):  # logits of a chunk at a time
+            top = model.heads(part).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
+            tokens.append(top.indices.transpose(0, 1).int().cpu())
+            log_p.append(top.values.transpose(0, 1).cpu())
+        yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p))
+
+
+def _save(texts: Sequence[Recorded], path: Path) -> None:
+    tensors = {}
+    for number, text in enumerate(texts):
+        for field in fields(text):
+            value = getattr(text, field.name)
+            tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
+    try:
+        with whole(path) as partial:
+            save_file(tensors, partial)
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"cannot write {path}: {error}; make room and run the same command again") from None
+
+
+def _load(path: Path) -> list[Recorded]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"{path} is broken: {error}; remove it and run the same command again") from None
+    numbers = sorted({int(name.partition(".")[0]) for name in tensors})
     return [
-        (prompt, output.sequences[row, width - len(prompt) : end].to(model.device))
-        for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
+        Recorded(tensors[f"{n}.ids"], int(tensors[f"{n}.start"]), tensors[f"{n}.guesses"], tensors[f"{n}.log_p"])
+        for n in numbers
     ]
-
-
-def _paths(ranks: Tensor) -> list[tuple[tuple[int, ...], int]]:
-    """Every beginning of a row up to its first miss, counted; the most frequent, shorter before longer."""
-    counts: Counter[tuple[int, ...]] = Counter()
-    for row in ranks.tolist():
-        path = tuple(takewhile(lambda rank: rank >= 0, row))
-        counts.update(path[:depth] for depth in range(1, len(path) + 1))
-    return sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[:MOST_PATHS]

@@ -1,0 +1,257 @@
+"""Reading: heads out of any format, known by their names, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, WANTED, Part, belongs_to_heads, in_style, ours, parse
+from medusa.checkpoints.tensors import INDEX, read_tensors, tensor_names
+from medusa.config import CONFIG_FILE, HEADS_FILE, read_json_object
+from medusa.errors import CheckpointError
+from medusa.heads import MedusaHeads
+
+OLD_HEADS_FILE = "medusa_lm_head.pt"
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+# Where heads may lie, the first that is there: files of heads alone, then a model's, whole or in shards.
+HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
+MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
+HEADS_KEYS = ("medusa_num_heads", "num_medusa_heads")
+LAYERS_KEYS = ("medusa_num_layers", "num_medusa_layers")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Heads as they were found in a file: their tensors, mapped, under our names, and what was noticed on the way."""
+
+    source: Path
+    format: str  # medusa (ours), v0.1, v2, vllm, merged or modelopt
+    tensors: dict[str, Tensor]
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int | None  # None where the LM head is shared and nothing beside the file says
+    shared_lm_head: bool
+    lm_head_bias: bool
+    tied_blocks: bool  # the blocks of each head are one and the same: the old `[block] * L`
+    base_model: str | None
+    notes: tuple[str, ...]  # where config and file disagree, and what was made up
+
+    def heads(self, dtype: torch.dtype | None = None, vocab_size: int | None = None) -> MedusaHeads:
+        """The heads, holding the tensors.
+
+        Args:
+            dtype: default: the tensors' own.
+            vocab_size: that of the backbone, for heads which share its LM head and do not say.
+
+        Raises:
+            CheckpointError: the vocabulary is not known.
+        """
+        vocab_size = self.vocab_size or vocab_size
+        if vocab_size is None:
+            raise CheckpointError(
+                f"{self.source} shares the backbone's LM head and has no {CONFIG_FILE} that gives vocab_size; name the backbone"
+            )
+        with torch.device("meta"):
+            heads = MedusaHeads(
+                self.hidden_size, vocab_size, self.num_heads, self.num_layers, self.shared_lm_head, self.lm_head_bias
+            )
+        # Of several dtypes the one that holds them all: nothing is rounded.
+        dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
+        heads.load_state_dict({name: tensor.to(dtype) for name, tensor in self.tensors.items()}, assign=True)
+        heads.config = dataclasses.replace(heads.config, base_model_name_or_path=self.base_model)
+        return heads
+
+
+def has_heads(folder: Path) -> bool:
+    """Whether there are heads in a folder, in whichever format; only names are looked at."""
+    return any((folder / name).is_file() for name in HEADS_FILES) or _model_file(folder) is not None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Find and map the heads in a folder, or in a file, of any format.
+
+    Raises:
+        CheckpointError: none there, a file that is broken or holds code, or tensors that do not make up heads.
+    """
+    path = Path(path)
+    if path.is_file():
+        file, folder = path, path.parent
+    else:
+        folder = path
+        found = next((folder / name for name in HEADS_FILES if (folder / name).is_file()), None) or _model_file(folder)
+        if found is None:
+            raise CheckpointError(
+                f"no Medusa heads in {folder}: wanted {HEADS_FILE}, {OLD_HEADS_FILE}, or a model's files with tensors named "
+                f"like {WANTED}; pass heads=FOLDER or train some"
+            )
+        file = found
+    # A model's own tensors beside the heads are its own affair.
+    inside = any(map(belongs_to_heads, tensor_names(file)))
+    tensors = read_tensors(file, belongs_to_heads if inside else lambda name: name != TOKEN_MAP)
+    # Often the backbone's own config, where heads lie beside it: only what the tensors do not say is taken from it.
+    config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    return checkpoint_of(tensors, config, file)
+
+
+def load_heads(folder: str | Path, dtype: torch.dtype | None = None, backbone: str | Path | None = None) -> MedusaHeads:
+    """Read heads from a folder or file of any format; how many heads and layers there are is read off the tensors.
+
+    Args:
+        dtype: default: the tensors' own.
+        backbone: the folder of the backbone, asked for its vocabulary where the heads' own does not give it.
+
+    Raises:
+        CheckpointError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(folder)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=2)
+    vocab_size = None
+    if checkpoint.vocab_size is None and backbone is not None and (Path(backbone) / CONFIG_FILE).is_file():
+        vocab_size = _vocab_size(read_json_object(Path(backbone) / CONFIG_FILE))
+    return checkpoint.heads(dtype, vocab_size)
+
+
+def heads_from_tensors(
+    tensors: dict[str, Tensor], config: dict[str, Any], source: str, dtype: torch.dtype | None = None
+) -> MedusaHeads:
+    """Heads of the sizes that the tensors have, holding them; CheckpointError where they do not make up heads."""
+    return checkpoint_of(tensors, config, Path(source)).heads(dtype)
+
+
+def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> Checkpoint:
+    """What a set of named tensors makes up; the config is asked only for what they do not say.
+
+    Raises:
+        CheckpointError: a tensor is unknown, missing or of another shape, or there are none.
+    """
+    parts = _parsed(tensors, source)
+    style = next(iter(parts.values())).style
+    num_heads, num_layers = _sizes(parts, source)
+    held = {ours(part, num_layers): tensors[name] for name, part in parts.items()}
+    if ONE_LM_HEAD in tensors:
+        held |= {f"{k}.{num_layers}.weight": tensors[ONE_LM_HEAD] for k in range(num_heads)}
+    own = any(".linear." not in name for name in held)
+    notes = _fill(held, parts, num_layers)
+    first = f"0.{num_layers}.weight" if own else "0.0.linear.weight"
+    if first not in held or held[first].ndim != 2:
+        raise CheckpointError(f"{source} has no matrix {in_style(first, style)}")
+    vocab_size, hidden_size = held[first].shape
+    bias = any(part.layer is None and part.kind == "bias" for part in parts.values())
+    with torch.device("meta"):
+        wanted = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, bias).state_dict()
+    size = f"{num_heads} heads of {num_layers} layers"
+    for name in sorted(wanted.keys() | held.keys()):
+        if name not in held:
+            raise CheckpointError(f"{source} lacks tensor {in_style(name, style)}, wanted for {size}; copy it again")
+        got, want = tuple(held[name].shape), tuple(wanted[name].shape) if name in wanted else "none"
+        if got != want:
+            raise CheckpointError(f"{source}: tensor {in_style(name, style)} has shape {got}, wanted {want} ({size})")
+    for what, keys, count in (("heads", HEADS_KEYS, num_heads), ("layers", LAYERS_KEYS, num_layers)):
+        said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
+        if said != count:
+            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the file is believed")
+    return Checkpoint(
+        source=source,
+        format=_format(style, source, not own, num_layers),
+        tensors=held,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size if own else _vocab_size(config),
+        shared_lm_head=not own,
+        lm_head_bias=bias,
+        tied_blocks=num_layers > 1 and _tied(held, num_heads, num_layers),
+        base_model=config.get("base_model_name_or_path"),
+        notes=tuple(notes),
+    )
+
+
+def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
+    """What every name says; they must all be of one format."""
+    parts: dict[str, Part] = {}
+    for name in tensors:
+        part = parse(name)
+        if name.endswith("_scale"):
+            raise CheckpointError(f"{source} holds {name}: quantised heads; wanted floats of 16 or more bits")
+        if part is not None:
+            parts[name] = part
+        elif name != ONE_LM_HEAD:
+            raise CheckpointError(f"{source} holds {name}; wanted names like {WANTED}")
+    styles = {part.style: name for name, part in parts.items()}
+    if not parts:
+        raise CheckpointError(f"{source} holds no tensors of heads; wanted names like {WANTED}")
+    if len(styles) > 1 or (ONE_LM_HEAD in tensors and "vllm" not in styles):
+        names = [*styles.values(), ONE_LM_HEAD][:2]
+        raise CheckpointError(f"{source} holds {names[0]} and {names[1]}, names of two formats; wanted one")
+    return parts
+
+
+def _sizes(parts: dict[str, Part], source: Path) -> tuple[int, int]:
+    """The number of heads, and of residual blocks in each, by the names."""
+    num_heads = 1 + max(part.head for part in parts.values())
+    num_layers = max(part.place or 0 if part.layer is None else part.layer + 1 for part in parts.values())
+    if max(num_heads, num_layers) > len(parts):
+        raise CheckpointError(f"{source} has {len(parts)} tensors and names for {num_heads} heads of {num_layers} layers")
+    for name, part in parts.items():
+        if part.place not in (None, num_layers):
+            raise CheckpointError(f"{source}: {name} stands where a block would; wanted LM heads behind {num_layers} blocks")
+    return num_heads, num_layers
+
+
+def _fill(held: dict[str, Tensor], parts: dict[str, Part], num_layers: int) -> list[str]:
+    """Add what a file may leave out: blocks that are one and the same, biases of blocks without; say where it is a guess."""
+    notes = []
+    blocks = {part.layer for part in parts.values() if part.layer is not None}
+    if len(blocks) == 1 and any(part.place == num_layers > 1 for part in parts.values()):
+        # Tensors that are one and the same are written to safetensors once.
+        notes.append(
+            f"one block a head in the file, and LM heads behind {num_layers}: taken as the same one {num_layers} times"
+        )
+        for part in parts.values():
+            if part.layer is not None:
+                copies = (dataclasses.replace(part, layer=layer) for layer in range(num_layers))
+                held |= {ours(copy, num_layers): held[ours(part, num_layers)] for copy in copies}
+    if blocks and not any(part.layer is not None and part.kind == "bias" for part in parts.values()):
+        for name, tensor in list(held.items()):
+            if ".linear." in name and tensor.ndim:
+                held[name.replace("weight", "bias")] = tensor.new_zeros(tensor.shape[0])
+    return notes
+
+
+def _tied(held: dict[str, Tensor], num_heads: int, num_layers: int) -> bool:
+    """Whether the blocks of each head are equal, as `[block] * L` made them."""
+    return all(
+        torch.equal(held[f"{k}.0.linear.{kind}"], held[f"{k}.{layer}.linear.{kind}"])
+        for k in range(num_heads)
+        for layer in range(1, num_layers)
+        for kind in ("weight", "bias")
+    )
+
+
+def _format(style: str, source: Path, shared: bool, num_layers: int) -> str:
+    """Ours has the names of v0.1 in safetensors; with one block and no LM head it is v2."""
+    if style != "v0.1" or source.suffix != ".safetensors":
+        return style
+    return "v2" if shared and num_layers == 1 else "medusa"
+
+
+def _model_file(folder: Path) -> Path | None:
+    """The model file, or index of one in shards, that has heads in it."""
+    path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+    return path if path is not None and any(parse(name) for name in tensor_names(path)) else None
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    nested = config.get("text_config")
+    size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return size if isinstance(size, int) and size > 0 else None

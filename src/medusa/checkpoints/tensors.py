@@ -1,0 +1,131 @@
+"""Tensor files: safetensors and pickles, whole or in shards, mapped rather than read, and no code run."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from medusa.config import read_json_object
+from medusa.errors import CheckpointError
+
+INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in a file or the index of one in shards, without reading them.
+
+    Raises:
+        CheckpointError: broken, or a pickle that holds code.
+    """
+    if path.name.endswith(INDEX):
+        return list(_weight_map(path))
+    return list(tensor_sizes(path) if path.suffix == ".safetensors" else _unpickled(path))
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """The bytes of each tensor in a safetensors file; CheckpointError where it is broken."""
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in _header(path)[0].items()}
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Those tensors of a file, or of one in shards, whose name is wanted. They are mapped: pages are read when used.
+
+    Raises:
+        CheckpointError: broken or truncated, a shard or a tensor that the index names is missing, a tensor that is not
+            of floats, or a pickle that holds code.
+    """
+    if not path.name.endswith(INDEX):
+        return _mapped(path, wanted) if path.suffix == ".safetensors" else _pickled(path, wanted)
+    shards: dict[str, list[str]] = {}
+    for name, shard in _weight_map(path).items():
+        if wanted(name):
+            shards.setdefault(shard, []).append(name)
+    found: dict[str, Tensor] = {}
+    for shard, names in shards.items():
+        file = path.parent / shard
+        if not file.is_file():
+            raise CheckpointError(f"{path} names the shard {shard}, which is not there; copy it again")
+        tensors = read_tensors(file, set(names).__contains__)
+        for name in names:
+            if name not in tensors:
+                raise CheckpointError(f"{path} says that {name} is in {shard}, and it is not; copy both again")
+        found |= tensors
+    return found
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    found = read_json_object(path).get("weight_map")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is no index of shards: it has no weight_map")
+    for name, shard in found.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(INDEX):
+            raise CheckpointError(f"{path}: {name} is in {shard!r}, wanted a file of the same folder")
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin; safetensors itself checks all of it."""
+    try:
+        with safe_open(path, "np"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is broken or truncated ({error}); copy it again") from None
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    # Each tensor is mapped by itself: torch would map the file, which fails for one larger than memory.
+    header, base = _header(path)
+    tensors: dict[str, Tensor] = {}
+    with path.open("rb") as file:
+        for name in filter(wanted, header):
+            dtype, (start, end) = header[name]["dtype"], header[name]["data_offsets"]
+            if dtype not in _DTYPES:
+                raise CheckpointError(f"{path}: tensor {name} is {dtype}, wanted floats of 16 or more bits, not quantised ones")
+            skipped = (base + start) % mmap.ALLOCATIONGRANULARITY
+            if start == end:
+                tensors[name] = torch.empty(header[name]["shape"], dtype=_DTYPES[dtype])
+                continue
+            pages = mmap.mmap(file.fileno(), end - start + skipped, access=mmap.ACCESS_COPY, offset=base + start - skipped)
+            flat = torch.frombuffer(pages, dtype=torch.uint8, offset=skipped)
+            # A copy where a narrower tensor before it leaves it unaligned.
+            flat = flat.clone() if skipped % _DTYPES[dtype].itemsize else flat
+            tensors[name] = flat.view(_DTYPES[dtype]).view(header[name]["shape"])
+    return tensors
+
+
+def _pickled(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    tensors = {name: tensor for name, tensor in _unpickled(path).items() if wanted(name)}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise CheckpointError(f"{path}: {name!r} is {kind}, wanted named tensors of floats of 16 or more bits")
+    return tensors
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds code, {code[1]}," if code else "is broken or holds code"
+        raise CheckpointError(f"{path} {what} and was not loaded; ask its author for safetensors") from None
+    except Exception as error:  # what a broken pickle raises is anyone's guess
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is broken and was not loaded ({reason[:120]}); copy it again") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted named tensors")
+    return found

@@ -1,0 +1,218 @@
+"""Writing: heads in the format that an engine reads, whole or not at all, and read back before they count."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medusa.checkpoints.names import ONE_LM_HEAD, belongs_to_heads, in_style
+from medusa.checkpoints.reader import OLD_HEADS_FILE, SAFETENSORS, open_checkpoint
+from medusa.checkpoints.tensors import INDEX, tensor_names, tensor_sizes
+from medusa.config import CONFIG_FILE, HEADS_FILE, TREE_FILE, read_json_object
+from medusa.errors import CheckpointError, InvalidInput
+from medusa.files import whole, write_text
+from medusa.heads import MedusaHeads
+
+FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
+# What of a backbone's folder goes into a merged model, besides its weights.
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+NOT_BESIDE = ("*" + INDEX, TREE_FILE, "adapter_config.json", "training.json", "run.json")
+
+
+def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:
+    """Write `medusa_lm_head.safetensors` and its `config.json`, each whole or not at all.
+
+    Args:
+        config: write `config.json`; not where it is the backbone's own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(heads.state_dict(), folder / HEADS_FILE)
+    if config:
+        dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
+
+
+def write_checkpoint(
+    heads: MedusaHeads,
+    output: str | Path,
+    to: str,
+    base_model: str | None = None,
+    lm_head: nn.Module | None = None,
+    backbone: Path | None = None,
+    beside: Sequence[Path] = (),
+) -> None:
+    """Write heads as a new folder in one of `FORMATS`, and read them back; the folder is there at the end or not at all.
+
+    Args:
+        base_model: the backbone's name, as engines are to find it.
+        lm_head: the backbone's, for formats that want it where the heads share it, or shared where they have their own.
+        backbone: the backbone's folder, with safetensors, for a merged model.
+        beside: files to copy into the folder.
+
+    Raises:
+        InvalidInput: no such format, the folder exists, or something that the format needs was not given.
+        CheckpointError: the format cannot hold these heads, or they did not come back as they were.
+    """
+    output = Path(output).absolute()
+    check_request(output, to)
+    heads = _fit(heads, to, lm_head)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole(output) as folder:
+        folder.mkdir()
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
+        if to == "v0.1":
+            torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
+            dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
+        elif to == "vllm":
+            _write_vllm(heads, folder, base_model, lm_head)
+        elif to == "merged":
+            if backbone is None:
+                raise InvalidInput("a merged model holds its backbone; name it with --backbone")
+            _write_merged(heads, folder, backbone)
+        else:
+            save_heads(heads, folder, base_model)
+        _check(heads, folder, lm_head)
+
+
+def check_request(output: Path, to: str) -> None:
+    """Refuse a format that is none, and a folder that holds something."""
+    if to not in FORMATS:
+        raise InvalidInput(f"format is {to!r}, wanted one of {', '.join(FORMATS)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InvalidInput(f"{output} exists; give the name of a new folder")
+
+
+def wants_lm_head(shared: bool, to: str) -> bool:
+    """Whether it takes the backbone's LM head to write heads that share it, or have their own, in a format."""
+    return (shared and to in ("v0.1", "vllm")) or (not shared and to == "v2")
+
+
+def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
+    """The heads as the format has them: v0.1 with LM heads of their own, v2 with the backbone's."""
+    if to == "v2" and heads.num_layers != 1:
+        raise CheckpointError(f"v2 has one residual block a head, these have {heads.num_layers}; write another format")
+    if not wants_lm_head(heads.config.medusa_shared_lm_head, to):
+        if to in ("v0.1", "vllm") and heads.config.medusa_lm_head_bias:
+            raise CheckpointError(f"{to} has no bias on LM heads, these have one; write medusa or merged")
+        return heads
+    if lm_head is None:
+        raise InvalidInput(f"{to} cannot be written of these heads without the backbone's LM head; name it with --backbone")
+    theirs = _parameters(lm_head, heads)
+    if to != "v2" and "bias" in theirs:
+        raise CheckpointError(f"{to} has no bias on LM heads, the backbone's has one; write medusa or merged")
+    if to == "vllm":
+        return heads  # which has one LM head for all, beside them
+    held = _on_cpu(heads.state_dict())
+    for k in range(len(heads)):
+        place = f"{k}.{heads.num_layers}."
+        if to == "v0.1":
+            held |= {place + name: tensor for name, tensor in theirs.items()}
+            continue
+        own = {name.removeprefix(place): held.pop(name) for name in list(held) if name.startswith(place)}
+        if own.keys() != theirs.keys() or not all(torch.equal(own[name], theirs[name]) for name in own):
+            raise CheckpointError(f"v2 heads predict through the backbone's LM head; head {k + 1} has another; write v0.1")
+    config = heads.config
+    with torch.device("meta"):
+        fitted = MedusaHeads(config.hidden_size, config.vocab_size, len(heads), heads.num_layers, to == "v2")
+    fitted.load_state_dict(held, assign=True)
+    return fitted
+
+
+def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_head: nn.Module | None) -> None:
+    """vLLM's own names, and the keys that its MedusaConfig asks for (0.9.2 to 0.32)."""
+    config = heads.config
+    tensors = {in_style(name, "vllm"): tensor for name, tensor in heads.state_dict().items()}
+    if config.medusa_shared_lm_head:
+        assert lm_head is not None
+        tensors[ONE_LM_HEAD] = _parameters(lm_head, heads)["weight"]
+    _save(tensors, folder / SAFETENSORS)
+    found: dict[str, Any] = {
+        "model_type": "medusa",
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_heads": len(heads),
+        "num_hidden_layers": heads.num_layers,
+        "medusa_fc_bias": True,  # else biases are passed over in silence
+        "original_lm_head": config.medusa_shared_lm_head,
+        "base_model_name_or_path": base_model,
+    }
+    write_text(folder / CONFIG_FILE, json.dumps(found, indent=2) + "\n")
+
+
+def copy_beside(backbone: Path, folder: Path) -> None:
+    """Copy what a backbone's folder holds besides its weights: configurations, tokenizer, code; nothing of heads."""
+    for path in backbone.iterdir():
+        wanted = any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS)
+        if wanted and path.is_file() and not any(fnmatch(path.name, other) for other in NOT_BESIDE):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
+    """A whole model: the backbone's files as they are, the heads as one more shard, the index and config of both."""
+    index = backbone / (SAFETENSORS + INDEX)
+    if (backbone / SAFETENSORS).is_file():
+        files = [backbone / SAFETENSORS]
+    elif index.is_file():
+        files = [backbone / name for name in sorted(set(read_json_object(index)["weight_map"].values()))]
+    else:
+        raise CheckpointError(f"no {SAFETENSORS} in {backbone}, in one file or in shards; save the backbone as safetensors")
+    copy_beside(backbone, folder)
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, file in enumerate([*files, None], 1):
+        name = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
+        if file is None:
+            _save({in_style(ours, "merged"): tensor for ours, tensor in heads.state_dict().items()}, folder / name)
+        elif any(map(belongs_to_heads, tensor_names(file))):  # heads that these take the place of
+            _save({own: t for own, t in load_file(file).items() if not belongs_to_heads(own)}, folder / name)
+        else:
+            shutil.copyfile(file, folder / name)
+        sizes = tensor_sizes(folder / name)
+        weight_map |= dict.fromkeys(sizes, name)
+        size += sum(sizes.values())
+    found = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / (SAFETENSORS + INDEX), json.dumps(found, indent=2) + "\n")
+    ours_too = {key: value for key, value in heads.config.to_dict().items() if key.startswith("medusa_")}
+    config = {**read_json_object(backbone / CONFIG_FILE), **ours_too}
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
+    """Read the heads back: every tensor must be as it was, to the bit."""
+    found, wanted = open_checkpoint(folder), _on_cpu(heads.state_dict())
+    if lm_head is not None and heads.config.medusa_shared_lm_head and not found.shared_lm_head:  # vLLM's copy of it
+        wanted |= {f"{k}.{heads.num_layers}.weight": _parameters(lm_head, heads)["weight"] for k in range(len(heads))}
+    assert found.notes == () and found.tensors.keys() == wanted.keys(), found.notes
+    for name, tensor in wanted.items():
+        if not torch.equal(tensor.view(torch.uint8), found.tensors[name].view(torch.uint8)):
+            raise CheckpointError(f"{folder}: {name} did not come back as it was written; is the disk sound?")
+
+
+def _parameters(lm_head: nn.Module, heads: MedusaHeads) -> dict[str, Tensor]:
+    """Weight, and bias if any, of the backbone's LM head, as they would be in the heads."""
+    return {name: tensor.detach().to("cpu", heads.dtype) for name, tensor in lm_head.named_parameters()}
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors, which hold no tensor twice: of those that share memory each gets its own."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in _on_cpu(tensors).items():
+        own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    with whole(path) as partial:
+        save_file(own, partial, metadata={"format": "pt"})

@@ -1,0 +1,59 @@
+"""medusa convert: heads from any format into any other."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medusa.cli import common
+
+
+def convert_command(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A folder, file or hub id with heads of any format, or `embedded`.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    to: Annotated[str, typer.Option("--to", help="medusa (ours), v0.1, v2, vllm, or merged: backbone and heads in one model.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="Folder or hub id of the backbone (default: the one that IN holds or names)."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Then publish OUT as this repository, with a model card."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    trust_remote_code: common.TrustOption = False,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Write heads in the format that an engine reads (docs/serving.md), and read them back."""
+    from medusa import checkpoints
+    from medusa.conversion import convert
+
+    common.quiet_transformers()
+    backbone = None if backbone is None else common.model_folder(backbone)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        written = convert(common.model_folder(source), output, to, backbone, trust_remote_code=trust_remote_code)
+    for warning in caught:
+        if warning.category is UserWarning:  # ours; libraries deprecate in other categories
+            common.note(f"medusa: {warning.message}")
+    record = {
+        "output": str(output),
+        "format": to,
+        "num_heads": written.num_heads,
+        "num_layers": written.num_layers,
+        "base_model": written.base_model,
+    }
+    if push_to_hub is not None:
+        record["published"] = checkpoints.push_to_hub(output, push_to_hub, private or None)
+    if as_json:
+        print(json.dumps(record))
+        return
+    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, read back to the bit")
+    if push_to_hub is not None:
+        print(record["published"])

@@ -1,0 +1,201 @@
+"""medusa tree: search, build, draw and save candidate trees, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medusa.cli import common
+from medusa.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from medusa.tree import MedusaTree
+    from medusa.trees import Tree
+
+Chances = Mapping[tuple[int, ...], float]  # how often each path comes true
+
+
+def tree_command(
+    file: Annotated[str | None, typer.Argument(help="A tree file of any kind.", show_default=False)] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option("--nodes", help="Search the best tree of this size, the root included, by one of the two files below."),
+    ] = None,
+    accuracies: Annotated[
+        Path | None,
+        typer.Option(
+            "--accuracies", help='JSON, "accuracies": a list of numbers a head; heads err independently (paper 2.3.3).'
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="A calibration.json of medusa tune: what heads get right together.")
+    ] = None,
+    dense: Annotated[str | None, typer.Option("--dense", help="The best 4 guesses of head 1, 3 of head 2, …: 4,3,2.")] = None,
+    random_dense: Annotated[int | None, typer.Option("--random-dense", help="A dense tree of about this size, drawn.")] = None,
+    heads: Annotated[int, typer.Option("--heads", help="The most heads of --random-dense.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="Of --random-dense.")] = 0,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A tree for the public Vicuna and Zephyr heads; `list` names them.")
+    ] = None,
+    draw: Annotated[Path | None, typer.Option("--draw", help="Draw it as the paper's Figure 6: FILE.svg or FILE.png.")] = None,
+    mark: Annotated[
+        str | None, typer.Option("--mark", help="The accepted path to mark, as ranks: 0,0,1 (default: all first guesses).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save it as a tree file.")] = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Search, build or read a tree; show, draw and save it. --accuracies or --calibration says what it should gain."""
+    if preset == "list":
+        list_presets(as_json)
+        return
+    if sum(source is not None for source in (file, nodes, dense, random_dense, preset)) != 1:
+        raise InvalidInput("give one tree: a FILE, --nodes N, --dense, --random-dense N or --preset NAME")
+    if accuracies is not None and calibration is not None:
+        raise InvalidInput("give --accuracies or --calibration, not both")
+    from medusa.search import random_dense_tree
+    from medusa.tree import MedusaTree
+    from medusa.trees import load_tree, save_tree
+    from medusa.trees import preset as load_preset
+    from medusa.tuning.draw import draw_tree
+
+    search, chances_of = statistics(accuracies, calibration)
+    tree: Tree
+    if nodes is not None:
+        if search is None:
+            raise InvalidInput("--nodes searches by --accuracies FILE or --calibration FILE; give one of them")
+        tree = search(nodes)
+    elif dense is not None:
+        tree = MedusaTree.dense(common.integers("dense", dense))
+    elif random_dense is not None:
+        tree = random_dense_tree(random_dense, heads, seed)
+    elif preset is not None:
+        tree = load_preset(preset)
+    else:
+        assert file is not None
+        tree = load_tree(file)
+
+    marked: tuple[int, ...] = ()
+    chances: Chances | None = None
+    if isinstance(tree, MedusaTree):
+        marked = first_guesses(tree) if mark is None else tuple(common.integers("mark", mark, least=0))
+        if marked and marked not in tree.paths:
+            raise InvalidInput(f"the tree has no path {list(marked)} to --mark")
+        chances = chances_of(tree) if chances_of is not None else None
+        if draw is not None:
+            draw_tree(tree, draw, chances, marked)
+    elif draw is not None or mark is not None:
+        raise InvalidInput("only a static tree can be drawn: a dynamic one is another at every step, a choice holds several")
+    if output is not None:
+        save_tree(tree, output)
+    expected = None if chances is None else 1 + sum(chances.values())
+    if unknown := sum(not chance for chance in (chances or {}).values()):
+        common.note(f"{unknown} nodes count for nothing: their guesses were never right, or the file does not go so far")
+    if as_json:
+        print(json.dumps({**tree.to_dict(), "expected_acceptance_length": expected}))
+        return
+    show_tree(tree, chances, marked)
+    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items())
+    print(told if expected is None else f"{told}: {expected:.3f} tokens a step expected")
+
+
+def statistics(
+    accuracies: Path | None, calibration: Path | None
+) -> tuple[Callable[[int], MedusaTree] | None, Callable[[MedusaTree], Chances] | None]:
+    """The search of a tree of a size, and how often a tree's paths come true, by the file that is given."""
+    from medusa.metrics import path_chances
+    from medusa.search import search_joint_tree, search_tree
+
+    if accuracies is not None:
+        table = read_accuracies(accuracies)
+        return lambda nodes: search_tree(table, nodes), lambda tree: path_chances(tree, table)
+    if calibration is not None:
+        from medusa.simulation.prediction import read_calibration
+
+        paths, positions = read_calibration(calibration)
+        shares = {path: count / positions for path, count in paths}
+        return lambda nodes: search_joint_tree(paths, nodes), lambda tree: {p: shares.get(p, 0.0) for p in tree.paths}
+    return None, None
+
+
+def read_accuracies(file: Path) -> list[list[float]]:
+    """The table of a file, [k - 1][i]: how often exactly guess i (0-based) of head k is right."""
+    from medusa.search import check_accuracies
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+        raise InvalidInput(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(found, dict) or "accuracies" not in found:
+        raise InvalidInput(f'{file} holds no accuracies, wanted {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
+    check_accuracies(found["accuracies"])
+    return found["accuracies"]
+
+
+def list_presets(as_json: bool) -> None:
+    from medusa.trees import presets
+
+    if as_json:
+        print(json.dumps(presets()))
+        return
+    for name, heads in presets().items():
+        print(f"{name:28}{heads}")
+
+
+def first_guesses(tree: MedusaTree) -> tuple[int, ...]:
+    """The longest path of first guesses alone."""
+    return max((path for path in tree.paths if not any(path)), default=(), key=len)
+
+
+def figures(tree: Tree) -> dict[str, Any]:
+    """What a tree is, in numbers."""
+    from medusa.tree import MedusaTree
+
+    if not isinstance(tree, MedusaTree):
+        return {"nodes": len(tree), "depth": tree.depth}
+    leaves = len(tree) - len(set(tree.parents) - {-1})
+    return {"nodes": len(tree), "depth": tree.depth, "leaves": leaves, "max_rank": tree.max_rank}
+
+
+def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] = ()) -> None:
+    """Print a tree: a level a head, nodes by rank, leaves of one parent on a line; a dynamic one's settings."""
+    from rich.console import Console
+
+    from medusa.tree import MedusaTree
+    from medusa.trees import TreeChoice
+
+    console = Console(width=None if Console().is_terminal else 160)
+    if isinstance(tree, MedusaTree):
+        console.print(_drawn(tree, chances or {}, {tuple(marked[:depth]) for depth in range(1, len(marked) + 1)}))
+    elif isinstance(tree, TreeChoice):
+        for batch, inner in sorted(tree.trees.items()):
+            print(f"from batch {batch} on:")
+            show_tree(inner)
+    else:
+        settings = tree.to_dict()["dynamic"]
+        print("dynamic: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
+
+
+def _drawn(tree: MedusaTree, chances: Chances, marked: set[tuple[int, ...]]) -> Any:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(path: tuple[int, ...]) -> Text:
+        rank = Text(str(path[-1]), style="bold red" if path in marked else "bold")
+        return Text.assemble(rank, (f" {chances[path]:.3f}", "dim")) if chances else rank
+
+    parents = {path[:-1] for path in tree.paths}
+    root = Text.assemble("root", (" (rank, how often its path comes true)", "dim")) if chances else Text("root")
+    branches: dict[tuple[int, ...], Tree] = {(): Tree(root)}
+    for (above, inner), group in groupby(tree.paths, key=lambda path: (path[:-1], path in parents)):
+        if inner:
+            branches.update({path: branches[above].add(label(path)) for path in group})
+        else:
+            branches[above].add(Text("  ").join(map(label, group)))
+    return branches[()]

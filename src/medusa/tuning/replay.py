@@ -1,0 +1,125 @@
+"""Replay: what a tree would accept on recorded texts, step by step as in decoding, without the backbone.
+
+A text is what the backbone said, greedily or by one draw, whatever the tree; so walking it with the very drafter and the very
+acceptance of the decoding loop gives the steps that decoding takes. Averages over all places would not: a step begins where
+the one before ended, and long paths skip the easy places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa.acceptance import accept_exact
+from medusa.context import Context
+from medusa.dynamic import DynamicTree
+from medusa.errors import InvalidInput
+from medusa.tree import Guesses, MedusaTree
+from medusa.tuning.calibrate import Recorded
+
+TEMPERATURES = [1.1**n for n in range(-8, 9)]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Tokens and steps of every text."""
+
+    tokens: Tensor  # (texts,) long
+    steps: Tensor  # (texts,) long
+
+    @property
+    def acceleration_rate(self) -> float:
+        """Tokens a step (paper B.1)."""
+        return float(self.tokens.sum() / self.steps.sum())
+
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % interval, by bootstrap over texts."""
+        drawn = torch.randint(len(self.tokens), (1000, len(self.tokens)), generator=torch.Generator().manual_seed(0))
+        rates = self.tokens[drawn].sum(1) / self.steps[drawn].sum(1)
+        low, high = torch.quantile(rates.double(), torch.tensor([0.025, 0.975]).double()).tolist()
+        return low, high
+
+
+@torch.inference_mode()
+def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replayed:
+    """Walk recorded texts with a tree.
+
+    Raises:
+        InvalidInput: the tree asks for heads or ranks that were not recorded.
+    """
+    _, heads, ranks = texts[0].guesses.shape
+    asked = tree.ranks if isinstance(tree, DynamicTree) else tree.max_rank + 1
+    if isinstance(tree, DynamicTree):
+        asked = min(asked, ranks)  # a small vocabulary has no more
+    if tree.depth > heads or asked > ranks:
+        raise InvalidInput(f"the tree asks {tree.depth} heads for {asked} guesses, recorded were {heads} and {ranks}")
+    drafter = tree.drafter()
+    # Texts as rows, so that each prompt ends in column `width - 1`.
+    width, places = max(text.start for text in texts) + 1, torch.tensor([len(text) for text in texts])
+    ids = torch.zeros(len(texts), width + int(places.max()) + heads + 2, dtype=torch.long)
+    guesses = torch.zeros(len(texts), int(places.max()), tree.depth, asked, dtype=torch.long)
+    log_p = torch.zeros(guesses.shape)
+    for row, text in enumerate(texts):
+        ids[row, width - text.start - 1 : width - text.start - 1 + len(text.ids)] = text.ids
+        guesses[row, : len(text)] = text.guesses[:, : tree.depth, :asked]
+        log_p[row, : len(text)] = text.log_p[:, : tree.depth, :asked]
+    if isinstance(tree, DynamicTree):
+        log_p = tempered(log_p, torch.tensor(tree.temperatures[: tree.depth]))
+    rows, pads = torch.arange(len(texts)), width - 1 - torch.tensor([text.start for text in texts])
+    context = Context.of(ids[:, :width], pads, ids[:, width], ids.shape[1]) if drafter.reads_context else None
+    done, steps = torch.zeros_like(places), torch.zeros_like(places)
+    while bool((active := done < places).any()):
+        at = done.clamp(max=places - 1)
+        offered = Guesses(guesses[rows, at].transpose(0, 1), log_p[rows, at].transpose(0, 1)) if tree.depth else None
+        tokens, tensors = drafter.assemble(ids[rows, width + at], offered, context)
+        said = ids.gather(1, (width + at + 1)[:, None] + tensors.depths.expand_as(tokens))
+        accepted = accept_exact(tensors, tokens, said)
+        if context is not None:
+            context.extend(tokens.gather(1, accepted.path.clamp(min=0)), accepted.length, accepted.bonus)
+        done = torch.where(active, done + accepted.length, done)
+        steps += active
+    return Replayed(done, steps)
+
+
+def tempered(
+    log_p: Tensor,  # (..., R): the greatest log-probabilities of a vocabulary
+    temperature: Tensor | float,  # (...), or one for all
+) -> Tensor:  # (..., R)
+    """What they are when logits are divided by a temperature; the rest of the vocabulary counts as one token."""
+    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return (torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperature).unsqueeze(-1).to(log_p)).log_softmax(-1)[..., :-1]
+
+
+def fit_temperatures(texts: Sequence[Recorded]) -> tuple[float, ...]:
+    """Per head the temperature under which what was said is likeliest: temperature scaling, which leaves the order of guesses
+    alone and makes their probabilities honest."""
+    right = torch.cat([text.right() for text in texts])
+    log_p = torch.cat([text.log_p for text in texts])
+    return tuple(
+        round(max((_likelihood(right[:, k], log_p[:, k], t), t) for t in TEMPERATURES)[1], 4) for k in range(right.shape[1])
+    )
+
+
+def _likelihood(right: Tensor, log_p: Tensor, temperature: float) -> float:
+    """Mean log-probability of what was said, (T,) ranks or -1, under tempered guesses (T, R)."""
+    scaled = tempered(log_p, temperature)
+    missed = torch.log1p(-scaled.exp().sum(-1).clamp(max=1 - 1e-6))
+    hit = scaled.gather(1, right[:, None].clamp(min=0))[:, 0]
+    return float(torch.where(right >= 0, hit, missed).mean())
+
+
+def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16, ranks: int = 64) -> DynamicTree:
+    """The dynamic tree of so many nodes whose bonuses accept the most on these texts, its heads' temperatures fitted."""
+    heads = texts[0].guesses.shape[1]
+    best = DynamicTree(num_nodes, heads, ranks, fit_temperatures(texts), 0.0, 0.0)
+    rate = replay(texts, best).acceleration_rate
+    for pair in (0.0, 1.0, 2.0, 3.0):
+        for triple in (0.0, 1.0, 2.0, 4.0):
+            tree = DynamicTree(num_nodes, heads, ranks, best.temperatures, pair, triple)
+            found = replay(texts, tree).acceleration_rate
+            if found > rate * 1.002:  # no bonus for nothing
+                best, rate = tree, found
+    return best

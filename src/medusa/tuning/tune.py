@@ -1,0 +1,236 @@
+"""Tuning: the kind and size of tree that give this model the most tokens a second on this machine.
+
+What a tree accepts is replayed on recorded texts, what its step costs is measured here, and the quotient decides. Where no tree
+pays, the root alone, plain decoding, is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa.dynamic import DynamicTree
+from medusa.model import MedusaModel
+from medusa.search import search_joint_tree, search_tree
+from medusa.tree import MedusaTree
+from medusa.tuning.calibrate import Calibration, Recorded
+from medusa.tuning.replay import fit_dynamic_tree, replay
+
+KINDS = ("static", "dynamic", "independent")
+SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+WORTH = 1.02  # a tree that promises less than this beside plain decoding is not worth its risk
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A tree that may be chosen, and what it promises.
+
+    Attributes:
+        kind: static, dynamic, independent (the paper's static search) or plain.
+        acceleration_rate: tokens a step, cross-validated: each half of the texts with a tree of the other half.
+        interval: its 95 % interval over texts.
+        step_seconds: by batch size, of a decoding step here.
+    """
+
+    kind: str
+    tree: MedusaTree | DynamicTree
+    acceleration_rate: float
+    interval: tuple[float, float]
+    step_seconds: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "plain" if self.kind == "plain" else f"{self.kind} {len(self.tree)}, depth {self.tree.depth}"
+
+    def tokens_per_second(self, batch: int) -> float:
+        """Of all rows of a batch together, the prefill left out."""
+        return batch * self.acceleration_rate / self.step_seconds[batch]
+
+
+class Trees:
+    """The best trees of every kind and size for recorded texts, and what they accept."""
+
+    def __init__(self, texts: Sequence[Recorded], ranks: int = 64):
+        self._halves = [list(texts), list(texts[::2]), list(texts[1::2]) or list(texts)]  # the first: all of them
+        self._calibrations = [Calibration.of(half) for half in self._halves]
+        self._dynamic = [fit_dynamic_tree(half, ranks=ranks) for half in self._halves]
+
+    @property
+    def heads(self) -> int:
+        return len(self._calibrations[0].hits)
+
+    def tree(self, kind: str, size: int, depth: int, half: int = 0) -> MedusaTree | DynamicTree:
+        """The best tree of a kind: on all texts (half 0), or on one of the halves."""
+        calibration = self._calibrations[half]
+        if kind == "dynamic":
+            return dataclasses.replace(self._dynamic[half], num_nodes=size, depth=depth)
+        if kind == "independent":
+            return search_tree(calibration.accuracies[:depth], size)
+        return search_joint_tree([(path, count) for path, count in calibration.paths if len(path) <= depth], size)
+
+    def option(self, kind: str, size: int, depth: int | None = None) -> Option:
+        """A tree with what it accepts, where each half of the texts judges a tree chosen on the other."""
+        depth = depth or self.heads
+        judged = [replay(self._halves[3 - half], self.tree(kind, size, depth, half)) for half in (1, 2)]
+        both = dataclasses.replace(
+            judged[0],
+            tokens=torch.cat([each.tokens for each in judged]),
+            steps=torch.cat([each.steps for each in judged]),
+        )
+        return Option(kind, self.tree(kind, size, depth), both.acceleration_rate, both.interval())
+
+
+PLAIN = Option("plain", MedusaTree([]), 1.0, (1.0, 1.0))
+
+
+def measure_steps(
+    model: MedusaModel,
+    trees: Sequence[MedusaTree | DynamicTree],
+    prompts: Tensor,  # (B, P) long
+    steps: int = 12,
+    rounds: int = 5,
+    on_progress: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> list[float]:
+    """Seconds of a decoding step with each tree, the median over rounds in which the trees take turns.
+
+    Args:
+        options: of `MedusaModel.stream`, such as `compile`.
+    """
+    seconds: list[list[float]] = [[] for _ in trees]
+    deepest = max(tree.depth for tree in trees) + 1
+    for round_ in range(rounds + 1):  # the first is to warm up: compilers and caches
+        for turn in range(len(trees)):
+            number = (turn + round_) % len(trees)
+            limit = (steps + 1) * deepest  # enough for all steps, however much they accept; the same for all trees
+            stream = model.stream(prompts, max_new_tokens=limit, eos_token_id=[], tree=trees[number], **options)
+            taken = [step.seconds for _, step in zip(range(steps + 1), stream, strict=False)][1:]  # the first has the prefill
+            if round_:
+                seconds[number] += taken
+            on_progress()
+    return [statistics.median(each) for each in seconds]
+
+
+def choose(options: Sequence[Option], plain: Option, batch: int) -> Option:
+    """The option with the most tokens a second; plain decoding where none is clearly faster.
+
+    >>> fast = Option("static", MedusaTree.dense([2]), 1.5, (1.4, 1.6), {1: 0.011})
+    >>> slow = Option("static", MedusaTree.dense([8]), 1.9, (1.8, 2.0), {1: 0.02})
+    >>> choose([fast, slow], dataclasses.replace(PLAIN, step_seconds={1: 0.010}), 1).name
+    'static 3, depth 1'
+    >>> choose([fast, slow], dataclasses.replace(PLAIN, step_seconds={1: 0.007}), 1).name
+    'plain'
+    """
+    best = max(options, key=lambda option: option.tokens_per_second(batch))
+    return best if best.tokens_per_second(batch) >= WORTH * plain.tokens_per_second(batch) else plain
+
+
+Measure = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]  # trees, batch -> seconds of a step with each
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """All that was tried, and what was chosen by batch size.
+
+    Attributes:
+        by_depth: for the choice of the smallest batch, the same kind and size with 1, 2, … heads: what each head adds.
+    """
+
+    plain: Option
+    options: list[Option]
+    by_depth: list[Option]
+    chosen: dict[int, Option]
+
+    @property
+    def recommended_heads(self) -> int:
+        """K with the most tokens a second (paper 2.2.3); 0 where plain decoding was chosen."""
+        return self.chosen[min(self.chosen)].tree.depth
+
+    def to_dict(self) -> dict[str, Any]:
+        def told(option: Option) -> dict[str, Any]:
+            found = {
+                "kind": option.kind,
+                "nodes": len(option.tree),
+                "depth": option.tree.depth,
+                "acceleration_rate": option.acceleration_rate,
+                "interval": list(option.interval),
+            }
+            by_batch = {
+                str(batch): {
+                    "step_seconds": seconds,
+                    "overhead": seconds / self.plain.step_seconds[batch],
+                    "speedup": option.tokens_per_second(batch) / self.plain.tokens_per_second(batch),
+                }
+                for batch, seconds in option.step_seconds.items()
+            }
+            return {**found, "batches": by_batch}
+
+        return {
+            "plain": told(self.plain),
+            "options": [told(option) for option in self.options],
+            "by_depth": [told(option) for option in self.by_depth],
+            "chosen": {str(batch): told(option) for batch, option in self.chosen.items()},
+            "recommended_heads": self.recommended_heads,
+        }
+
+
+def tune(
+    trees: Trees,
+    measure: Measure,
+    kinds: Sequence[str] = ("static", "dynamic"),
+    sizes: Sequence[int] = SIZES,
+    batches: Sequence[int] = (1,),
+    always: bool = False,
+) -> Tuned:
+    """Try kinds and sizes at full depth, then depths of the best; choose for each batch size.
+
+    Args:
+        measure: what a step costs here; the plain one is measured beside the others each time.
+        always: choose a tree even where plain decoding is faster.
+    """
+    options = [trees.option(kind, size) for kind in kinds for size in sizes]
+    options = list({option.tree: option for option in options}.values())  # where few paths came true, sizes are one
+    timed = _timed([PLAIN, *options], measure, batches)
+    plain, options = timed[0], timed[1:]
+    chosen = {batch: _choose(options, plain, batch, always) for batch in batches}
+    first = chosen[min(batches)]
+    by_depth: list[Option] = []
+    if first.kind != "plain":
+        kind, size = first.kind, len(first.tree)
+        shallower = [trees.option(kind, size, depth) for depth in range(1, trees.heads)]
+        by_depth = [*_timed([PLAIN, first, *shallower], measure, batches)]
+        again, first, shallower = by_depth[0], by_depth[1], by_depth[2:]
+        # Against the plain step of the same minute, and as a share of the one that all others stand beside.
+        by_depth = [_beside(option, again, plain) for option in (*shallower, first)]
+        chosen = {
+            batch: _choose([option, *by_depth[:-1]], plain, batch, always) if option.kind != "plain" else option
+            for batch, option in chosen.items()
+        }
+    return Tuned(plain, options, by_depth, chosen)
+
+
+def _choose(options: Sequence[Option], plain: Option, batch: int, always: bool) -> Option:
+    return max(options, key=lambda option: option.tokens_per_second(batch)) if always else choose(options, plain, batch)
+
+
+def _timed(options: Sequence[Option], measure: Measure, batches: Sequence[int]) -> list[Option]:
+    """The options with the seconds of their steps."""
+    seconds = {batch: measure([option.tree for option in options], batch) for batch in batches}
+    return [
+        dataclasses.replace(option, step_seconds={batch: seconds[batch][number] for batch in batches})
+        for number, option in enumerate(options)
+    ]
+
+
+def _beside(option: Option, its_plain: Option, plain: Option) -> Option:
+    """An option measured beside another plain step, on the scale of this one."""
+    scaled = {
+        batch: seconds / its_plain.step_seconds[batch] * plain.step_seconds[batch]
+        for batch, seconds in option.step_seconds.items()
+    }
+    return dataclasses.replace(option, step_seconds=scaled)

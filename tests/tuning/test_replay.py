@@ -1,0 +1,85 @@
+"""Claims about replay: it takes the very steps that decoding takes."""
+
+import pytest
+import torch
+
+from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.errors import InvalidInput
+from medusa.tuning.calibrate import Recorded, record
+from medusa.tuning.replay import fit_dynamic_tree, fit_temperatures, replay, tempered
+from tiny import VOCAB, left_padded, random_heads, random_prompt, random_tree, tiny_backbone
+
+NEW = 30
+
+
+@pytest.fixture(scope="module")
+def model() -> MedusaModel:
+    backbone = tiny_backbone(eos_token_id=None)
+    return MedusaModel(backbone, random_heads(backbone, 3), MedusaTree([]))
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.8])
+def recorded(request, model):
+    prompts = [random_prompt(length, seed=length) for length in (5, 11, 8)]
+    texts = record(model, [prompt[0] for prompt in prompts], NEW, ranks=VOCAB, temperature=request.param, batch_size=3)
+    sampling = {"do_sample": True, "temperature": request.param, "seed": 0} if request.param else {}
+    return left_padded(prompts), texts, sampling
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        MedusaTree([]),
+        random_tree(seed=2, nodes=40),
+        DynamicTree(12, 3, pair_bonus=0.0, triple_bonus=0.0),
+        DynamicTree(12, 2, ranks=20, pair_bonus=1.0, triple_bonus=3.0),
+    ],
+)
+def test_replay_takes_the_steps_that_decoding_takes(model, recorded, tree):
+    (ids, mask), texts, sampling = recorded
+    output = model.generate(ids, mask, max_new_tokens=NEW, tree=tree, return_dict_in_generate=True, **sampling)
+    replayed = replay(texts, tree)
+    assert replayed.steps.tolist() == [len(lengths) for lengths in output.acceptance_lengths]
+    # The last step is cut at max_new_tokens in decoding.
+    assert all(sum(lengths) <= tokens for lengths, tokens in zip(output.acceptance_lengths, replayed.tokens, strict=True))
+
+
+def test_what_was_not_recorded_is_refused(model):
+    texts = record(model, [random_prompt(5)[0]], 4, ranks=3)
+    for tree in (MedusaTree([(3,)]), MedusaTree.dense([1, 1, 1, 1])):
+        with pytest.raises(InvalidInput, match="recorded were 3 and 3"):
+            replay(texts, tree)
+
+
+def test_tempered_log_probabilities_are_those_of_divided_logits():
+    logits = torch.randn(4, 9, dtype=torch.double)
+    wanted = (logits / 0.6).log_softmax(-1).sort(descending=True).values[:, :8]
+    top = logits.log_softmax(-1).sort(descending=True).values[:, :8]  # but one: the rest is that one
+    torch.testing.assert_close(tempered(top, 0.6), wanted)
+
+
+def test_fitted_temperatures_make_overconfident_heads_honest():
+    generator = torch.Generator().manual_seed(0)
+    honest = (2 * torch.randn(4000, 1, 10, generator=generator)).log_softmax(-1)
+    said = torch.multinomial(honest[:, 0].exp(), 1, generator=generator)[:, 0]
+    claimed = (honest * 2).log_softmax(-1).sort(descending=True)  # twice as sure as it should be
+    ids = torch.cat([torch.zeros(2, dtype=torch.long), said])
+    text = Recorded(ids, 0, claimed.indices.int(), claimed.values)
+    assert fit_temperatures([text])[0] == pytest.approx(2.0, rel=0.1)
+
+
+def test_bonuses_are_fitted_only_where_they_help():
+    """Heads that know nothing, on a text that repeats itself and on one that does not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(ids: torch.Tensor) -> Recorded:
+        places = len(ids) - 3 - 2
+        guesses = torch.stack([torch.randperm(50, generator=generator) for _ in range(places * 2)]).view(places, 2, 50)
+        return Recorded(ids, 1, guesses.int(), torch.full(guesses.shape, 1 / 50).log())
+
+    again = torch.randint(50, (20,), generator=generator).repeat(6)
+    tree = fit_dynamic_tree([text(again)], num_nodes=4)
+    assert tree.pair_bonus + tree.triple_bonus > 0
+    assert replay([text(again)], tree).acceleration_rate > 1.5
+    once = torch.arange(50)[torch.randperm(50, generator=generator)]
+    assert fit_dynamic_tree([text(once)], num_nodes=4).pair_bonus == 0

@@ -1,0 +1,85 @@
+"""Claims about tuning: it picks what its figures say is fastest, and plain decoding where nothing pays."""
+
+import json
+
+import pytest
+import torch
+
+from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.tuning.calibrate import record
+from medusa.tuning.curve import draw_curve
+from medusa.tuning.tune import Trees, measure_steps, tune
+from tiny import VOCAB, random_heads, random_prompt, tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def model() -> MedusaModel:
+    backbone = tiny_backbone(eos_token_id=None)
+    return MedusaModel(backbone, random_heads(backbone, 2), MedusaTree([]))
+
+
+@pytest.fixture(scope="module")
+def trees(model) -> Trees:
+    prompts = [random_prompt(6, seed=seed)[0] for seed in range(8)]
+    return Trees(record(model, prompts, 24, ranks=VOCAB), ranks=VOCAB)
+
+
+def machine(per_node: float, per_row: float = 0.0):
+    """A made-up machine: seconds of a step by the nodes of a tree and the rows of a batch."""
+
+    def measure(tried, batch):
+        return [1.0 + per_node * (len(tree) - 1) + per_row * (batch - 1) * (len(tree) - 1) for tree in tried]
+
+    return measure
+
+
+SIZES = (2, 8, 32)
+
+
+def test_where_nodes_are_free_the_tree_that_accepts_most_is_chosen(trees):
+    tuned = tune(trees, machine(0.0), sizes=SIZES)
+    best = max([*tuned.options, *tuned.by_depth], key=lambda option: option.acceleration_rate)
+    assert tuned.chosen[1].acceleration_rate == best.acceleration_rate > 1.02
+    assert tuned.recommended_heads == tuned.chosen[1].tree.depth
+
+
+def test_on_a_slow_machine_plain_decoding_is_chosen(trees):
+    tuned = tune(trees, machine(1.0), sizes=SIZES)
+    assert tuned.chosen[1].kind == "plain" and tuned.recommended_heads == 0
+    assert tune(trees, machine(1.0), sizes=SIZES, always=True).chosen[1].kind != "plain"
+
+
+def test_larger_batches_get_smaller_trees(trees):
+    tuned = tune(trees, machine(0.001, per_row=0.02), sizes=SIZES, batches=(1, 64))
+    assert len(tuned.chosen[64].tree) < len(tuned.chosen[1].tree)
+
+
+def test_the_choice_has_the_most_tokens_a_second_of_all_that_was_tried(trees):
+    tuned = tune(trees, machine(0.01), kinds=("static", "dynamic", "independent"), sizes=SIZES)
+    rates = {option.name: option.acceleration_rate / option.step_seconds[1] for option in tuned.options}
+    assert tuned.chosen[1].tokens_per_second(1) >= max(rates.values())
+    assert {option.kind for option in tuned.options} == {"static", "dynamic", "independent"}
+
+
+def test_acceptance_is_judged_on_texts_that_the_tree_was_not_chosen_on(model):
+    """Two kinds of text that share nothing: a tree of one is no good for the other, and the figure says so."""
+    texts = record(model, [random_prompt(6, seed=seed)[0] for seed in range(2)], 24, ranks=VOCAB)
+    own = Trees(texts[:1] * 2, ranks=VOCAB).option("static", 6)
+    other = Trees(texts, ranks=VOCAB).option("static", 6)
+    assert own.acceleration_rate > other.acceleration_rate
+
+
+def test_steps_are_timed_for_every_tree(model):
+    prompts = torch.cat([random_prompt(9), random_prompt(9, seed=1)])
+    tried = [MedusaTree([]), MedusaTree.dense([2, 2]), DynamicTree(8, 2)]
+    seconds = measure_steps(model, tried, prompts, steps=3, rounds=2)
+    assert len(seconds) == 3 and all(0 < each < 60 for each in seconds)
+
+
+def test_what_was_tried_is_told_and_drawn(trees, tmp_path):
+    tuned = tune(trees, machine(0.01, 0.001), sizes=SIZES, batches=(1, 4))
+    record = json.loads(json.dumps(tuned.to_dict()))
+    assert set(record["chosen"]) == {"1", "4"} and record["plain"]["batches"]["4"]["speedup"] == 1.0
+    for name, start in (("curve.png", b"\x89PNG"), ("curve.svg", b"<?xml")):
+        draw_curve(tuned, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
