@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from end_to_end.heads import MEDUSA_1, MEDUSA_2, NUM_HEADS
+from end_to_end.heads import MEDUSA_1, MEDUSA_2
 from end_to_end.pretraining import BACKBONE, text_loss
 from end_to_end.source import held_out_prompts
 from end_to_end.work import Work
-from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa import MedusaModel, MedusaTree
 from medusa.errors import MedusaError
 from medusa.evaluation.compare import Measurement, compare, estimate, in_turn, measure, overhead
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.records import Journal
 from medusa.search import search_joint_tree
-from medusa.tuning.calibrate import calibrate
+from medusa.trees import Tree, load_tree, save_tree
+from medusa.tuning.calibrate import Calibration, record
+from medusa.tuning.replay import fit_dynamic_tree
 
 PLAIN, GENERATE = "plain", "generate"
 TEMPERATURE = 0.8
@@ -44,14 +46,25 @@ def medusa_model(work: Work, name: str, dtype: torch.dtype | None = None) -> Med
     return load(work.folder, name, dtype or work.dtype, work.device)
 
 
-def static_tree(work: Work, name: str, nodes: int) -> MedusaTree:
-    """The best static tree of a size for these heads, by their calibration."""
-    return search_joint_tree(work.read(f"{name}.calibration.json")["paths"], nodes)
+def calibrate(work: Work, name: str, prompts: Sequence[Tensor]) -> dict[str, Any]:
+    """How often the heads are right on these prompts, with their trees of every size saved: the best static ones, and the
+    dynamic ones fitted to the same texts."""
+    texts = record(medusa_model(work, name), prompts, work.size.new, batch_size=32, folder=work.folder / f"{name}.recorded")
+    calibration, dynamic = Calibration.of(texts), fit_dynamic_tree(texts)
+    for nodes in {1, *work.size.nodes, *work.size.compiled_nodes}:
+        save_tree(search_joint_tree(calibration.paths, nodes), tree_file(work, name, "static", nodes))
+        if nodes > 1:
+            save_tree(dataclasses.replace(dynamic, num_nodes=nodes), tree_file(work, name, "dynamic", nodes))
+    return {"accuracies": calibration.accuracies, "positions": calibration.positions}
 
 
-def trees(work: Work, name: str, nodes: int) -> dict[str, MedusaTree | DynamicTree]:
+def tree_file(work: Work, name: str, kind: str, nodes: int) -> Path:
+    return work.folder / f"{name}.{kind}-{nodes}.json"
+
+
+def trees(work: Work, name: str, nodes: int) -> dict[str, Tree]:
     """What the heads are benched with."""
-    return {"static": static_tree(work, name, nodes), "dynamic": DynamicTree(nodes, NUM_HEADS)}
+    return {kind: load_tree(tree_file(work, name, kind, nodes)) for kind in ("static", "dynamic")}
 
 
 def tuning(work: Work) -> dict[str, Any]:
@@ -61,8 +74,7 @@ def tuning(work: Work) -> dict[str, Any]:
     for name in (MEDUSA_1, MEDUSA_2):
         if work.read(f"{name}.calibration.json") is None:
             work.room(A_MINUTE)
-            found = calibrate(medusa_model(work, name), prompts, size.new, batch_size=32)
-            work.write(f"{name}.calibration.json", found.to_dict())
+            work.write(f"{name}.calibration.json", calibrate(work, name, prompts))
     steps = {}
     for mode, nodes in {"as it comes": size.nodes, "compiled": size.compiled_nodes}.items():
         file = f"step-cost-{mode.replace(' ', '-')}.json"
@@ -82,7 +94,7 @@ def step_cost(work: Work, sizes: Sequence[int], prompts: Sequence[Tensor], compi
     """What a step costs and gains with Medusa-1's static tree of each size, measured in turn."""
     decoders: dict[str, Decoder] = {
         str(nodes): MedusaDecoder(
-            medusa_model(work, MEDUSA_1), work.size.new, static_tree(work, MEDUSA_1, nodes), compile=compiled
+            medusa_model(work, MEDUSA_1), work.size.new, load_tree(tree_file(work, MEDUSA_1, "static", nodes)), compile=compiled
         )
         for nodes in sizes
     }

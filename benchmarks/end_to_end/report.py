@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from end_to_end.work import Work
+from medusa.files import write_text
 from medusa.provenance import environment
-from medusa.records import write_whole
 
 MOST_PACKAGES = 12
 
@@ -28,7 +28,7 @@ def write_report(work: Work, size_name: str, stages: Sequence[str]) -> list[str]
         **{stage: value for stage, value in found.items() if value is not None},
     }
     work.write("results.json", record)
-    write_whole(work.folder / "results.md", page(record))
+    write_text(work.folder / "results.md", page(record))
     return left
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from medusa.records import claim, write_whole
+from medusa.files import write_text
+from medusa.records import claim
 
 # Shares of the whole time. What is left over (a fifth, less what finding the source and starting again take) is for tuning,
 # exactness and the bench.
@@ -86,7 +87,7 @@ HUNDRED = Size(
     compiled_nodes=(1, 16, 64, 128),
     prompt=256,
     new=128,
-    calibration_prompts=96,
+    calibration_prompts=64,
     bench_prompts=(8, 64),
 )
 SIZES = {
@@ -175,7 +176,7 @@ class Work:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write(self, name: str, record: Any) -> None:
-        write_whole(self.folder / name, json.dumps(record, indent=2) + "\n")
+        write_text(self.folder / name, json.dumps(record, indent=2) + "\n")
 
     def left(self) -> float:
         """Seconds of this slice."""
