@@ -29,6 +29,7 @@ from medusa.tuning.replay import fit_dynamic_tree
 PLAIN, GENERATE = "plain", "generate"
 TEMPERATURE = 0.8
 STEP_PROMPTS, EXACT_PROMPTS = 4, 8
+FITTED_TEXTS = 24  # a processor takes half a second for each
 COMPILING = 150.0  # seconds that several graphs may take
 A_MINUTE = 60.0
 RUNS = "bench.jsonl"
@@ -50,7 +51,7 @@ def calibrate(work: Work, name: str, prompts: Sequence[Tensor]) -> dict[str, Any
     """How often the heads are right on these prompts, with their trees of every size saved: the best static ones, and the
     dynamic ones fitted to the same texts."""
     texts = record(medusa_model(work, name), prompts, work.size.new, batch_size=32, folder=work.folder / f"{name}.recorded")
-    calibration, dynamic = Calibration.of(texts), fit_dynamic_tree(texts)
+    calibration, dynamic = Calibration.of(texts), fit_dynamic_tree(texts[:FITTED_TEXTS])
     for nodes in {1, *work.size.nodes, *work.size.compiled_nodes}:
         save_tree(search_joint_tree(calibration.paths, nodes), tree_file(work, name, "static", nodes))
         if nodes > 1:
