@@ -8,6 +8,7 @@ import json
 import os
 import random
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from medusa import __version__
 from medusa.adapter import ADAPTER_FILES, attach_adapter, save_adapter
 from medusa.checkpoints import heads_from_tensors, load_heads, save_heads
 from medusa.config import HEADS_FILE, TREE_FILE
@@ -47,6 +49,7 @@ def train(
     eval_rows: Rows | None = None,
     resume: bool = False,
     hidden_states: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Train heads for a backbone, and the backbone with them where the configuration says so; save all in `output`.
 
@@ -58,6 +61,7 @@ def train(
         eval_rows: to measure on; None holds out `config.held_out` of the rows.
         resume: go on from the newest whole checkpoint in `output`; without one, start.
         hidden_states: a folder to keep the frozen backbone's hidden states in, and train from them (offline mode).
+        callbacks: of transformers' Trainer; what one raises ends the run, which can be resumed from its last checkpoint.
 
     Raises:
         InvalidInput: options or data that cannot be used.
@@ -80,7 +84,7 @@ def train(
         if not (resume and (first / RECORD).is_file()):
             steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
             alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
-            train(model, rows, first, alone, eval_rows, resume)
+            train(model, rows, first, alone, eval_rows, resume, callbacks=callbacks)
         model = MedusaModel(model.backbone, load_heads(first))
 
     if config.joint and config.lm_loss == "distill" and getattr(model.backbone, "hf_quantizer", None) is not None:
@@ -106,7 +110,8 @@ def train(
     )
     for callback in (ProgressCallback, PrinterCallback):  # both write to stdout
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress())
+    for callback in (Progress(), *callbacks):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
     trained = trainer.trained()  # of all processes together
     if trainer.is_world_process_zero():
@@ -269,6 +274,6 @@ def _report(output: Path, trainer: MedusaTrainer, rows: Rows, metrics: dict[str,
         "accuracies": evaluated.to_dict() if evaluated is not None else None,
         "log": trainer.state.log_history,
         "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
-        "versions": {name: version(name) for name in ("medusa-decoding", "torch", "transformers", "accelerate")},
+        "versions": {"medusa": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}},
     }
     (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
