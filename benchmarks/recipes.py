@@ -53,7 +53,8 @@ VARIANTS = (
     Variant("lambda_k = 1", {"lambda_base": 1.0}),
     Variant("corpus data", {}, data="corpus"),
     Variant("shared LM head", {"shared_lm_head": True}),
-    # Table 2. Stage 1 of the two stages is the variant above.
+    # Table 2. Stage 1 of the two stages is plain Medusa-1; beside them, as many steps of it again.
+    Variant("medusa-1, twice as long", {}, start="medusa-1"),
     Variant("medusa-2, two stages", JOINT | {"lm_loss": "labels", "lambda_0": 0.2}, start="medusa-1"),
     Variant("medusa-2, two stages, distilled", JOINT | {"lm_loss": "distill", "lambda_0": 0.2}, start="medusa-1"),
     Variant(
