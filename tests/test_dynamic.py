@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.context import Context
@@ -61,7 +62,6 @@ def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus):
             assert tensors.depths[row, node] == len(lineage) - 1
             assert tensors.parents[row, node] == (lineage[-2] if node else 0)
             assert tensors.ancestors[row, node].nonzero().flatten().tolist() == lineage
-        assert max(lineages, key=len)[0] == 0
 
 
 def test_the_likeliest_path_is_numbered_first():
@@ -131,6 +131,7 @@ def test_trees_of_every_kind_survive_a_file(tree, tmp_path):
         ('{"dynamic": {"num_nodes": 16, "deepth": 2}}', ConfigError, "did you mean 'depth'"),
         ('{"dynamic": {"num_nodes": 1, "depth": 2}}', InvalidTree, "num_nodes of a dynamic tree is 1"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": [1.0]}}', InvalidTree, "wanted 2 above 0"),
+        ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": ["a", null]}}', InvalidTree, "wanted 2 above 0"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "pair_bonus": -1.0}}', InvalidTree, "pair_bonus"),
         ('{"batches": {"0": {"paths": []}}}', InvalidTree, "at least 1"),
         ('{"batches": {}}', InvalidTree, "at least 1"),
@@ -140,6 +141,19 @@ def test_broken_tree_files_are_refused(text, error, message, tmp_path):
     (tmp_path / "tree.json").write_text(text)
     with pytest.raises(error, match=message):
         load_tree(tmp_path / "tree.json")
+
+
+def test_processors_are_asked_only_where_the_tree_has_nodes(tiny_model):
+    """A tree of two nodes never reaches depth 2."""
+
+    class Reads(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[torch.arange(len(scores)), input_ids[:, -1]] -= float(input_ids[0, -1] >= 0)
+            return scores
+
+    options = {"max_new_tokens": 12, "logits_processor": LogitsProcessorList([Reads()])}
+    plain = tiny_model.generate(random_prompt(7), tree=MedusaTree([]), **options)
+    assert tiny_model.generate(random_prompt(7), tree=DynamicTree(2, 3), **options).equal(plain)
 
 
 def test_a_dynamic_tree_deeper_than_the_heads_is_refused(tiny_model):

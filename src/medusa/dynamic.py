@@ -32,7 +32,7 @@ class DynamicTree:
         num_nodes: N, the root included.
         depth: heads used.
         ranks: guesses of each head that may become nodes.
-        temperatures: per head, what its logits are divided by before they are probabilities; () is 1 for all.
+        temperatures: per head, what the logarithms of its probabilities are divided by (`tempered`); () is 1 for all.
         pair_bonus, triple_bonus: nats that a guess gains where the context has had it after the same token, and after the same
             two; 0 looks at the heads alone.
 
@@ -58,7 +58,9 @@ class DynamicTree:
             if type(value) is not int or value < least:
                 raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted an integer of at least {least}")
         object.__setattr__(self, "temperatures", tuple(self.temperatures) or (1.0,) * self.depth)
-        if len(self.temperatures) < self.depth or not all(0 < value < float("inf") for value in self.temperatures):
+        if len(self.temperatures) < self.depth or not all(
+            isinstance(value, int | float) and 0 < value < float("inf") for value in self.temperatures
+        ):
             raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, wanted {self.depth} above 0")
         for name in ("pair_bonus", "triple_bonus"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -92,8 +94,20 @@ class DynamicTree:
 
     def drafter(self, device: torch.device | str | None = None) -> DynamicDrafter:
         """What fills the tree with tokens in a decoding request on a device."""
-        temperatures = torch.tensor(self.temperatures[: self.depth], dtype=torch.float32, device=device)
+        temperatures = None
+        if any(temperature != 1 for temperature in self.temperatures[: self.depth]):
+            temperatures = torch.tensor(self.temperatures[: self.depth], dtype=torch.float32, device=device)
         return DynamicDrafter(self.num_nodes, self.depth, self.ranks, temperatures, self.pair_bonus, self.triple_bonus)
+
+
+def tempered(
+    log_p: Tensor,  # (..., R): the greatest log-probabilities of a vocabulary
+    temperatures: Tensor | float,  # (...), or one for all
+) -> Tensor:  # (..., R)
+    """What they become where heads are too sure, or not sure enough: the others of the vocabulary count as one token."""
+    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    scaled = torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperatures).unsqueeze(-1).to(log_p)
+    return scaled.log_softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,7 @@ class DynamicDrafter:
     num_nodes: int
     num_heads: int
     ranks: int
-    temperatures: Tensor  # (D,) float32
+    temperatures: Tensor | None  # (D,) float32; None: all 1
     pair_bonus: float
     triple_bonus: float
 
@@ -119,9 +133,14 @@ class DynamicDrafter:
         self,
         head_logits: Tensor,  # (D, B, V)
     ) -> Guesses:
-        log_p = (head_logits.float() / self.temperatures[:, None, None]).log_softmax(-1)
-        values, tokens = log_p.topk(min(self.ranks, log_p.shape[-1]), dim=-1)
-        return Guesses(tokens, values)
+        log_p, tokens = head_logits.float().log_softmax(-1).topk(min(self.ranks, head_logits.shape[-1]), dim=-1)
+        return self.tempered(Guesses(tokens, log_p))
+
+    def tempered(self, guesses: Guesses) -> Guesses:
+        """Guesses of the heads as they are, with the probabilities that this tree gives them."""
+        if self.temperatures is None or guesses.log_p is None:
+            return guesses
+        return Guesses(guesses.tokens, tempered(guesses.log_p, self.temperatures[:, None]))
 
     def assemble(
         self,

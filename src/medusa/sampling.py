@@ -77,7 +77,7 @@ def levels_of(tree: TreeTensors) -> list[Levels]:
         [
             (level, lineage[level, : depth + 1])
             for depth in range(lineage.shape[1])
-            for level in [(depths == depth).nonzero()[:, 0]]
+            if len(level := (depths == depth).nonzero()[:, 0])  # a dynamic tree need not reach every depth
         ]
         for depths, lineage in zip(tree.depths, tree.lineage, strict=True)
     ]

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.dynamic import tempered
 from medusa.errors import InvalidInput
 from medusa.tuning.calibrate import Recorded, record
-from medusa.tuning.replay import fit_dynamic_tree, fit_temperatures, replay, tempered
+from medusa.tuning.replay import fit_dynamic_tree, fit_temperatures, replay
 from tiny import VOCAB, left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 NEW = 30
@@ -21,7 +22,7 @@ def model() -> MedusaModel:
 @pytest.fixture(scope="module", params=[0.0, 0.8])
 def recorded(request, model):
     prompts = [random_prompt(length, seed=length) for length in (5, 11, 8)]
-    texts = record(model, [prompt[0] for prompt in prompts], NEW, ranks=VOCAB, temperature=request.param, batch_size=3)
+    texts = record(model, [prompt[0] for prompt in prompts], NEW, ranks=VOCAB - 4, temperature=request.param, batch_size=3)
     sampling = {"do_sample": True, "temperature": request.param, "seed": 0} if request.param else {}
     return left_padded(prompts), texts, sampling
 
@@ -30,9 +31,10 @@ def recorded(request, model):
     "tree",
     [
         MedusaTree([]),
-        random_tree(seed=2, nodes=40),
-        DynamicTree(12, 3, pair_bonus=0.0, triple_bonus=0.0),
+        random_tree(seed=2, nodes=40, ranks=60),
+        DynamicTree(12, 3, ranks=60, pair_bonus=0.0, triple_bonus=0.0),
         DynamicTree(12, 2, ranks=20, pair_bonus=1.0, triple_bonus=3.0),
+        DynamicTree(12, 3, ranks=20, temperatures=(0.5, 2.0, 1.5)),
     ],
 )
 def test_replay_takes_the_steps_that_decoding_takes(model, recorded, tree):
@@ -46,7 +48,7 @@ def test_replay_takes_the_steps_that_decoding_takes(model, recorded, tree):
 
 def test_what_was_not_recorded_is_refused(model):
     texts = record(model, [random_prompt(5)[0]], 4, ranks=3)
-    for tree in (MedusaTree([(3,)]), MedusaTree.dense([1, 1, 1, 1])):
+    for tree in (MedusaTree([(3,)]), MedusaTree.dense([1, 1, 1, 1]), DynamicTree(4, 3, ranks=4)):
         with pytest.raises(InvalidInput, match="recorded were 3 and 3"):
             replay(texts, tree)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.errors import InvalidInput
 from medusa.tuning.calibrate import record
 from medusa.tuning.curve import draw_curve
 from medusa.tuning.tune import Trees, measure_steps, tune
@@ -21,7 +22,7 @@ def model() -> MedusaModel:
 @pytest.fixture(scope="module")
 def trees(model) -> Trees:
     prompts = [random_prompt(6, seed=seed)[0] for seed in range(8)]
-    return Trees(record(model, prompts, 24, ranks=VOCAB), ranks=VOCAB)
+    return Trees(record(model, prompts, 24, ranks=VOCAB))
 
 
 def machine(per_node: float, per_row: float = 0.0):
@@ -64,9 +65,29 @@ def test_the_choice_has_the_most_tokens_a_second_of_all_that_was_tried(trees):
 def test_acceptance_is_judged_on_texts_that_the_tree_was_not_chosen_on(model):
     """Two kinds of text that share nothing: a tree of one is no good for the other, and the figure says so."""
     texts = record(model, [random_prompt(6, seed=seed)[0] for seed in range(2)], 24, ranks=VOCAB)
-    own = Trees(texts[:1] * 2, ranks=VOCAB).option("static", 6)
-    other = Trees(texts, ranks=VOCAB).option("static", 6)
+    own = Trees(texts[:1] * 2).option("static", 6)
+    other = Trees(texts).option("static", 6)
     assert own.acceleration_rate > other.acceleration_rate
+
+
+def test_noise_in_a_timing_promises_no_more_than_is_accepted(trees):
+    """A plain step that reads ten times too long once, at whichever time it is measured."""
+    for bad in (0, 1):
+        calls = []
+
+        def measure(tried, batch, calls=calls, bad=bad):
+            calls.append(tried)
+            seconds = machine(0.3)(tried, batch)
+            return [10.0 * seconds[0], *seconds[1:]] if len(calls) == bad + 1 else seconds
+
+        tuned = tune(trees, measure, sizes=SIZES)
+        for option in [*tuned.options, *tuned.by_depth, *tuned.chosen.values()]:
+            assert option.tokens_per_second(1) / tuned.plain.tokens_per_second(1) <= option.acceleration_rate + 1e-9
+
+
+def test_a_single_text_cannot_judge(model):
+    with pytest.raises(InvalidInput, match="give more prompts"):
+        Trees(record(model, [random_prompt(6)[0]], 8))
 
 
 def test_steps_are_timed_for_every_tree(model):

@@ -164,8 +164,11 @@ def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]
         file /= "calibration.json"
     if tree is not None:
         from medusa.tree import MedusaTree
+        from medusa.trees import load_tree
 
-        chosen = MedusaTree.load(tree)
+        chosen = load_tree(tree)
+        if not isinstance(chosen, MedusaTree):
+            raise InvalidInput(f"{tree} holds no static tree; give its acceptance with --calibration instead")
         rate = calibrated_tree(chosen.paths, file or tree.parent / "calibration.json")
         return lambda size: rate if size > 1 else 1.0, [1, len(chosen)], f"{tree.name}, calibrated"
     if file is not None:

@@ -49,11 +49,13 @@ def tune_command(
     ] = None,
     context: Annotated[
         list[int] | None,
-        typer.Option("--context", help="Context lengths at which steps are timed; repeatable (default: that of the prompts)."),
+        typer.Option("--context", help="Context lengths at which steps are timed; repeatable (default: the prompts' median)."),
     ] = None,
     always: Annotated[bool, typer.Option("--always", help="Choose a tree even where plain decoding is faster.")] = False,
     max_prompts: Annotated[int, typer.Option("--max-prompts", help="Prompts used.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt used.")] = 256,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Tokens of each prompt used; conversations are not cut.")
+    ] = 256,
     max_new_tokens: common.MaxNewTokens = 128,
     temperature: common.Temperature = 0.0,
     ranks: Annotated[int, typer.Option("--ranks", help="Guesses of each head that may become nodes.")] = 64,
@@ -81,7 +83,8 @@ def tune_command(
     from medusa.tuning.calibrate import Calibration, record
     from medusa.tuning.tune import Measure, Trees, measure_steps, tune
 
-    medusa = common.load_model(model, heads, "root", dtype, device, trust_remote_code, quantization)
+    medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
+    _check_room(medusa, context or [])
     chosen_prompts = _prompts(model, prompts, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code)
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -97,9 +100,9 @@ def tune_command(
             on_progress=lambda done: progress.advance(task, done),
         )
         progress.add_task("searching trees", total=None)
-        trees = Trees(texts, ranks)
+        trees = Trees(texts)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
-        lengths = context or [max(text.start + 1 for text in texts)]
+        lengths = context or [_usual_length(texts, medusa)]
 
         def measure(tried: Any, rows: int) -> list[float]:
             task = progress.add_task(f"timing steps, batch {rows}", total=len(tried) * (rounds + 1) * len(lengths))
@@ -198,6 +201,27 @@ def _prompts(
         raise InvalidInput(f"{prompts} holds no prompt that leaves room for {max_new_tokens} new tokens in the context")
     stride = max(1, len(found) // max_prompts)
     return [torch.tensor(ids) for ids in found[::stride][:max_prompts]]
+
+
+def _check_room(medusa: MedusaModel, lengths: list[int]) -> None:
+    from medusa.tuning.tune import room_to_time
+
+    room = room_to_time(medusa.num_heads)
+    if medusa.context is not None and max(lengths, default=1) + room > medusa.context:
+        longest = medusa.context - room
+        raise InvalidInput(
+            f"--context is {max(lengths)}: with the {room} tokens to time the context of {medusa.context} holds {longest}"
+        )
+
+
+def _usual_length(texts: list[Recorded], medusa: MedusaModel) -> int:
+    """The median length of the prompts, as far as there is room to time steps after it."""
+    import statistics
+
+    from medusa.tuning.tune import room_to_time
+
+    usual = int(statistics.median(text.start + 1 for text in texts))
+    return usual if medusa.context is None else max(1, min(usual, medusa.context - room_to_time(medusa.num_heads)))
 
 
 def _rows(texts: list[Recorded], batch: int, length: int) -> Tensor:

@@ -136,7 +136,7 @@ def record(
     Args:
         max_new_tokens: places at which heads are asked, in each text.
         temperature: 0 is greedy; otherwise continuations are drawn from the backbone's distribution.
-        batch_size: prompts continued together; what is said does not depend on it but for rounding.
+        batch_size: prompts continued together; what is said greedily does not depend on it but for rounding.
         folder: keeps what is recorded, batch by batch, and goes on from what it holds.
         on_progress: called with the prompts done, after every batch.
 

@@ -7,6 +7,8 @@ the one before ended, and long paths skip the easy places.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from medusa.acceptance import accept_exact
 from medusa.context import Context
-from medusa.dynamic import DynamicTree
+from medusa.dynamic import DynamicDrafter, DynamicTree, tempered
 from medusa.errors import InvalidInput
 from medusa.tree import Guesses, MedusaTree
 from medusa.tuning.calibrate import Recorded
@@ -52,8 +54,6 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
     """
     _, heads, ranks = texts[0].guesses.shape
     asked = tree.ranks if isinstance(tree, DynamicTree) else tree.max_rank + 1
-    if isinstance(tree, DynamicTree):
-        asked = min(asked, ranks)  # a small vocabulary has no more
     if tree.depth > heads or asked > ranks:
         raise InvalidInput(f"the tree asks {tree.depth} heads for {asked} guesses, recorded were {heads} and {ranks}")
     drafter = tree.drafter()
@@ -66,14 +66,14 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
         ids[row, width - text.start - 1 : width - text.start - 1 + len(text.ids)] = text.ids
         guesses[row, : len(text)] = text.guesses[:, : tree.depth, :asked]
         log_p[row, : len(text)] = text.log_p[:, : tree.depth, :asked]
-    if isinstance(tree, DynamicTree):
-        log_p = tempered(log_p, torch.tensor(tree.temperatures[: tree.depth]))
     rows, pads = torch.arange(len(texts)), width - 1 - torch.tensor([text.start for text in texts])
     context = Context.of(ids[:, :width], pads, ids[:, width], ids.shape[1]) if drafter.reads_context else None
     done, steps = torch.zeros_like(places), torch.zeros_like(places)
     while bool((active := done < places).any()):
         at = done.clamp(max=places - 1)
         offered = Guesses(guesses[rows, at].transpose(0, 1), log_p[rows, at].transpose(0, 1)) if tree.depth else None
+        if offered is not None and isinstance(drafter, DynamicDrafter):
+            offered = drafter.tempered(offered)
         tokens, tensors = drafter.assemble(ids[rows, width + at], offered, context)
         said = ids.gather(1, (width + at + 1)[:, None] + tensors.depths.expand_as(tokens))
         accepted = accept_exact(tensors, tokens, said)
@@ -82,15 +82,6 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
         done = torch.where(active, done + accepted.length, done)
         steps += active
     return Replayed(done, steps)
-
-
-def tempered(
-    log_p: Tensor,  # (..., R): the greatest log-probabilities of a vocabulary
-    temperature: Tensor | float,  # (...), or one for all
-) -> Tensor:  # (..., R)
-    """What they are when logits are divided by a temperature; the rest of the vocabulary counts as one token."""
-    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-    return (torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperature).unsqueeze(-1).to(log_p)).log_softmax(-1)[..., :-1]
 
 
 def fit_temperatures(texts: Sequence[Recorded]) -> tuple[float, ...]:
@@ -111,15 +102,14 @@ def _likelihood(right: Tensor, log_p: Tensor, temperature: float) -> float:
     return float(torch.where(right >= 0, hit, missed).mean())
 
 
-def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16, ranks: int = 64) -> DynamicTree:
+def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16) -> DynamicTree:
     """The dynamic tree of so many nodes whose bonuses accept the most on these texts, its heads' temperatures fitted."""
-    heads = texts[0].guesses.shape[1]
+    _, heads, ranks = texts[0].guesses.shape
     best = DynamicTree(num_nodes, heads, ranks, fit_temperatures(texts), 0.0, 0.0)
     rate = replay(texts, best).acceleration_rate
-    for pair in (0.0, 1.0, 2.0, 3.0):
-        for triple in (0.0, 1.0, 2.0, 4.0):
-            tree = DynamicTree(num_nodes, heads, ranks, best.temperatures, pair, triple)
-            found = replay(texts, tree).acceleration_rate
-            if found > rate * 1.002:  # no bonus for nothing
-                best, rate = tree, found
+    for pair, triple in itertools.product((0.0, 1.0, 2.0, 3.0), (0.0, 1.0, 2.0, 4.0)):
+        tree = dataclasses.replace(best, pair_bonus=pair, triple_bonus=triple)
+        found = replay(texts, tree).acceleration_rate if pair or triple else 0.0
+        if found > rate * 1.002:  # no bonus for nothing
+            best, rate = tree, found
     return best

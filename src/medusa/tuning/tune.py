@@ -7,6 +7,7 @@ pays, the root alone, plain decoding, is chosen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from medusa.dynamic import DynamicTree
+from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.search import search_joint_tree, search_tree
 from medusa.tree import MedusaTree
@@ -23,6 +25,7 @@ from medusa.tuning.replay import fit_dynamic_tree, replay
 
 KINDS = ("static", "dynamic", "independent")
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+STEPS = 12  # timed in a round
 WORTH = 1.02  # a tree that promises less than this beside plain decoding is not worth its risk
 
 
@@ -53,16 +56,25 @@ class Option:
 
 
 class Trees:
-    """The best trees of every kind and size for recorded texts, and what they accept."""
+    """The best trees of every kind and size for recorded texts, and what they accept.
 
-    def __init__(self, texts: Sequence[Recorded], ranks: int = 64):
-        self._halves = [list(texts), list(texts[::2]), list(texts[1::2]) or list(texts)]  # the first: all of them
+    Raises:
+        InvalidInput: there is but one text.
+    """
+
+    def __init__(self, texts: Sequence[Recorded]):
+        if len(texts) < 2:
+            raise InvalidInput("one text cannot both choose trees and judge them; give more prompts")
+        self._halves = [list(texts), list(texts[::2]), list(texts[1::2])]  # the first: all of them
         self._calibrations = [Calibration.of(half) for half in self._halves]
-        self._dynamic = [fit_dynamic_tree(half, ranks=ranks) for half in self._halves]
 
     @property
     def heads(self) -> int:
         return len(self._calibrations[0].hits)
+
+    @functools.cached_property
+    def _dynamic(self) -> list[DynamicTree]:
+        return [fit_dynamic_tree(half) for half in self._halves]
 
     def tree(self, kind: str, size: int, depth: int, half: int = 0) -> MedusaTree | DynamicTree:
         """The best tree of a kind: on all texts (half 0), or on one of the halves."""
@@ -92,28 +104,34 @@ def measure_steps(
     model: MedusaModel,
     trees: Sequence[MedusaTree | DynamicTree],
     prompts: Tensor,  # (B, P) long
-    steps: int = 12,
+    steps: int = STEPS,
     rounds: int = 5,
     on_progress: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> list[float]:
-    """Seconds of a decoding step with each tree, the median over rounds in which the trees take turns.
+    """Seconds of a decoding step with each tree. Trees take turns in rounds; what counts is the median over rounds of each one's
+    ratio to the first tree's step of that round, and the first's own median: a machine that is slow for a while is slow for all.
 
     Args:
         options: of `MedusaModel.stream`, such as `compile`.
     """
     seconds: list[list[float]] = [[] for _ in trees]
-    deepest = max(tree.depth for tree in trees) + 1
+    limit = room_to_time(max(tree.depth for tree in trees), steps)
     for round_ in range(rounds + 1):  # the first is to warm up: compilers and caches
         for turn in range(len(trees)):
             number = (turn + round_) % len(trees)
-            limit = (steps + 1) * deepest  # enough for all steps, however much they accept; the same for all trees
             stream = model.stream(prompts, max_new_tokens=limit, eos_token_id=[], tree=trees[number], **options)
             taken = [step.seconds for _, step in zip(range(steps + 1), stream, strict=False)][1:]  # the first has the prefill
             if round_:
-                seconds[number] += taken
+                seconds[number].append(statistics.median(taken))
             on_progress()
-    return [statistics.median(each) for each in seconds]
+    first = statistics.median(seconds[0])
+    return [first * statistics.median(a / b for a, b in zip(each, seconds[0], strict=True)) for each in seconds]
+
+
+def room_to_time(depth: int, steps: int = STEPS) -> int:
+    """Tokens that timing may emit after a prompt, however much is accepted: the same for all trees."""
+    return (steps + 1) * (depth + 1)
 
 
 def choose(options: Sequence[Option], plain: Option, batch: int) -> Option:
@@ -138,7 +156,8 @@ class Tuned:
     """All that was tried, and what was chosen by batch size.
 
     Attributes:
-        by_depth: for the choice of the smallest batch, the same kind and size with 1, 2, … heads: what each head adds.
+        by_depth: for the choice of the smallest batch, the same kind and size with 1, 2, … heads, timed together once more: what
+            each head adds.
     """
 
     plain: Option
@@ -193,24 +212,16 @@ def tune(
         measure: what a step costs here; the plain one is measured beside the others each time.
         always: choose a tree even where plain decoding is faster.
     """
-    options = [trees.option(kind, size) for kind in kinds for size in sizes]
-    options = list({option.tree: option for option in options}.values())  # where few paths came true, sizes are one
-    timed = _timed([PLAIN, *options], measure, batches)
-    plain, options = timed[0], timed[1:]
+    options = _different([trees.option(kind, size) for kind in kinds for size in sizes])
+    plain, *options = _timed([PLAIN, *options], measure, batches)
     chosen = {batch: _choose(options, plain, batch, always) for batch in batches}
-    first = chosen[min(batches)]
-    by_depth: list[Option] = []
+    smallest = min(batches)
+    first, by_depth = chosen[smallest], []
     if first.kind != "plain":
-        kind, size = first.kind, len(first.tree)
-        shallower = [trees.option(kind, size, depth) for depth in range(1, trees.heads)]
-        by_depth = [*_timed([PLAIN, first, *shallower], measure, batches)]
-        again, first, shallower = by_depth[0], by_depth[1], by_depth[2:]
-        # Against the plain step of the same minute, and as a share of the one that all others stand beside.
-        by_depth = [_beside(option, again, plain) for option in (*shallower, first)]
-        chosen = {
-            batch: _choose([option, *by_depth[:-1]], plain, batch, always) if option.kind != "plain" else option
-            for batch, option in chosen.items()
-        }
+        tried = [trees.option(first.kind, len(first.tree), depth) for depth in range(1, trees.heads + 1)]
+        again, *by_depth = _timed([PLAIN, *_different(tried)], measure, [smallest])
+        by_depth = [_beside(option, again, plain, smallest) for option in by_depth]
+        chosen[smallest] = _choose(by_depth, plain, smallest, always)
     return Tuned(plain, options, by_depth, chosen)
 
 
@@ -218,19 +229,21 @@ def _choose(options: Sequence[Option], plain: Option, batch: int, always: bool) 
     return max(options, key=lambda option: option.tokens_per_second(batch)) if always else choose(options, plain, batch)
 
 
+def _different(options: Sequence[Option]) -> list[Option]:
+    """Where few paths came true, several sizes or depths are one tree."""
+    return list({option.tree: option for option in reversed(options)}.values())[::-1]
+
+
 def _timed(options: Sequence[Option], measure: Measure, batches: Sequence[int]) -> list[Option]:
-    """The options with the seconds of their steps."""
+    """The options with the seconds of their steps, the plain one first: a step that does more is not taken to be faster."""
     seconds = {batch: measure([option.tree for option in options], batch) for batch in batches}
     return [
-        dataclasses.replace(option, step_seconds={batch: seconds[batch][number] for batch in batches})
+        dataclasses.replace(option, step_seconds={b: max(times[number], times[0]) for b, times in seconds.items()})
         for number, option in enumerate(options)
     ]
 
 
-def _beside(option: Option, its_plain: Option, plain: Option) -> Option:
-    """An option measured beside another plain step, on the scale of this one."""
-    scaled = {
-        batch: seconds / its_plain.step_seconds[batch] * plain.step_seconds[batch]
-        for batch, seconds in option.step_seconds.items()
-    }
-    return dataclasses.replace(option, step_seconds=scaled)
+def _beside(option: Option, its_plain: Option, plain: Option, batch: int) -> Option:
+    """An option timed beside another plain step, on the scale of this one."""
+    overhead = option.step_seconds[batch] / its_plain.step_seconds[batch]
+    return dataclasses.replace(option, step_seconds={batch: overhead * plain.step_seconds[batch]})
