@@ -209,9 +209,7 @@ def _check_room(medusa: MedusaModel, lengths: list[int]) -> None:
     room = room_to_time(medusa.num_heads)
     if medusa.context is not None and max(lengths, default=1) + room > medusa.context:
         longest = medusa.context - room
-        raise InvalidInput(
-            f"--context is {max(lengths)}: with the {room} tokens to time the context of {medusa.context} holds {longest}"
-        )
+        raise InvalidInput(f"--context is {max(lengths)}, wanted at most {longest}: timing adds {room} tokens to it")
 
 
 def _usual_length(texts: list[Recorded], medusa: MedusaModel) -> int:

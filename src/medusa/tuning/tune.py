@@ -109,8 +109,10 @@ def measure_steps(
     on_progress: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> list[float]:
-    """Seconds of a decoding step with each tree. Trees take turns in rounds; what counts is the median over rounds of each one's
-    ratio to the first tree's step of that round, and the first's own median: a machine that is slow for a while is slow for all.
+    """Seconds of a decoding step with each tree.
+
+    Trees take turns in rounds. What counts is the median over rounds of a tree's ratio to the first tree in the same round, and
+    the first one's own median: a machine that is slow for a while is slow for all.
 
     Args:
         options: of `MedusaModel.stream`, such as `compile`.
@@ -156,8 +158,7 @@ class Tuned:
     """All that was tried, and what was chosen by batch size.
 
     Attributes:
-        by_depth: for the choice of the smallest batch, the same kind and size with 1, 2, … heads, timed together once more: what
-            each head adds.
+        by_depth: for the choice of the smallest batch, the same kind and size with 1, 2, … heads: what each head adds.
     """
 
     plain: Option
