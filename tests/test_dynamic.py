@@ -23,7 +23,9 @@ def by_heap(tree: DynamicTree, root: int, tokens, log_p, said) -> set[tuple[int,
             return
         for token, p in zip(tokens[len(path)], log_p[len(path)], strict=True):
             bonus = tree.pair_bonus * said(previous, token) + tree.triple_bonus * said(before, previous, token)
-            yield -(value + min(p + bonus, -LEAST_COST)), (*path, token), previous, token
+            p = min(p, -LEAST_COST)
+            odds = p - math.log(-math.expm1(p)) + bonus
+            yield -(value - math.log1p(math.exp(-odds)) - LEAST_COST), (*path, token), previous, token
 
     frontier = list(children((), 0.0, 99, root))
     heapq.heapify(frontier)

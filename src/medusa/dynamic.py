@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import logsigmoid, pad
 
 from medusa.config import from_mapping
 from medusa.context import Context, pair_end, pair_start, triple_end, triple_start
 from medusa.errors import InvalidTree
 from medusa.tree import Guesses, TreeTensors, paths_up, tree_tensors
 
-LEAST_COST = 1e-3  # of a node, in nats, however sure: children stay behind their parents
+LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class DynamicTree:
         depth: heads used.
         ranks: guesses of each head that may become nodes.
         temperatures: per head, what the logarithms of its probabilities are divided by (`tempered`); () is 1 for all.
-        pair_bonus, triple_bonus: nats that a guess gains where the context has had it after the same token, and after the same
-            two; 0 looks at the heads alone.
+        pair_bonus, triple_bonus: what the log-odds of a guess gain where the context has had it after the same token, and after
+            the same two; 0 looks at the heads alone.
 
     Raises:
         InvalidTree: a number out of its range.
@@ -48,8 +48,8 @@ class DynamicTree:
     depth: int
     ranks: int = 64
     temperatures: tuple[float, ...] = ()
-    pair_bonus: float = 2.0
-    triple_bonus: float = 2.0
+    pair_bonus: float = 3.0
+    triple_bonus: float = 4.0
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "depth", "ranks"):
@@ -157,18 +157,20 @@ class DynamicDrafter:
         wanted, ranks = self.num_nodes - 1, guesses.tokens.shape[-1]
         value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
         before = context.last[:, None] if context is not None else previous
+        log_p = guesses.log_p.clamp(max=-LEAST_COST)
+        odds = log_p - torch.log(-torch.expm1(log_p))
         ends = pair_end(guesses.tokens), triple_end(guesses.tokens)
         parent = root.new_full((len(root), 1), -1)
         first = 0  # the number, among the candidates of all depths, of the first of this one
         values, tokens, parents = [], [], []
         for depth in range(self.num_heads):
-            step = guesses.log_p[depth, :, None]  # (B, 1, R)
+            step = odds[depth, :, None]  # (B, 1, R)
             if self.reads_context and context is not None:
                 pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
                 triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
                 said = context.said(torch.stack([pairs, triples], 1))
                 step = step.add(said[:, 0], alpha=self.pair_bonus).add_(said[:, 1], alpha=self.triple_bonus)
-            candidates = (value[..., None] + step.clamp(max=-LEAST_COST)).flatten(1)  # (B, W * R)
+            candidates = (value[..., None] + logsigmoid(step) - LEAST_COST).flatten(1)  # (B, W * R)
             value, chosen = candidates.topk(min(wanted, candidates.shape[1]), dim=-1)
             above = chosen // ranks
             before, previous = previous.gather(1, above), guesses.tokens[depth].gather(1, chosen - above * ranks)

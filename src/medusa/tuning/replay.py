@@ -107,7 +107,7 @@ def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16) -> DynamicT
     _, heads, ranks = texts[0].guesses.shape
     best = DynamicTree(num_nodes, heads, ranks, fit_temperatures(texts), 0.0, 0.0)
     rate = replay(texts, best).acceleration_rate
-    for pair, triple in itertools.product((0.0, 1.0, 2.0, 3.0), (0.0, 1.0, 2.0, 4.0)):
+    for pair, triple in itertools.product((0.0, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 4.0, 6.0)):
         tree = dataclasses.replace(best, pair_bonus=pair, triple_bonus=triple)
         found = replay(texts, tree).acceleration_rate if pair or triple else 0.0
         if found > rate * 1.002:  # no bonus for nothing
