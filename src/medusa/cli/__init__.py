@@ -8,7 +8,20 @@ from importlib import import_module
 
 import typer
 
-VERBS = ("demo", "generate", "chat", "distill", "train", "tune", "bench", "judge", "simulate", "inspect", "convert")
+VERBS = (
+    "demo",
+    "generate",
+    "chat",
+    "distill",
+    "train",
+    "tune",
+    "bench",
+    "experiment",
+    "judge",
+    "simulate",
+    "inspect",
+    "convert",
+)
 
 app = typer.Typer(
     name="medusa",

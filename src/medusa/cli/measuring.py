@@ -15,6 +15,8 @@ from medusa.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from medusa.evaluation.bench import Exam
     from medusa.evaluation.prompts import Question
     from medusa.model import MedusaModel
@@ -72,16 +74,46 @@ def original_of(medusa: MedusaModel, heads: str | None, load: Callable[[], Medus
     return load() if heads is not None and has_adapter(local_folder(heads)) else medusa
 
 
+def calibration_prompts(
+    model: str,
+    prompts: str | None,
+    medusa: MedusaModel,
+    max_prompts: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    trust_remote_code: bool,
+) -> list[Tensor]:
+    """Token ids of prompts: under the model's chat template, or the beginnings of texts."""
+    import torch
+
+    from medusa.evaluation.bench import Asking
+    from medusa.evaluation.prompts import held_out_prompts, read_questions, select
+
+    if prompts is None:
+        return [prompt.ids[:prompt_tokens] for prompt in held_out_prompts("calibration")[:max_prompts]]
+    asking = Asking(common.load_tokenizer(model, trust_remote_code), medusa.eos_token_ids)
+    questions = select(read_questions(prompts), (), None)
+    found = [asking.prompt(question, []) for question in questions]
+    if not asking.chat:
+        found = [ids[:prompt_tokens] for ids in found]
+    room = None if medusa.context is None else medusa.context - max_new_tokens - medusa.num_heads
+    found = [ids for ids in found if ids and (room is None or len(ids) <= room)]
+    if not found:
+        raise InvalidInput(f"{prompts} holds no prompt that leaves room for {max_new_tokens} new tokens in the context")
+    stride = max(1, len(found) // max_prompts)
+    return [torch.tensor(ids) for ids in found[::stride][:max_prompts]]
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr; what is yielded advances it by one."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; what is yielded advances it, by one unless told."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda by=1: bar.advance(task, by)
 
 
 def show(header: list[str], rows: list[list[str]]) -> None:
