@@ -54,7 +54,7 @@ def experiment_command(
         str | None,
         typer.Option(
             "--calibration-prompts",
-            help="Text to search trees on, none of it among --prompts: a set, file or hub id (default for `embedded`: its own).",
+            help="Text to search trees on, other than --prompts: a set, file or hub id (default for `embedded`: its own).",
         ),
     ] = None,
     max_new_tokens: common.MaxNewTokens = 128,
@@ -65,8 +65,8 @@ def experiment_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Repeat one of the paper's experiments: its decoders on the same prompts, with the paper's figures beside what is measured.
-    Killed, it goes on where it was."""
+    """Repeat one of the paper's experiments: its decoders on the same prompts, its figures beside what is measured here. Killed, it
+    goes on where it was."""
     from medusa.evaluation.bench import Scorer
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells
@@ -152,9 +152,8 @@ def _check(name: str, experiment: Experiment, given: dict[str, Any]) -> None:
         if value is None and option in experiment.needs:
             raise InvalidInput(f"{name} needs --{option}; see medusa experiment --help")
         if value is not None and option not in (*experiment.options, "prompts"):
-            raise InvalidInput(
-                f"{name} takes no --{option}; it takes --prompts{''.join(f', --{o}' for o in experiment.options)}"
-            )
+            takes = ", ".join(f"--{taken}" for taken in ("prompts", *experiment.options))
+            raise InvalidInput(f"{name} takes no --{option}; it takes {takes}")
 
 
 def _check_values(name: str, gammas: list[int], nodes: list[int], epsilons: list[float]) -> None:

@@ -172,14 +172,14 @@ def trees_by_size(subject: Subject) -> Contenders:
 
 def thresholds(subject: Subject) -> Contenders:
     """Typical acceptance by epsilon, delta its square root; greedy decoding and random sampling beside it."""
-    sampling = {"do_sample": True, "temperature": TEMPERATURE, "seed": 0}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": 0}
     found = {
         PLAIN: Contender(subject.ours(MedusaTree([]), **sampling), tree=MedusaTree([])),
         "random sampling": Contender(subject.ours(**sampling)),
         "greedy": Contender(subject.ours(), exact=False),
     }
     for epsilon in subject.epsilons or EPSILONS:
-        options = {**sampling, "acceptance": "typical", "epsilon": epsilon, "delta": math.sqrt(epsilon)}
+        options: dict[str, Any] = {**sampling, "acceptance": "typical", "epsilon": epsilon, "delta": math.sqrt(epsilon)}
         found[f"typical, epsilon {epsilon:g}"] = Contender(subject.ours(**options), "typical", epsilon, exact=False)
     return found
 

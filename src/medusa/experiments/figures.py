@@ -62,13 +62,13 @@ def _curves(axes: Any, record: dict[str, Any], value: Callable[[dict[str, Any]],
         if places[name]["at"] is not None:
             series.setdefault(places[name]["series"], []).append((places[name]["at"], middle, below, above))
     for name, points in series.items():
-        at, middle, below, above = zip(*sorted(points), strict=True)
+        at, levels, *spread = zip(*sorted(points), strict=True)
         joined = len(set(at)) == len(at)
-        axes.errorbar(at, middle, (below, above), fmt="o-" if joined else "o", markersize=4, linewidth=1, capsize=2, label=name)
+        axes.errorbar(at, levels, spread, fmt="o-" if joined else "o", markersize=4, linewidth=1, capsize=2, label=name)
     for number, (name, parts) in enumerate(record["decoders"].items()):
         if places[name]["at"] is None:
-            colour = f"C{len(series) + number}"
-            axes.axhline(_spread(value(parts[OVERALL]))[0], color=colour, linestyle=":", linewidth=1.2, label=name)
+            level, colour = _spread(value(parts[OVERALL]))[0], f"C{len(series) + number}"
+            axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, label=name)
 
 
 def _bars(axes: Any, record: dict[str, Any], value: Callable[[dict[str, Any]], Any]) -> None:

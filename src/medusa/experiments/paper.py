@@ -36,13 +36,13 @@ FIGURE_3 = Paper(
 )
 FIGURE_4 = Paper(
     f"Medusa-2 Vicuna-7B on {WRITING}",
-    says="A plot without numbers. An optimised tree of 64 nodes accepts more than random dense ones of 256; acceptance grows with "
-    "the logarithm of the nodes (0.477 log n, Appendix G), and speed falls where the step becomes bound by arithmetic.",
+    says="A plot without numbers. An optimised tree of 64 nodes accepts more than random dense ones of 256; acceptance grows "
+    "with the logarithm of the nodes (0.477 log n, Appendix G), and speed falls where the step becomes bound by arithmetic.",
 )
 FIGURE_5 = Paper(
     f"Medusa-2 Vicuna-7B on {WRITING}, temperature 0.7, quality graded by GPT-4",
-    says="A plot without numbers. As epsilon grows, quality rises and acceleration falls; random sampling is graded above greedy "
-    "decoding, and typical acceptance comes near random sampling for large epsilon.",
+    says="A plot without numbers. As epsilon grows, quality rises and acceleration falls; random sampling is graded above "
+    "greedy decoding, and typical acceptance comes near random sampling for large epsilon.",
 )
 TABLE_1 = Paper(
     f"Medusa-2 on {MT_BENCH}, quality graded by GPT-4 with its difference from the original model",

@@ -112,13 +112,8 @@ def markdown(record: dict[str, Any], figure: str | None = None) -> str:
         lines += ["", *table(printed["rows"][0], printed["rows"][1:])]
     if printed["says"]:
         lines += ["", printed["says"]]
-    differs = (
-        f"**What differs:** the model ({made['model']}), the prompts ({made['prompts']}) and the machine ({machine(made)})"
-    )
+    here = made.get("gpu") or f"{made['cpu']}, {made['threads']} threads"
+    differs = f"**What differs:** the model ({made['model']}), the prompts ({made['prompts']}) and the machine ({here})"
     if experiment.quality:
         differs += "; quality is likelihood under the original backbone, where the paper asks a judge (`medusa judge`)"
     return "\n".join([*lines, "", f"{differs}."]) + "\n"
-
-
-def machine(made_with: dict[str, Any]) -> str:
-    return made_with.get("gpu") or f"{made_with['cpu']}, {made_with['threads']} threads"
