@@ -65,8 +65,10 @@ def experiment_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Repeat one of the paper's experiments: its decoders on the same prompts, its figures beside what is measured here. Killed, it
-    goes on where it was."""
+    """Repeat one of the paper's experiments: its decoders on the same prompts, its figures beside what is measured here.
+
+    Killed, it goes on where it was.
+    """
     from medusa.evaluation.bench import Scorer
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells

@@ -48,23 +48,27 @@ def save_figure(record: dict[str, Any], experiment: Experiment, folder: Path) ->
     if experiment.axis == "nodes":
         for axes in grid:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
     grid[0].legend(fontsize="small", frameon=False)
     for suffix in FORMATS:
         drawing.savefig(folder / f"figure.{suffix}", dpi=120, metadata={"Date": None} if suffix == "svg" else None)
 
 
 def _curves(axes: Any, record: dict[str, Any], value: Callable[[dict[str, Any]], Any]) -> None:
-    """A series for each line, its several values at one place as dots alone; baselines as dotted lines."""
-    places = record["made_with"]["contenders"]
+    """A line with its intervals for each series, dots alone where one has several values at a place; baselines are dotted."""
+    places = record["contenders"]
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     for name, parts in record["decoders"].items():
         middle, below, above = _spread(value(parts[OVERALL]))
         if places[name]["at"] is not None:
             series.setdefault(places[name]["series"], []).append((places[name]["at"], middle, below, above))
     for name, points in series.items():
-        at, levels, *spread = zip(*sorted(points), strict=True)
+        at, levels, below, above = zip(*sorted(points), strict=True)
         joined = len(set(at)) == len(at)
-        axes.errorbar(at, levels, spread, fmt="o-" if joined else "o", markersize=4, linewidth=1, capsize=2, label=name)
+        axes.plot(at, levels, "o-" if joined else "o", markersize=4, linewidth=1, label=name)
+        if joined:
+            ends = [[level - b for level, b in zip(levels, below)], [level + a for level, a in zip(levels, above)]]
+            axes.fill_between(at, *ends, alpha=0.12)
     for number, (name, parts) in enumerate(record["decoders"].items()):
         if places[name]["at"] is None:
             level, colour = _spread(value(parts[OVERALL]))[0], f"C{len(series) + number}"

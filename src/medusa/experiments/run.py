@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,25 +45,25 @@ def run(
         InvalidInput: the folder was made with something else.
     """
     experiment = named(name)
-    made_with = {
-        "experiment": name,
-        **made_with,
-        "contenders": {
-            title: {"series": each.series, "at": each.at, "tree": each.tree.to_dict() if each.tree is not None else None}
-            for title, each in contenders.items()
-        },
+    details = {
+        title: {"series": each.series, "at": each.at, "tree": each.tree.to_dict() if each.tree is not None else None}
+        for title, each in contenders.items()
     }
+    digest = hashlib.sha256(json.dumps(details).encode()).hexdigest()[:16]
+    made_with = {"experiment": name, **made_with, "decoders": list(contenders), "trees": digest}
     decoders = {title: each.decoder for title, each in contenders.items()}
     measured = take(exam, decoders, folder, made_with, rounds, on_progress)
     exact = [title for title, each in contenders.items() if each.exact]
-    return {
-        "made_with": json.loads(json.dumps(made_with)),
+    record = {
+        "made_with": made_with,
         "rounds": rounds,
         "left_out": [question.id for question in exam.left_out],
         "missing": experiment.missing(subject),
+        "contenders": details,
         "decoders": summarise(measured, exam.questions, exact, scorer),
         "paper": dataclasses.asdict(experiment.paper),
     }
+    return json.loads(json.dumps(record))  # as it will be read again: tuples are lists
 
 
 def save(record: dict[str, Any], folder: Path, draw: bool) -> None:
