@@ -59,16 +59,16 @@ def _curves(axes: Any, record: dict[str, Any], value: Callable[[dict[str, Any]],
     places = record["contenders"]
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     for name, parts in record["decoders"].items():
-        middle, below, above = _spread(value(parts[OVERALL]))
         if places[name]["at"] is not None:
-            series.setdefault(places[name]["series"], []).append((places[name]["at"], middle, below, above))
+            series.setdefault(places[name]["series"], []).append((places[name]["at"], *_spread(value(parts[OVERALL]))))
     for name, points in series.items():
-        at, levels, below, above = zip(*sorted(points), strict=True)
+        points.sort()
+        at, levels = [point[0] for point in points], [point[1] for point in points]
         joined = len(set(at)) == len(at)
         axes.plot(at, levels, "o-" if joined else "o", markersize=4, linewidth=1, label=name)
         if joined:
-            ends = [[level - b for level, b in zip(levels, below)], [level + a for level, a in zip(levels, above)]]
-            axes.fill_between(at, *ends, alpha=0.12)
+            low, high = [level - below for _, level, below, _ in points], [level + above for _, level, _, above in points]
+            axes.fill_between(at, low, high, alpha=0.12)
     for number, (name, parts) in enumerate(record["decoders"].items()):
         if places[name]["at"] is None:
             level, colour = _spread(value(parts[OVERALL]))[0], f"C{len(series) + number}"
