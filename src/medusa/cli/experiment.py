@@ -113,7 +113,7 @@ def experiment_command(
         exam.limits,
         recorded,
         _sibling(load, model, medusa_2) if medusa_2 is not None else None,
-        {Path(folder).name: load(folder) for folder in draft or ()},
+        {_short(folder, draft or []): load(folder) for folder in draft or ()},
         nodes or (),
         epsilon or (),
         gamma or (),
@@ -167,6 +167,12 @@ def _check_values(name: str, gammas: list[int], nodes: list[int], epsilons: list
     for value in epsilons:
         if not 0 < value <= 1:
             raise InvalidInput(f"--epsilon is {value}, wanted above 0 and at most 1")
+
+
+def _short(folder: str, folders: list[str]) -> str:
+    """What a draft model is called: the last part of its name, or all of it where two have one."""
+    name = Path(folder).name
+    return name if [Path(other).name for other in folders].count(name) == 1 else folder
 
 
 def _sibling(load: Any, model: str, medusa_2: str) -> MedusaModel:
