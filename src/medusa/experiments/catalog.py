@@ -120,7 +120,7 @@ def techniques(subject: Subject) -> Contenders:
         "with a dense tree": best_dense_tree(calibration.accuracies, nodes),
         "with the optimised tree": search_tree(calibration.accuracies, nodes),
         "with the jointly optimised tree": search_joint_tree(calibration.paths, nodes),
-        "with a dynamic tree": fit_dynamic_tree(texts, nodes),
+        "with a dynamic tree": dataclasses.replace(fit_dynamic_tree(texts), num_nodes=nodes),
     }
     found = subject.baselines() | {name: Contender(subject.ours(tree), tree=tree) for name, tree in trees.items()}
     if subject.medusa_2 is None:
@@ -154,7 +154,7 @@ def trees_by_size(subject: Subject) -> Contenders:
     texts = subject.recorded(subject.model)
     calibration = Calibration.of(texts)
     sizes = subject.nodes or NODES
-    fitted = fit_dynamic_tree(texts, sorted(sizes)[len(sizes) // 2])  # its bonuses, for all sizes
+    fitted = fit_dynamic_tree(texts)  # at its usual size, for all
     found = subject.baselines()
     for nodes in sizes:
         drawn = dict.fromkeys(random_dense_tree(nodes, subject.model.num_heads, seed) for seed in range(DRAWS))
