@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree
 from medusa.evaluation.prompts import held_out_prompts
+from medusa.search import search_joint_tree
 from tiny import left_padded
 
 NEW = 48
@@ -49,12 +50,17 @@ def test_nothing_held_out_is_for_both_calibration_and_test():
     assert test and calibration and not test & calibration
 
 
-def test_tree_is_the_searched_one_of_its_calibration():
-    from medusa.search import search_joint_tree
-
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.8, "seed": 1}])
+def test_the_dynamic_tree_accepts_more_than_a_static_one_of_its_size(embedded_model, options):
     calibration = json.loads((EMBEDDED / "calibration.json").read_text())
-    tree = MedusaTree.load(EMBEDDED / "medusa_tree.json")
-    assert search_joint_tree(calibration["paths"], len(tree)) == tree
+    static = search_joint_tree(calibration["paths"], len(embedded_model.tree))
+    prompts = torch.stack([prompt.ids for prompt in held_out_prompts()[::8]])
+    rates = []
+    for tree in (embedded_model.tree, static):
+        output = embedded_model.generate(prompts, max_new_tokens=NEW, tree=tree, return_dict_in_generate=True, **options)
+        rates.append(sum(map(sum, output.acceptance_lengths)) / sum(map(len, output.acceptance_lengths)))
+    assert isinstance(embedded_model.tree, DynamicTree) and len(static) == len(embedded_model.tree)
+    assert rates[0] > 1.06 * rates[1]
 
 
 def test_embedded_model_is_small_enough_to_ship():

@@ -8,7 +8,21 @@ from importlib import import_module
 
 import typer
 
-VERBS = ("demo", "generate", "chat", "distill", "train", "tune", "tree", "bench", "judge", "simulate", "convert", "inspect")
+VERBS = (
+    "demo",
+    "generate",
+    "chat",
+    "distill",
+    "train",
+    "tune",
+    "tree",
+    "bench",
+    "experiment",
+    "judge",
+    "simulate",
+    "convert",
+    "inspect",
+)
 
 app = typer.Typer(
     name="medusa",

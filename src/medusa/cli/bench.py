@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, measuring
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
     from medusa.evaluation.decoders import Decoder
-    from medusa.evaluation.prompts import Question
     from medusa.model import MedusaModel
 
 DECODERS = ("generate", "plain", "medusa", "prompt-lookup", "assisted")
@@ -25,19 +22,11 @@ LOOKUP_TOKENS = 10  # that prompt lookup guesses at a time, as transformers' doc
 
 def bench_command(
     model: common.ModelArgument = "embedded",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results; a run there is gone on with.")] = Path(
-        "bench"
-    ),
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            help="held-out (default for `embedded`), mt-bench, humaneval, or a file, folder or hub id[:split] of prompts.",
-        ),
-    ] = None,
+    output: measuring.OutputOption = Path("bench"),
+    prompts: measuring.PromptsOption = None,
     references: Annotated[Path | None, typer.Option("--references", help="Reference answers by question_id.")] = None,
-    category: Annotated[list[str] | None, typer.Option("--category", help="Only of this category; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="So many questions, spread over the set.")] = None,
+    category: measuring.CategoryOption = None,
+    limit: measuring.LimitOption = None,
     heads: common.HeadsOption = None,
     decoder: Annotated[
         list[str] | None,
@@ -58,7 +47,7 @@ def bench_command(
     max_new_tokens: common.MaxNewTokens = 256,
     temperature: common.Temperature = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
-    rounds: Annotated[int, typer.Option("--rounds", help="Times each question is answered; the median time counts.")] = 1,
+    rounds: measuring.RoundsOption = 1,
     quality: Annotated[
         bool, typer.Option("--quality", help="Likelihood under the original backbone, variety, code that compiles.")
     ] = False,
@@ -72,95 +61,70 @@ def bench_command(
     """Measure decoders on the same prompts, interleaved in one run. Killed, it goes on where it was."""
     names = list(dict.fromkeys(decoder or DECODERS[:3]))
     _check(names, draft, gamma or [], rounds, max_new_tokens)
-    prompts = prompts or ("held-out" if model == "embedded" else None)
-    if prompts is None:
-        raise InvalidInput("no prompts; pass --prompts with a set, a file or a hub id (held-out is of `embedded`)")
+    prompts = measuring.prompts_of(model, prompts)
     options = {
         kind: common.sampling_options(temperature, None, None, None, None, kind, epsilon, delta, seed)
         for kind in dict.fromkeys(acceptance or ["exact"])
     }
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from medusa.adapter import has_adapter
-    from medusa.evaluation.bench import CLAIM, RUNS, Asking, Scorer, answer_records, fitting, measurements, run_bench
+    from medusa.evaluation.bench import Scorer, answer_records, take
     from medusa.evaluation.decoders import MedusaDecoder
-    from medusa.evaluation.prompts import read_questions, select
-    from medusa.evaluation.report import summarise
-    from medusa.hub import local_folder
-    from medusa.provenance import environment, fingerprint, heads_fingerprint
-    from medusa.records import Journal, claim
+    from medusa.evaluation.prompts import OVERALL, read_questions, select
+    from medusa.evaluation.report import TERSE, cells, summarise
+    from medusa.provenance import fingerprint
 
     questions = select(read_questions(prompts, references), category or (), limit)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    if prompts == "held-out" and model != "embedded" and tokenizer.get_vocab() != common.load_tokenizer("embedded").get_vocab():
-        raise InvalidInput("held-out is in the embedded model's tokens, and this model has others; pass other --prompts")
+    measuring.check_tokens(model, prompts, tokenizer)
     medusa = common.load_model(
         model, heads, None, dtype, device, trust_remote_code, quantization, heads_wanted="medusa" in names
     )
     drafting = common.load_model(draft, None, None, dtype, device, trust_remote_code, heads_wanted=False) if draft else None
-    stops = sorted({*medusa.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None}
+    exam = measuring.exam_of(medusa, tokenizer, questions, max_new_tokens)
     trees = {_stem(name, tree or []): given for name in tree or [] if (given := common.load_tree(name)) is not None}
     decoders: dict[str, Decoder] = {}
     for name in names:
-        decoders |= _decoders(name, medusa, trees, options, drafting, gamma or [4], compile, limits)
+        decoders |= _decoders(name, medusa, trees, options, drafting, gamma or [4], compile, exam.limits)
 
-    asking = Asking(tokenizer, stops)
-    room = None if medusa.context is None else medusa.context - max_new_tokens
-    questions, others = fitting(questions, asking, room)
-    if others:
-        common.note(f"left out, their prompts being empty or too long for the context: {', '.join(q.id for q in others)}")
-    if not questions:
-        raise InvalidInput(f"no prompt fits the context of {medusa.context} with {max_new_tokens} new tokens")
-    made_with = {
-        "model": model,
-        "backbone": fingerprint(medusa),
-        "heads": heads_fingerprint(medusa.heads) if medusa.heads is not None else None,
-        "trees": {name: given.to_dict() for name, given in (trees or {"own": medusa.tree}).items()},
-        "decoders": list(decoders),
-        "draft": fingerprint(drafting) if drafting is not None else None,
-        "prompts": prompts,
-        "questions": _digest(questions),
-        "categories": category or [],
-        "limit": limit,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "epsilon": epsilon,
-        "delta": delta,
-        "dtype": str(medusa.backbone.dtype).removeprefix("torch."),
-        "quantization": quantization,
-        "compile": compile,
-        **environment(medusa.device),
-    }
-    claim(output / CLAIM, made_with)
-    journal = Journal(output / RUNS, "run of a bench")
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("measuring", total=len(decoders) * len(questions) * rounds)
-        run_bench(decoders, questions, asking, journal, rounds, room, lambda: progress.advance(task))
-
-    measured = measurements(journal, questions, list(decoders), rounds)
+    made_with = measuring.made_with(
+        medusa,
+        model,
+        exam,
+        prompts,
+        compile,
+        trees={name: given.to_dict() for name, given in (trees or {"own": medusa.tree}).items()},
+        decoders=list(decoders),
+        draft=fingerprint(drafting) if drafting is not None else None,
+        categories=category or [],
+        limit=limit,
+        temperature=temperature,
+        seed=seed,
+        epsilon=epsilon,
+        delta=delta,
+        quantization=quantization,
+    )
+    with measuring.progress("measuring", len(decoders) * len(exam.questions) * rounds) as advance:
+        measured = take(exam, decoders, output, made_with, rounds, advance)
     comparable = [name for name, each in decoders.items() if not temperature or isinstance(each, MedusaDecoder)]
     scorer = None
     if quality:
         common.note("scoring the answers")
-        original = medusa
-        if heads is not None and has_adapter(local_folder(heads)):  # Medusa-2's backbone is another
-            original = common.load_model(model, None, None, dtype, device, trust_remote_code, quantization, heads_wanted=False)
-        scorer = Scorer(original, asking)
+        original = measuring.original_of(
+            medusa,
+            heads,
+            lambda: common.load_model(model, None, None, dtype, device, trust_remote_code, quantization, heads_wanted=False),
+        )
+        scorer = Scorer(original, exam.asking)
     record = {
         "made_with": json.loads(json.dumps(made_with)),
         "rounds": rounds,
-        "left_out": [question.id for question in others],
-        "decoders": summarise(measured, questions, comparable, scorer),
+        "left_out": [question.id for question in exam.left_out],
+        "decoders": summarise(measured, exam.questions, comparable, scorer),
     }
-    _save(output, record, answer_records(questions, measured, asking))
+    _save(output, record, answer_records(exam.questions, measured, exam.asking))
     if as_json:
         print(json.dumps(record))
     else:
-        _show(record)
+        measuring.show(*cells(record["decoders"], OVERALL, TERSE))
     common.note(f"the whole report, by category, and the answers are in {output}")
 
 
@@ -178,29 +142,13 @@ def _save(output: Path, record: dict[str, Any], answers: list[dict[str, Any]]) -
         write_text(output / "results.html", page(record))
 
 
-def _show(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from medusa.evaluation.prompts import OVERALL
-    from medusa.evaluation.report import TERSE, cells
-
-    header, rows = cells(record["decoders"], OVERALL, TERSE)
-    table = Table(Column(header[0], no_wrap=True), *header[1:])
-    for row in rows:
-        table.add_row(*row)
-    Console(width=130).print(table)
-
-
 def _check(names: list[str], draft: str | None, gamma: list[int], rounds: int, max_new_tokens: int) -> None:
     for name in names:
         if name not in DECODERS:
             raise InvalidInput(f"--decoder is {name!r}, wanted one of {', '.join(DECODERS)}")
     if ("assisted" in names) != (draft is not None):
         raise InvalidInput("speculative decoding takes both --decoder assisted and --draft MODEL")
-    for name, value in (("rounds", rounds), ("max-new-tokens", max_new_tokens), *(("gamma", g) for g in gamma)):
-        if value < 1:
-            raise InvalidInput(f"--{name} is {value}, wanted at least 1")
+    measuring.at_least_one(rounds=rounds, max_new_tokens=max_new_tokens, gamma=min(gamma, default=1))
 
 
 def _stem(name: str, names: list[str]) -> str:
@@ -246,8 +194,3 @@ def _decoders(
             for gamma in gammas:
                 found[f"assisted {gamma}"] = TransformersDecoder(model, draft=draft.backbone, guesses=gamma, **theirs, **limits)
     return found
-
-
-def _digest(questions: list[Question]) -> str:
-    told = json.dumps([dataclasses.asdict(question) for question in questions])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, measuring
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def tune_command(
 
     medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
     _check_room(medusa, context or [])
-    chosen_prompts = _prompts(model, prompts, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code)
+    chosen_prompts = measuring.calibration_prompts(
+        model, prompts, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code
+    )
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("recording", total=len(chosen_prompts))
@@ -171,36 +173,6 @@ def _check(
     for kind in kinds:
         if kind not in KINDS:
             raise InvalidInput(f"--kind is {kind!r}, wanted one of {', '.join(KINDS)}")
-
-
-def _prompts(
-    model: str,
-    prompts: str | None,
-    medusa: MedusaModel,
-    max_prompts: int,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    trust_remote_code: bool,
-) -> list[Tensor]:
-    """Token ids of prompts: under the model's chat template, or the beginnings of texts."""
-    import torch
-
-    from medusa.evaluation.bench import Asking
-    from medusa.evaluation.prompts import held_out_prompts, read_questions, select
-
-    if prompts is None:
-        return [prompt.ids[:prompt_tokens] for prompt in held_out_prompts("calibration")[:max_prompts]]
-    asking = Asking(common.load_tokenizer(model, trust_remote_code), medusa.eos_token_ids)
-    questions = select(read_questions(prompts), (), None)
-    found = [asking.prompt(question, []) for question in questions]
-    if not asking.chat:
-        found = [ids[:prompt_tokens] for ids in found]
-    room = None if medusa.context is None else medusa.context - max_new_tokens - medusa.num_heads
-    found = [ids for ids in found if ids and (room is None or len(ids) <= room)]
-    if not found:
-        raise InvalidInput(f"{prompts} holds no prompt that leaves room for {max_new_tokens} new tokens in the context")
-    stride = max(1, len(found) // max_prompts)
-    return [torch.tensor(ids) for ids in found[::stride][:max_prompts]]
 
 
 def _check_room(medusa: MedusaModel, lengths: list[int]) -> None:

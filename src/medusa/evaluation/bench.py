@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.prompts import Question
 from medusa.evaluation.quality import code_compiles, distinct_ngrams, log_likelihood
 from medusa.model import MedusaModel
-from medusa.records import Journal
+from medusa.records import Journal, claim
 
 CLAIM, RUNS = "bench.yaml", "runs.jsonl"
 
@@ -68,6 +71,63 @@ class Asking:
 
     def _spoken(self, tokens: Sequence[int]) -> list[int]:
         return list(tokens[:-1] if tokens and tokens[-1] in self._stops else tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Questions for decoders of one backbone's tokens, and how their answers end: the same for all.
+
+    Attributes:
+        left_out: questions whose prompts are empty or leave no room for an answer.
+        room: the longest prompt that leaves room for an answer; None where the context has no end.
+        limits: options of every decoder: the most new tokens, and the ids that end an answer.
+    """
+
+    questions: list[Question]
+    left_out: list[Question]
+    asking: Asking
+    room: int | None
+    limits: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> Exam:
+        """The exam of those questions that fit a model's context.
+
+        Raises:
+            InvalidInput: none fits.
+        """
+        stops = sorted({*model.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+        asking = Asking(tokenizer, stops)
+        room = None if model.context is None else model.context - max_new_tokens
+        fit, others = fitting(questions, asking, room)
+        if not fit:
+            raise InvalidInput(f"no prompt fits the context of {model.context} with {max_new_tokens} new tokens")
+        return cls(fit, others, asking, room, {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None})
+
+    @property
+    def digest(self) -> str:
+        """Of the questions: other ones have another."""
+        told = json.dumps([dataclasses.asdict(question) for question in self.questions])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def take(
+    exam: Exam,
+    decoders: dict[str, Decoder],
+    folder: Path,
+    made_with: dict[str, Any],
+    rounds: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[str, Measurement]:
+    """Have decoders take an exam, every answer kept in a folder, which is gone on from.
+
+    Raises:
+        InvalidInput: the folder was made with something else.
+    """
+    claim(folder / CLAIM, made_with)
+    journal = Journal(folder / RUNS, "run of a bench")
+    run_bench(decoders, exam.questions, exam.asking, journal, rounds, exam.room, on_progress)
+    return measurements(journal, exam.questions, list(decoders), rounds)
 
 
 def run_bench(

@@ -11,6 +11,7 @@ from medusa.evaluation.prompts import OVERALL, Question
 from medusa.evaluation.quality import repeated_ngrams
 
 PLAIN, GENERATE = "plain", "generate"
+LIKELIHOOD = "log_likelihood_per_token"
 
 
 def summarise(
@@ -39,6 +40,9 @@ def summarise(
                 figures["identical_to_plain"] = sum(same) / len(same)
             if scorer is not None:
                 figures["quality"] = scorer(asked, each.outputs)
+                if PLAIN in here:
+                    plain = scorer(asked, here[PLAIN].outputs)
+                    figures["log_likelihood_vs_plain"] = figures["quality"][LIKELIHOOD] - plain[LIKELIHOOD]
             found[name][part] = figures
     return found
 
@@ -84,22 +88,29 @@ def markdown(record: dict[str, Any]) -> str:
         f"# {made['model']} on {made['prompts']}",
         "",
         f"{first[OVERALL]['questions']} questions, at most {made['max_new_tokens']} new tokens an answer, "
-        f"{'greedy' if not made['temperature'] else 'sampled at ' + str(made['temperature'])}, batch 1, {made['dtype']}, "
-        f"{record['rounds']} round(s), {made['device']}, {made['threads']} threads"
-        f"{', ours compiled' if made['compile'] else ''}. Intervals: 95 %, bootstrap over questions; ratios are paired.",
-        "Overhead and decode tokens/s leave the prefill out; tokens/s and speedup do not.",
+        f"{'greedy' if not made['temperature'] else 'sampled at ' + str(made['temperature'])}, {circumstances(record)}",
         "",
-        *_table(found, OVERALL),
+        *table(*cells(found, OVERALL)),
     ]
     for category in [part for part in first if part != OVERALL]:
         if len(first) > 2:
-            lines += ["", f"## {category} ({first[category]['questions']} questions)", "", *_table(found, category)]
+            lines += ["", f"## {category} ({first[category]['questions']} questions)", "", *table(*cells(found, category))]
     lines += ["", "## Tokens a step", ""]
     longest = max(int(length) for parts in found.values() for length in parts[OVERALL]["acceptance_lengths"])
-    lines += _rows(["decoder", *map(str, range(1, longest + 1))], [_histogram(n, found[n][OVERALL], longest) for n in found])
+    lines += table(["decoder", *map(str, range(1, longest + 1))], [_histogram(n, found[n][OVERALL], longest) for n in found])
     if record["left_out"]:
         lines += ["", f"Left out, their prompts not fitting the context: {', '.join(record['left_out'])}."]
     return "\n".join(lines) + "\n"
+
+
+def circumstances(record: dict[str, Any]) -> str:
+    """How a record's figures were measured, in words."""
+    made = record["made_with"]
+    return (
+        f"batch 1, {made['dtype']}, {record['rounds']} round(s), {made['device']}, {made['threads']} threads"
+        f"{', ours compiled' if made['compile'] else ''}. Intervals: 95 %, bootstrap over questions; ratios are paired.\n"
+        "Overhead and decode tokens/s leave the prefill out; tokens/s and speedup do not."
+    )
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -113,7 +124,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "peak": lambda f: f"{f['peak_bytes'] / 2**20:.0f} MiB" if f["peak_bytes"] else "",
     "identical": lambda f: f"{f['identical_to_plain']:.0%}" if "identical_to_plain" in f else "",
     "repeated 8-grams": lambda f: f"{f['repeated_8grams']:.0%}",
-    "nats a token": lambda f: f"{f['quality']['log_likelihood_per_token']:.3f}" if "quality" in f else "",
+    "nats a token": lambda f: f"{f['quality'][LIKELIHOOD]:.3f}" if "quality" in f else "",
+    "nats beyond plain": lambda f: f"{f['log_likelihood_vs_plain']:+.3f}" if "log_likelihood_vs_plain" in f else "",
     "distinct-2": lambda f: f"{f['quality']['distinct_2']:.2f}" if "quality" in f else "",
     "compiles": lambda f: f"{f['quality']['code_that_compiles']:.0%}" if f.get("quality", {}).get("answers_with_code") else "",
 }
@@ -139,14 +151,11 @@ def cells(
     return ["decoder", *columns], [list(row) for row in zip(found, *columns.values(), strict=True)]
 
 
-def _table(found: dict[str, dict[str, Any]], part: str) -> list[str]:
-    return _rows(*cells(found, part))
-
-
 def _histogram(name: str, figures: dict[str, Any], longest: int) -> list[str]:
     return [name, *(str(figures["acceptance_lengths"].get(str(length), 0)) for length in range(1, longest + 1))]
 
 
-def _rows(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     rule = ["---", *["--:"] * (len(header) - 1)]
     return ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
