@@ -22,7 +22,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging
 
-from medusa import EMBEDDED, MedusaModel, MedusaTree, __version__
+from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree, __version__, load_tree
+from medusa.config import TREE_FILE
 from medusa.evaluation.compare import compare, overhead
 from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.prompts import held_out_prompts
@@ -54,7 +55,9 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     return found
 
 
-def run(setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree], args: argparse.Namespace, on_progress) -> dict:
+def run(
+    setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree | DynamicTree], args: argparse.Namespace, on_progress
+) -> dict:
     """Measure one setting; a row per decoder."""
     prompts = [prompt.ids for prompt in held_out_prompts()]
     count = max(args.prompts, setting.batch)
@@ -134,7 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtypes", nargs="+", default=[*DTYPES], choices=[*DTYPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--nodes", nargs="+", type=int, default=[8, 16, 24, 32], help="tree sizes, the root included")
+    parser.add_argument("--nodes", nargs="*", type=int, default=[8, 16, 32], help="sizes of static trees, the root included")
+    parser.add_argument("--dynamic", nargs="*", type=int, default=[8, 12, 16], help="sizes of dynamic trees")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
@@ -150,8 +154,10 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console(stderr=True)
     paths = json.loads(((args.heads or EMBEDDED) / "calibration.json").read_text())["paths"]
-    trees = {"plain": MedusaTree([])}
-    trees |= {f"medusa {nodes}": search_joint_tree(paths, nodes) for nodes in args.nodes}
+    trees: dict[str, MedusaTree | DynamicTree] = {"plain": MedusaTree([])}
+    trees |= {f"static {nodes}": search_joint_tree(paths, nodes) for nodes in args.nodes}
+    fitted = load_tree(EMBEDDED / TREE_FILE)
+    trees |= {f"dynamic {nodes}": dataclasses.replace(fitted, num_nodes=nodes) for nodes in args.dynamic}
     results = []
     with Progress(console=console, transient=True) as progress:
         todo = settings(args)
