@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from medusa import MedusaTree
 from medusa.cli import app
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
@@ -41,14 +42,13 @@ def test_predictions_name_the_best_size_and_where_trees_stop_paying():
     assert record["memory_bytes"] == pytest.approx(26e9 + 2 * 40 * 64 * 1024 * 5120 * 2, rel=0.01)
 
 
-def test_the_embedded_model_with_its_own_calibration_and_tree():
+def test_the_embedded_model_with_its_own_calibration_and_a_tree(tmp_path):
     law, own = (
         json.loads(simulate("embedded", "--batch", "1", *more, "--json")) for more in ([], ["--calibration", "embedded"])
     )
     assert law["acceleration"] != own["acceleration"] == "calibrated"
-    from medusa import EMBEDDED
-
-    tree = json.loads(simulate("embedded", "--batch", "1", "--tree", str(EMBEDDED / "medusa_tree.json"), "--json"))
+    MedusaTree.dense([3, 2]).save(tmp_path / "tree.json")
+    tree = json.loads(simulate("embedded", "--batch", "1", "--tree", str(tmp_path / "tree.json"), "--json"))
     assert len(tree["points"]) == 2 and tree["points"][1]["acceleration_rate"] > 1.5
 
 
