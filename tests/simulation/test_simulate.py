@@ -48,7 +48,9 @@ def test_the_embedded_model_with_its_own_calibration_and_a_tree(tmp_path):
     )
     assert law["acceleration"] != own["acceleration"] == "calibrated"
     MedusaTree.dense([3, 2]).save(tmp_path / "tree.json")
-    tree = json.loads(simulate("embedded", "--batch", "1", "--tree", str(tmp_path / "tree.json"), "--json"))
+    tree = json.loads(
+        simulate("embedded", "--batch", "1", "--tree", str(tmp_path / "tree.json"), "--calibration", "embedded", "--json")
+    )
     assert len(tree["points"]) == 2 and tree["points"][1]["acceleration_rate"] > 1.5
 
 
