@@ -10,7 +10,7 @@ from medusa.decoding import DecodingOptions, prefill, step
 from medusa.trees import Tree
 from tiny import plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
-TREES = [random_tree(seed=1, nodes=24), DynamicTree(24, 3)]
+TREES = [random_tree(seed=1, nodes=24), DynamicTree(24, 3, copied=5)]
 
 
 def compiled_model(model_type: str = "llama", tree: Tree = TREES[0], **overrides) -> MedusaModel:

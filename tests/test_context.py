@@ -45,3 +45,26 @@ def test_collisions_are_rare_in_a_full_table():
     a, b = torch.randint(50_000, (2, 1, 10_000), generator=generator)
     assert context.said(pair_start(a) + pair_end(b)).float().mean() < 0.15
     assert context.said(pair_start(prompts[:, :-1]) + pair_end(prompts[:, 1:])).all()
+
+
+def test_a_context_goes_on_as_it_did_before():
+    texts = [[5, 6, 7, 8, 9, 5, 6, 7], [1, 2, 3, 9, 2, 4, 4, 2], [0, 0, 3, 8, 3, 9, 1, 3]]  # the root last
+    prompts, roots = torch.tensor([text[:-1] for text in texts]), torch.tensor([text[-1] for text in texts])
+    context = Context.of(prompts, torch.tensor([0, 0, 2]), roots, 4096)
+    assert context.after[0] == 3 and context.continuation(4)[0].tolist() == [8, 9, 5, 6]  # as after 5 6 7
+    assert context.after[1] == 0  # 4 2 is new
+    assert context.after[2] == 0  # and 1 3
+    path = torch.tensor([[7, 8, 9], [2, 3, 0], [3, 8, 0]])
+    context.extend(path, torch.tensor([3, 2, 2]), torch.tensor([1, 9, 3]))
+    assert context.continuation(2)[1].tolist() == [2, 4]  # 2 3 9, as before
+    assert context.continuation(2)[2].tolist() == [9, 1]  # 3 8 3, as before
+    assert context.after[0] == 0  # 9 1 is new
+    assert context.tokens[1, :10].tolist() == [1, 2, 3, 9, 2, 4, 4, 2, 3, 9] and context.length.tolist() == [11, 10, 10]
+
+
+def test_the_latest_of_several_continuations_is_taken():
+    prompts = torch.tensor([[1, 2, 7, 1, 2, 8, 1]])
+    context = Context.of(prompts, torch.tensor([0]), torch.tensor([2]), 64)
+    assert context.continuation(2).tolist() == [[8, 1]]
+    context.extend(torch.tensor([[2, 8]]), torch.tensor([2]), torch.tensor([1]))
+    assert context.continuation(1).tolist() == [[2]]

@@ -85,6 +85,8 @@ TREES = [
     DynamicTree(16, 3),
     DynamicTree(60, 3, ranks=64, pair_bonus=0.0, triple_bonus=0.0),
     DynamicTree(24, 2, temperatures=(0.5, 2.0), pair_bonus=8.0),
+    DynamicTree(24, 2, copied=9),
+    DynamicTree(4, 1, ranks=1, pair_bonus=0.0, triple_bonus=0.0, copied=2),
 ]
 
 
@@ -134,6 +136,7 @@ def test_trees_of_every_kind_survive_a_file(tree, tmp_path):
         ('{"dynamic": {"num_nodes": 1, "depth": 2}}', InvalidTree, "num_nodes of a dynamic tree is 1"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": [1.0]}}', InvalidTree, "wanted 2 above 0"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": ["a", null]}}', InvalidTree, "wanted 2 above 0"),
+        ('{"dynamic": {"num_nodes": 4, "depth": 2, "copied": 3}}', InvalidTree, "wanted 0 to 2"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "pair_bonus": -1.0}}', InvalidTree, "pair_bonus"),
         ('{"batches": {"0": {"paths": []}}}', InvalidTree, "at least 1"),
         ('{"batches": {}}', InvalidTree, "at least 1"),

@@ -12,13 +12,18 @@ SLOTS = 16  # of the table for each token there may be: so few collisions that d
 
 @dataclass
 class Context:
-    """What every row has said: a table of the hashes of its pairs and triples of tokens, and its last committed token.
+    """What every row has said: its tokens, and where it last said each of its pairs and triples of tokens, by their hashes.
 
-    The table only ever proposes: a collision costs a node of a draft, never an output.
+    It only ever proposes: a collision costs a node of a draft, never an output.
     """
 
-    table: Tensor  # (B, slots + 1) bool; the last slot is for what is not to be remembered
+    table: Tensor  # (B, slots + 1) int32: where the token after a run stands; 0: never said; the last slot is for what is none
+    tokens: Tensor  # (B, capacity + 1) long: the padded prompt, then what was decided, the root last
+    length: Tensor  # (B,) long: of them
     last: Tensor  # (B,) long: the token before the root
+    after: (
+        Tensor  # (B,) long: where the token stands that followed the last time the text came to the root in this way; 0: never
+    )
 
     @classmethod
     def of(
@@ -26,15 +31,19 @@ class Context:
         prompts: Tensor,  # (B, P) long, left-padded
         pads: Tensor,  # (B,) long
         root: Tensor,  # (B,) long
-        capacity: int,  # tokens that a row may come to hold
+        capacity: int,  # tokens that a row may come to hold, padding and root included
     ) -> Context:
         """The context at the start of a request."""
-        slots = 1 << (SLOTS * capacity - 1).bit_length()
-        table = torch.zeros(len(prompts), slots + 1, dtype=torch.bool, device=prompts.device)
-        context = cls(table, prompts[:, -1].clone(memory_format=torch.contiguous_format))
-        tokens = torch.cat([prompts, root[:, None]], dim=1)
-        at = torch.arange(tokens.shape[1], device=tokens.device) - pads[:, None]  # the place of a token in its text
-        context._remember(tokens, at[:, 1:] >= 1, at[:, 2:] >= 2)
+        batch, width = prompts.shape
+        table = prompts.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
+        tokens = prompts.new_zeros(batch, capacity + 1)
+        tokens[:, :width] = prompts
+        tokens[:, width] = root
+        last = prompts[:, -1].clone(memory_format=torch.contiguous_format)
+        context = cls(table, tokens, torch.full_like(pads, width + 1), last, torch.zeros_like(pads))
+        at = torch.arange(width + 1, device=prompts.device).expand(batch, -1)  # where each token stands
+        place = at - pads[:, None]  # and where in its text
+        context._remember(tokens[:, : width + 1], at + 1, place >= 1, place >= 2, torch.full_like(pads, width))
         return context
 
     def extend(
@@ -45,28 +54,47 @@ class Context:
     ) -> None:
         """Remember an accepted path and the token after it."""
         rows = torch.arange(len(path), device=path.device)
-        tokens = torch.cat([self.last[:, None], path, path[:, :1]], dim=1)
-        tokens[rows, length + 1] = bonus
-        new = torch.arange(tokens.shape[1], device=path.device) <= length[:, None] + 1
-        new[:, 1] = False  # the old root, with what led to it, is known
-        self._remember(tokens, new[:, 1:], new[:, 2:])
+        new = torch.cat([self.last[:, None], path, path[:, :1]], dim=1)
+        new[rows, length + 1] = bonus
+        number = torch.arange(new.shape[1], device=path.device)
+        wanted = (number <= length[:, None] + 1) & (number > 1)  # the old root, with what led to it, is known
+        at = self.length[:, None] + number - 2
+        trash = self.tokens.shape[1] - 1
+        self.tokens.scatter_(1, at.where(wanted & (at < trash), trash), new)
+        self.length = (self.length + length).clamp(max=trash)
         self.last = path[rows, length - 1]
+        self._remember(new, at + 1, wanted, wanted, length + 1)
 
-    def _remember(self, tokens: Tensor, pairs: Tensor, triples: Tensor) -> None:
-        """Set the slots of the pairs and triples that end at each token, where they are wanted."""
+    def _remember(self, tokens: Tensor, after: Tensor, pairs: Tensor, triples: Tensor, end: Tensor) -> None:
+        """Note where the token after each pair and triple stands, where they are wanted; look up the last run before that."""
+        trash = self.table.shape[1] - 1
         a, b = tokens[:, :-1], tokens[:, 1:]
-        for keys, wanted in (
-            (pair_start(a) + pair_end(b), pairs),
-            (triple_start(a[:, :-1], b[:, :-1]) + triple_end(b[:, 1:]), triples),
+        found = []
+        for keys, wanted, first in (
+            (pair_start(a) + pair_end(b), pairs[:, 1:], 1),
+            (triple_start(a[:, :-1], b[:, :-1]) + triple_end(b[:, 1:]), triples[:, 2:], 2),
         ):
-            self.table.scatter_(1, self._slots(keys).where(wanted, self.table.shape[1] - 1), True)
+            slots = self._slots(keys).where(wanted, trash)
+            inside = torch.arange(slots.shape[1], device=slots.device) < end[:, None] - first
+            places = after[:, first:].to(self.table.dtype)
+            # The run at the end is looked up before it is known itself, but after all before it.
+            self.table.scatter_reduce_(1, slots.where(inside, trash), places, "amax")
+            last = slots.gather(1, (end - first).clamp(min=0)[:, None])
+            found.append(self.table.gather(1, last).squeeze(1).where((last != trash).squeeze(1), 0))
+            self.table.scatter_reduce_(1, slots, places, "amax")
+        self.after = torch.where(found[1] > 0, found[1], found[0]).long()
 
     def said(
         self,
         keys: Tensor,  # (B, ...) long: of pairs or triples
     ) -> Tensor:  # (B, ...) bool
         """Whether the context holds these runs of tokens."""
-        return self.table.gather(1, self._slots(keys).flatten(1)).view(keys.shape)
+        return self.table.gather(1, self._slots(keys).flatten(1)).view(keys.shape) > 0
+
+    def continuation(self, number: int) -> Tensor:  # (B, number) long
+        """What followed the last time the text came to the root in this way; where it never did, anything."""
+        at = self.after[:, None] + torch.arange(number, device=self.after.device)
+        return self.tokens.gather(1, torch.minimum(at, self.length[:, None] - 1))
 
     def _slots(self, keys: Tensor) -> Tensor:
         """The top bits of a key."""

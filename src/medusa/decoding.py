@@ -182,7 +182,7 @@ def prefill(
     device = ids.device
     drafter = tree.for_batch(batch).drafter(device)
     # The tree is written behind the longest row, and a path may be moved to the end of any other.
-    capacity = length + options.max_new_tokens + drafter.num_nodes + drafter.num_heads + 1
+    capacity = length + options.max_new_tokens + drafter.num_nodes + drafter.depth + 1
     if options.compiled:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     cache = model.new_cache(capacity)
@@ -206,14 +206,14 @@ def prefill(
         finish_reasons=[None] * batch,
     )
     if options.do_sample and options.typical is None:
-        state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + drafter.num_heads + 2, device)
+        state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + drafter.depth + 2, device)
     logits = logits[:, None]
     scores = options.processors(logits, state.prefixes(), state.host_pads) if options.processors else logits
     said = draw(scores.float(), state.uniforms[:, :1]) if state.uniforms is not None else scores.argmax(-1)
     state.root = said[:, 0]
     state.host_roots = state.root.tolist()
     if drafter.reads_context:
-        state.context = Context.of(ids, pads, state.root, length + options.max_new_tokens)
+        state.context = Context.of(ids, pads, state.root, capacity)
     return state
 
 

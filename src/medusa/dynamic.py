@@ -30,6 +30,7 @@ class DynamicTree:
 
     Args:
         num_nodes: N, the root included.
+        copied: so many of them are a path of what followed the last time the text came to the root in the same way.
         depth: heads used.
         ranks: guesses of each head that may become nodes.
         temperatures: per head, what the logarithms of its probabilities are divided by (`tempered`); () is 1 for all.
@@ -50,6 +51,7 @@ class DynamicTree:
     temperatures: tuple[float, ...] = ()
     pair_bonus: float = 3.0
     triple_bonus: float = 4.0
+    copied: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "depth", "ranks"):
@@ -62,6 +64,8 @@ class DynamicTree:
             isinstance(value, int | float) and 0 < value < float("inf") for value in self.temperatures
         ):
             raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, wanted {self.depth} above 0")
+        if type(self.copied) is not int or not 0 <= self.copied <= self.num_nodes - 2:
+            raise InvalidTree(f"copied is {self.copied!r}, wanted 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
         for name in ("pair_bonus", "triple_bonus"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidTree(f"{name} of a dynamic tree is {getattr(self, name)}, wanted at least 0")
@@ -97,7 +101,9 @@ class DynamicTree:
         temperatures = None
         if any(temperature != 1 for temperature in self.temperatures[: self.depth]):
             temperatures = torch.tensor(self.temperatures[: self.depth], dtype=torch.float32, device=device)
-        return DynamicDrafter(self.num_nodes, self.depth, self.ranks, temperatures, self.pair_bonus, self.triple_bonus)
+        return DynamicDrafter(
+            self.num_nodes, self.depth, self.ranks, temperatures, self.pair_bonus, self.triple_bonus, self.copied
+        )
 
 
 def tempered(
@@ -120,14 +126,19 @@ class DynamicDrafter:
     temperatures: Tensor | None  # (D,) float32; None: all 1
     pair_bonus: float
     triple_bonus: float
+    copied: int
+
+    @property
+    def depth(self) -> int:
+        return max(self.num_heads, self.copied)
 
     @property
     def reads_context(self) -> bool:
-        return bool(self.pair_bonus or self.triple_bonus)
+        return bool(self.pair_bonus or self.triple_bonus or self.copied)
 
     @property
     def shape(self) -> tuple[float, ...]:
-        return (self.num_nodes, self.num_heads, self.ranks, self.pair_bonus, self.triple_bonus)
+        return (self.num_nodes, self.num_heads, self.ranks, self.pair_bonus, self.triple_bonus, self.copied)
 
     def guess(
         self,
@@ -154,7 +165,7 @@ class DynamicDrafter:
         depth above, hold all nodes of that depth that belong to the tree; the tree is the likeliest N - 1 of all depths.
         """
         assert guesses is not None and guesses.log_p is not None
-        wanted, ranks = self.num_nodes - 1, guesses.tokens.shape[-1]
+        wanted, ranks = self.num_nodes - self.copied - 1, guesses.tokens.shape[-1]
         value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
         before = context.last[:, None] if context is not None else previous
         log_p = guesses.log_p.clamp(max=-LEAST_COST)
@@ -165,7 +176,7 @@ class DynamicDrafter:
         values, tokens, parents = [], [], []
         for depth in range(self.num_heads):
             step = odds[depth, :, None]  # (B, 1, R)
-            if self.reads_context and context is not None:
+            if context is not None and (self.pair_bonus or self.triple_bonus):
                 pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
                 triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
                 said = context.said(torch.stack([pairs, triples], 1))
@@ -179,16 +190,22 @@ class DynamicDrafter:
             values.append(value)
             tokens.append(previous)
             parents.append(parent)
-        return self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
+        own, above = self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
+        if self.copied and context is not None:
+            # A path that some of the others may have as well: twice the same is as right as once.
+            path = torch.arange(above.shape[1] - 1, above.shape[1] - 1 + self.copied, device=root.device)
+            above = torch.cat([above, (path * (path >= above.shape[1])).expand(len(root), -1)], dim=1)
+            own = torch.cat([own, context.continuation(self.copied)], dim=1)
+        return own, tree_tensors(above, self.depth)
 
-    def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, TreeTensors]:
-        """The best of all candidates as a tree.
+    def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of all candidates as a tree: the token of every node (B, N), and its parent (B, N).
 
         Args:
             parents: (B, M) long: the candidate above each, -1 for the root.
         """
         batch, candidates = values.shape
-        nodes = min(self.num_nodes, candidates + 1)
+        nodes = min(self.num_nodes - self.copied, candidates + 1)
         chosen = values.topk(nodes - 1, dim=-1).indices  # best first: parents before children
         number = root.new_zeros(batch, candidates + 1)  # of the node that a candidate is; the last entry is the root's
         node = torch.arange(nodes, device=root.device)
@@ -198,7 +215,7 @@ class DynamicDrafter:
         tokens = torch.cat([root[:, None], tokens.gather(1, chosen)], dim=1)
         both = torch.stack([tokens, order.gather(1, above)], 1)  # (B, 2, N)
         both = torch.empty_like(both).scatter_(2, order[:, None].expand_as(both), both)
-        return both[:, 0], tree_tensors(both[:, 1], self.num_heads)
+        return both[:, 0], both[:, 1]
 
 
 def _depth_first(

@@ -218,7 +218,10 @@ class Drafter(Protocol):
     def num_nodes(self) -> int: ...  # at most, the root included
 
     @property
-    def num_heads(self) -> int: ...  # D: heads asked, and the greatest depth
+    def num_heads(self) -> int: ...  # heads asked
+
+    @property
+    def depth(self) -> int: ...  # the greatest that a node may have
 
     @property
     def reads_context(self) -> bool: ...
@@ -244,6 +247,10 @@ class StaticDrafter:
     @property
     def num_nodes(self) -> int:
         return self.tree.num_nodes
+
+    @property
+    def depth(self) -> int:
+        return self.num_heads
 
     @property
     def shape(self) -> tuple[float, ...]:

@@ -128,7 +128,7 @@ def tiny_folder(tmp_path):
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
         (["tune", "some/model"], "no prompts"),
         (["tune", "embedded", "--nodes", "1"], "--nodes is 1"),
-        (["tune", "embedded", "--kind", "sparse"], "wanted one of static, dynamic, independent"),
+        (["tune", "embedded", "--kind", "sparse"], "wanted one of static, dynamic, copying, independent"),
         (["generate", "embedded", "x", "--tree", "."], "cannot read the tree file"),
         (["generate", "embedded", "x", "--device", "cuda:99"], "is not there"),
         (["generate", "embedded", "x", "--stop", ""], "a stop string is empty"),

@@ -40,9 +40,7 @@ def tune_command(
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(
-            "--kind", help="static, dynamic or independent (the paper's search); repeatable (default: the first two)."
-        ),
+        typer.Option("--kind", help="static, dynamic, copying or independent; repeatable (default: the first three)."),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", help="Batch sizes to choose a tree for; repeatable (default: 1).")
@@ -72,7 +70,7 @@ def tune_command(
     choose the one with the most tokens a second; plain decoding where none pays (paper 2.3.3, 2.2.3)."""
     from medusa.tuning.tune import KINDS, SIZES
 
-    sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:2]), batch or [1]
+    sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:3]), batch or [1]
     _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
     if prompts is None and model != "embedded":
         raise InvalidInput("no prompts; pass --prompts FILE with text like the model will see")

@@ -59,7 +59,7 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
     drafter = tree.drafter()
     # Texts as rows, so that each prompt ends in column `width - 1`.
     width, places = max(text.start for text in texts) + 1, torch.tensor([len(text) for text in texts])
-    ids = torch.zeros(len(texts), width + int(places.max()) + heads + 2, dtype=torch.long)
+    ids = torch.zeros(len(texts), width + int(places.max()) + drafter.depth + heads + 2, dtype=torch.long)
     guesses = torch.zeros(len(texts), int(places.max()), tree.depth, asked, dtype=torch.long)
     log_p = torch.zeros(guesses.shape)
     for row, text in enumerate(texts):
@@ -79,7 +79,7 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
         accepted = accept_exact(tensors, tokens, said)
         if context is not None:
             context.extend(tokens.gather(1, accepted.path.clamp(min=0)), accepted.length, accepted.bonus)
-        done = torch.where(active, done + accepted.length, done)
+        done = torch.where(active, done + accepted.length, done).clamp(max=places)  # as decoding cuts its last step
         steps += active
     return Replayed(done, steps)
 

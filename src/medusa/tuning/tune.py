@@ -23,7 +23,7 @@ from medusa.tree import MedusaTree
 from medusa.tuning.calibrate import Calibration, Recorded
 from medusa.tuning.replay import fit_dynamic_tree, replay
 
-KINDS = ("static", "dynamic", "independent")
+KINDS = ("static", "dynamic", "copying", "independent")
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 STEPS = 12  # timed in a round
 WORTH = 1.02  # a tree that promises less than this beside plain decoding is not worth its risk
@@ -34,7 +34,7 @@ class Option:
     """A tree that may be chosen, and what it promises.
 
     Attributes:
-        kind: static, dynamic, independent (the paper's static search) or plain.
+        kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
         acceleration_rate: tokens a step, cross-validated: each half of the texts with a tree of the other half.
         interval: its 95 % interval over texts.
         step_seconds: by batch size, of a decoding step here.
@@ -79,8 +79,9 @@ class Trees:
     def tree(self, kind: str, size: int, depth: int, half: int = 0) -> MedusaTree | DynamicTree:
         """The best tree of a kind: on all texts (half 0), or on one of the halves."""
         calibration = self._calibrations[half]
-        if kind == "dynamic":
-            return dataclasses.replace(self._dynamic[half], num_nodes=size, depth=depth)
+        if kind in ("dynamic", "copying"):
+            copied = size // 2 if kind == "copying" and size > 3 else 0
+            return dataclasses.replace(self._dynamic[half], num_nodes=size, depth=depth, copied=copied)
         if kind == "independent":
             return search_tree(calibration.accuracies[:depth], size)
         return search_joint_tree([(path, count) for path, count in calibration.paths if len(path) <= depth], size)
@@ -202,7 +203,7 @@ class Tuned:
 def tune(
     trees: Trees,
     measure: Measure,
-    kinds: Sequence[str] = ("static", "dynamic"),
+    kinds: Sequence[str] = KINDS[:3],
     sizes: Sequence[int] = SIZES,
     batches: Sequence[int] = (1,),
     always: bool = False,
