@@ -22,13 +22,14 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging
 
-from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree, __version__, load_tree
+from medusa import EMBEDDED, MedusaModel, MedusaTree, __version__, load_tree
 from medusa.config import TREE_FILE
 from medusa.evaluation.compare import compare, overhead
 from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.prompts import held_out_prompts
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.search import search_joint_tree
+from medusa.trees import Tree
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -55,9 +56,7 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     return found
 
 
-def run(
-    setting: Setting, model: MedusaModel, trees: dict[str, MedusaTree | DynamicTree], args: argparse.Namespace, on_progress
-) -> dict:
+def run(setting: Setting, model: MedusaModel, trees: dict[str, Tree], args: argparse.Namespace, on_progress) -> dict:
     """Measure one setting; a row per decoder."""
     prompts = [prompt.ids for prompt in held_out_prompts()]
     count = max(args.prompts, setting.batch)
@@ -138,7 +137,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=[*DTYPES], choices=[*DTYPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--nodes", nargs="*", type=int, default=[8, 16, 32], help="sizes of static trees, the root included")
-    parser.add_argument("--dynamic", nargs="*", type=int, default=[8, 12, 16], help="sizes of dynamic trees")
+    parser.add_argument("--tree", nargs="*", type=Path, default=[], help="other tree files, besides the shipped one")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
@@ -154,10 +153,9 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console(stderr=True)
     paths = json.loads(((args.heads or EMBEDDED) / "calibration.json").read_text())["paths"]
-    trees: dict[str, MedusaTree | DynamicTree] = {"plain": MedusaTree([])}
+    trees: dict[str, Tree] = {"plain": MedusaTree([])}
     trees |= {f"static {nodes}": search_joint_tree(paths, nodes) for nodes in args.nodes}
-    fitted = load_tree(EMBEDDED / TREE_FILE)
-    trees |= {f"dynamic {nodes}": dataclasses.replace(fitted, num_nodes=nodes) for nodes in args.dynamic}
+    trees |= {path.stem: load_tree(path) for path in [EMBEDDED / TREE_FILE, *args.tree]}
     results = []
     with Progress(console=console, transient=True) as progress:
         todo = settings(args)
@@ -173,9 +171,9 @@ def main() -> None:
     if args.json:
         versions = {"medusa": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        told = {**versions, **machine, "options": vars(args), "results": results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**versions, **machine, "options": options, "results": results}, indent=2) + "\n")
+        args.json.write_text(json.dumps(told, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":
