@@ -1,6 +1,6 @@
 #!/bin/sh
 # Our heads in vLLM 0.32, the last release with Medusa: `integration/vllm/run.sh [--prompts 16 --new-tokens 128]`.
-# vLLM gets a virtual environment of its own (2 GB, once); PYTHON is one with Medusa in it, by default that of `make`.
+# vLLM gets a virtual environment of its own (3.4 GB, once); PYTHON is one with Medusa in it, by default that of `make`.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../../.venv/bin/python}
