@@ -100,6 +100,13 @@ def test_dynamic_trees_change_nothing_but_the_steps(tiny_model, tree, options):
     assert tiny_model.generate(prompts, mask, max_new_tokens=24, tree=tree, **options).equal(plain)
 
 
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_prompts_have_a_context_too(tiny_model, tree, length):
+    plain = tiny_model.generate(random_prompt(length), max_new_tokens=16, tree=MedusaTree([]))
+    assert tiny_model.generate(random_prompt(length), max_new_tokens=16, tree=tree).equal(plain)
+
+
 def test_a_repeating_text_is_drafted_from_what_it_said():
     """Heads that know nothing guess by the context alone: all tokens are equally likely to them."""
     backbone = tiny_backbone()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SLOTS = 16  # of the table for each token there may be: so few collisions that drafts hardly feel them
 
@@ -21,9 +22,7 @@ class Context:
     tokens: Tensor  # (B, capacity + 1) long: the padded prompt, then what was decided, the root last
     length: Tensor  # (B,) long: of them
     last: Tensor  # (B,) long: the token before the root
-    after: (
-        Tensor  # (B,) long: where the token stands that followed the last time the text came to the root in this way; 0: never
-    )
+    after: Tensor  # (B,) long: where the token stands that followed when the text last came to the root like this; 0: never
 
     @classmethod
     def of(
@@ -41,9 +40,10 @@ class Context:
         tokens[:, width] = root
         last = prompts[:, -1].clone(memory_format=torch.contiguous_format)
         context = cls(table, tokens, torch.full_like(pads, width + 1), last, torch.zeros_like(pads))
-        at = torch.arange(width + 1, device=prompts.device).expand(batch, -1)  # where each token stands
+        text = pad(tokens[:, : width + 1], (1, 0))  # one more in front: three even where the prompt is a single token
+        at = torch.arange(-1, width + 1, device=prompts.device).expand(batch, -1)  # where each token stands
         place = at - pads[:, None]  # and where in its text
-        context._remember(tokens[:, : width + 1], at + 1, place >= 1, place >= 2, torch.full_like(pads, width))
+        context._remember(text, at + 1, place >= 1, place >= 2, torch.full_like(pads, width + 1))
         return context
 
     def extend(
