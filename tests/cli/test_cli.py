@@ -101,6 +101,7 @@ def test_train_tune_generate_on_ones_own_model(tmp_path, embedded_tokenizer):
     record = json.loads(done.stdout)
     assert record["chosen"]["1"]["acceleration_rate"] >= 1 and len(record["calibration"]["accuracies"]) == 2
     assert json.loads((tmp_path / "heads" / "medusa_tree.json").read_text()) == record["tree"]
+    assert json.loads((tmp_path / "heads" / "calibration.json").read_text())["made_with"] == record["made_with"]
     done = medusa("generate", model, "x = ", "--heads", heads, "-n", "5", "--json")
     assert done.returncode == 0, done.stderr
 

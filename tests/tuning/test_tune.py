@@ -7,8 +7,8 @@ import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.tuning.calibrate import record
-from medusa.tuning.curve import draw_curve
+from medusa.tuning.calibrate import Calibration, record
+from medusa.tuning.curve import draw_calibration, draw_curve
 from medusa.tuning.tune import Trees, measure_steps, tune
 from tiny import VOCAB, random_heads, random_prompt, tiny_backbone
 
@@ -104,3 +104,11 @@ def test_what_was_tried_is_told_and_drawn(trees, tmp_path):
     for name, start in (("curve.png", b"\x89PNG"), ("curve.svg", b"<?xml")):
         draw_curve(tuned, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_a_calibration_is_drawn_with_what_independence_leaves_out(tmp_path):
+    hits = [[60, 20], [30, 10]]
+    draw_calibration(Calibration(hits, 100, [((0,), 60), ((0, 0), 29), ((1,), 20)]), tmp_path / "calibration.svg")
+    drawn = (tmp_path / "calibration.svg").read_text()
+    for label in ("head 1", "head 2", "where the heads before were right"):
+        assert f"<!-- {label} -->" in drawn

@@ -66,7 +66,7 @@ def bench_command(
         kind: common.sampling_options(temperature, None, None, None, None, kind, epsilon, delta, seed)
         for kind in dict.fromkeys(acceptance or ["exact"])
     }
-    from medusa.evaluation.bench import Scorer, answer_records, take
+    from medusa.evaluation.bench import Scorer, take
     from medusa.evaluation.decoders import MedusaDecoder
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import TERSE, cells, summarise
@@ -120,7 +120,7 @@ def bench_command(
         "left_out": [question.id for question in exam.left_out],
         "decoders": summarise(measured, exam.questions, comparable, scorer),
     }
-    _save(output, record, answer_records(exam.questions, measured, exam.asking))
+    _save(output, record)
     if as_json:
         print(json.dumps(record))
     else:
@@ -128,12 +128,11 @@ def bench_command(
     common.note(f"the whole report, by category, and the answers are in {output}")
 
 
-def _save(output: Path, record: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+def _save(output: Path, record: dict[str, Any]) -> None:
     from medusa.evaluation.page import page
     from medusa.evaluation.report import markdown
     from medusa.files import write_text
 
-    write_text(output / "answers.jsonl", "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     write_text(output / "results.json", json.dumps(record, indent=2) + "\n")
     write_text(output / "results.md", markdown(record))
     if importlib.util.find_spec("matplotlib") is None:

@@ -14,7 +14,7 @@ from medusa.errors import InvalidInput
 
 
 def judge_command(
-    answers: Annotated[str, typer.Argument(help="answers.jsonl of `medusa bench`.", show_default=False)],
+    answers: Annotated[str, typer.Argument(help="answers.jsonl of `medusa bench` or `medusa experiment`.", show_default=False)],
     endpoint: Annotated[str, typer.Option("--endpoint", help="An OpenAI-compatible address, up to /v1.")],
     judge_model: Annotated[str, typer.Option("--judge-model", help="The judge's name there.")],
     output: Annotated[

@@ -125,6 +125,7 @@ def tune_command(
     picked = {size: option.tree for size, option in tuned.chosen.items()}
     tree: Tree = picked[min(picked)] if len(set(picked.values())) == 1 else TreeChoice(picked)
     calibration = Calibration.of(texts)
+    made_with = _made_with(medusa, prompts, lengths, compile)
     report = {
         "tree": tree.to_dict(),
         **tuned.to_dict(),
@@ -134,19 +135,20 @@ def tune_command(
             "texts": len(texts),
             "temperature": temperature,
         },
-        "made_with": _made_with(medusa, prompts, lengths, compile),
+        "made_with": made_with,
     }
     if output is not None:
         from medusa.files import write_text
 
         save_tree(tree, output)
-        write_text(output.parent / "calibration.json", json.dumps(calibration.to_dict()) + "\n")
+        write_text(output.parent / "calibration.json", json.dumps({**calibration.to_dict(), "made_with": made_with}) + "\n")
         write_text(output.parent / "tuning.json", json.dumps(report, indent=2) + "\n")
         if importlib.util.find_spec("matplotlib") is not None:
-            from medusa.tuning.curve import draw_curve
+            from medusa.tuning.curve import draw_calibration, draw_curve
 
             draw_curve(tuned, output.parent / "tuning.png")
-        common.note(f"tree saved as {output}; beside it calibration.json, tuning.json and the curve")
+            draw_calibration(calibration, output.parent / "calibration.png")
+        common.note(f"tree saved as {output}; beside it calibration.json, tuning.json and their plots")
     if as_json:
         print(json.dumps(report))
     else:

@@ -16,10 +16,11 @@ from medusa.evaluation.compare import Measurement, in_turn, measure
 from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.prompts import Question
 from medusa.evaluation.quality import code_compiles, distinct_ngrams, log_likelihood
+from medusa.files import write_text
 from medusa.model import MedusaModel
 from medusa.records import Journal, claim
 
-CLAIM, RUNS = "bench.yaml", "runs.jsonl"
+CLAIM, RUNS, ANSWERS = "bench.yaml", "runs.jsonl", "answers.jsonl"
 
 
 class Asking:
@@ -119,7 +120,8 @@ def take(
     rounds: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Measurement]:
-    """Have decoders take an exam, every answer kept in a folder, which is gone on from.
+    """Have decoders take an exam, every answer kept in a folder, which is gone on from; in the end all of them in words, for a
+    judge.
 
     Raises:
         InvalidInput: the folder was made with something else.
@@ -127,7 +129,10 @@ def take(
     claim(folder / CLAIM, made_with)
     journal = Journal(folder / RUNS, "run of a bench")
     run_bench(decoders, exam.questions, exam.asking, journal, rounds, exam.room, on_progress)
-    return measurements(journal, exam.questions, list(decoders), rounds)
+    measured = measurements(journal, exam.questions, list(decoders), rounds)
+    answers = answer_records(exam.questions, measured, exam.asking)
+    write_text(folder / ANSWERS, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    return measured
 
 
 def run_bench(

@@ -1,9 +1,10 @@
-"""The curve: acceptance, overhead and speedup against the size of the tree, the choice marked (the paper's Figure 4)."""
+"""What tuning found, drawn: the curve over the sizes of trees, the choice marked (the paper's Figure 4), and the calibration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from medusa.tuning.calibrate import Calibration
 from medusa.tuning.tune import Option, Tuned
 
 
@@ -41,4 +42,29 @@ def draw_curve(tuned: Tuned, path: Path) -> None:
             axes.set(xlabel="nodes", ylabel=label, xscale="log")
             axes.set_xscale("log", base=2)
         row[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_calibration(calibration: Calibration, path: Path) -> None:
+    """Draw how often each guess of each head is right, with its interval, and how often the first one is where those of the
+    heads before were: what the assumption that heads err independently leaves out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    guesses, firsts = figure.subplots(1, 2)
+    rows = list(zip(calibration.accuracies, calibration.intervals(), strict=True))
+    for head, (accuracies, intervals) in enumerate(rows, 1):
+        ranks = range(1, len(accuracies) + 1)
+        low, high = zip(*intervals, strict=True)
+        guesses.plot(ranks, accuracies, marker="o", markersize=3, label=f"head {head}")
+        guesses.fill_between(ranks, low, high, alpha=0.15)
+    guesses.set(xlabel="guess", ylabel="share of places where it is right", xscale="log", ylim=(0, None))
+    guesses.legend(fontsize="small")
+    heads = range(1, len(rows) + 1)
+    after = [calibration.conditional((0,) * depth)[0] for depth in range(len(rows))]
+    below, above = zip(*((row[0] - bounds[0][0], bounds[0][1] - row[0]) for row, bounds in rows), strict=True)
+    firsts.errorbar(heads, [row[0] for row, _ in rows], (below, above), marker="o", capsize=3, label="at every place")
+    firsts.plot(heads, after, marker="s", label="where the heads before were right")
+    firsts.set(xlabel="head", ylabel="first guess right", ylim=(0, 1), xticks=heads)
+    firsts.legend(fontsize="small")
     figure.savefig(path, dpi=120)
