@@ -25,7 +25,6 @@ from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.evaluation.compare import Estimate, Totals, compare, estimate
 from medusa.evaluation.decoders import Decoder, MedusaDecoder
 from medusa.evaluation.prompts import held_out_prompts
-from medusa.metrics import expected_acceptance_length
 from medusa.provenance import environment
 from medusa.tuning.calibrate import Calibration, Recorded, record
 from medusa.tuning.replay import replay
@@ -106,9 +105,8 @@ def rates(
     measured = compare(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
     rows = []
     for option in tried:
-        independent = average = None
+        average = None
         if isinstance(option.tree, MedusaTree):
-            independent = expected_acceptance_length(option.tree, calibration.accuracies)
             counts = dict(calibration.paths)
             average = 1 + sum(counts.get(path, 0) for path in option.tree.paths) / calibration.positions
         each = measured[option.name]
@@ -116,7 +114,7 @@ def rates(
             {
                 "tree": option.name,
                 "decoded": each.acceleration_rate,
-                "independent": independent,
+                "independent": option.if_independent,
                 "joint average": average,
                 "replayed": replay(texts, option.tree).acceleration_rate,
                 "cross-validated": option.acceleration_rate,

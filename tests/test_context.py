@@ -1,7 +1,9 @@
 """The context: which runs of tokens it says it has had."""
 
+import pytest
 import torch
 
+import medusa.context as context_module
 from medusa.context import Context, pair_end, pair_start, triple_end, triple_start
 
 
@@ -52,6 +54,7 @@ def test_a_context_goes_on_as_it_did_before():
     prompts, roots = torch.tensor([text[:-1] for text in texts]), torch.tensor([text[-1] for text in texts])
     context = Context.of(prompts, torch.tensor([0, 0, 2]), roots, 4096)
     assert context.after[0] == 3 and context.continuation(4)[0].tolist() == [8, 9, 5, 6]  # as after 5 6 7
+    assert context.continuation(9)[0].tolist() == [8, 9, 5, 6, 7, 8, 9, 5, 6]  # and so on, behind the root
     assert context.after[1] == 0  # 4 2 is new
     assert context.after[2] == 0  # and 1 3
     path = torch.tensor([[7, 8, 9], [2, 3, 0], [3, 8, 0]])
@@ -68,3 +71,32 @@ def test_the_latest_of_several_continuations_is_taken():
     assert context.continuation(2).tolist() == [[8, 1]]
     context.extend(torch.tensor([[2, 8]]), torch.tensor([2]), torch.tensor([1]))
     assert context.continuation(1).tolist() == [[2]]
+
+
+@pytest.mark.parametrize("slots", [1 << 14, 1])
+def test_whatever_collides_what_is_copied_has_followed_the_same_tokens(slots, monkeypatch):
+    monkeypatch.setattr(context_module, "SLOTS", slots)
+    generator, capacity, vocab = torch.Generator().manual_seed(0), 128, 6
+    kept = lost = 0
+    for width in (1, 2, 3, 40):
+        prompts, root = torch.randint(vocab, (2, width), generator=generator), torch.randint(vocab, (2,), generator=generator)
+        pads = torch.tensor([0, min(1, width - 1)])
+        context = Context.of(prompts, pads, root, capacity)
+        texts = [[*prompts[row, pads[row] :].tolist(), int(root[row])] for row in range(2)]
+        for _ in range(12):
+            path = torch.cat([root[:, None], torch.randint(vocab, (2, 2), generator=generator)], dim=1)
+            length, root = torch.randint(1, 4, (2,), generator=generator), torch.randint(vocab, (2,), generator=generator)
+            context.extend(path, length, root)
+            for row, text in enumerate(texts):
+                text += [*path[row, 1 : length[row]].tolist(), int(root[row])]
+                wanted = latest(text, 3) or latest(text, 2)
+                got = max(0, int(context.after[row] - pads[row]))
+                assert got == 0 or text[got - 2 : got] == text[-2:]
+                kept, lost = kept + (got == wanted), lost + (got != wanted)
+    assert lost == 0 if slots > 1 else lost > 0
+    assert kept > 0
+
+
+def latest(text: list[int], run: int) -> int:
+    """Where what followed the last such run as the text ends in stands; 0 where there was none."""
+    return next((at for at in range(len(text) - 1, run - 1, -1) if text[at - run : at] == text[-run:]), 0)

@@ -119,6 +119,19 @@ def test_a_repeating_text_is_drafted_from_what_it_said():
     alone = model.generate(prompt, tree=DynamicTree(4, 2, ranks=VOCAB, pair_bonus=0.0, triple_bonus=0.0), **options)
     assert told.sequences.equal(plain.sequences) and alone.sequences.equal(plain.sequences)
     assert told.steps < alone.steps <= plain.steps  # greedy text of a tiny model runs in circles
+    copied = model.generate(prompt, tree=DynamicTree(18, 2, ranks=1, copied=16), **options)
+    assert copied.sequences.equal(plain.sequences)
+    assert max(copied.acceptance_lengths[0]) == 17 and copied.steps < told.steps  # round and round, further than the text goes
+
+
+def test_copied_nodes_are_one_path_below_the_root():
+    drafter = DynamicTree(9, 2, copied=4).drafter()
+    prompts = torch.tensor([[1, 2, 3, 4, 1], [6, 6, 6, 6, 6]])
+    context = Context.of(prompts, torch.tensor([0, 0]), torch.tensor([2, 6]), 64)
+    guesses = drafter.guess(torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0)))
+    tokens, tree = drafter.assemble(torch.tensor([2, 6]), guesses, context)
+    assert tokens[:, 5:].tolist() == [[3, 4, 1, 2], [6, 6, 6, 6]]
+    assert tree.parents[:, 5:].tolist() == [[0, 5, 6, 7]] * 2 and tree.depths[:, 5:].tolist() == [[1, 2, 3, 4]] * 2
 
 
 def test_batches_choose_their_own_tree(tiny_model):
@@ -130,7 +143,7 @@ def test_batches_choose_their_own_tree(tiny_model):
         assert chosen.acceptance_lengths == given.acceptance_lengths
 
 
-@pytest.mark.parametrize("tree", [TREES[3], MedusaTree([(0,), (0, 4)]), TreeChoice({1: TREES[1], 4: MedusaTree([])})])
+@pytest.mark.parametrize("tree", [TREES[3], TREES[4], MedusaTree([(0,), (0, 4)]), TreeChoice({1: TREES[1], 4: MedusaTree([])})])
 def test_trees_of_every_kind_survive_a_file(tree, tmp_path):
     save_tree(tree, tmp_path / "tree.json")
     assert load_tree(tmp_path / "tree.json") == tree
@@ -145,6 +158,7 @@ def test_trees_of_every_kind_survive_a_file(tree, tmp_path):
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": ["a", null]}}', InvalidTree, "wanted 2 above 0"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "copied": 3}}', InvalidTree, "wanted 0 to 2"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "pair_bonus": -1.0}}', InvalidTree, "pair_bonus"),
+        ('{"dynamic": {"num_nodes": 4, "depth": 2, "pair_bonus": "x"}}', (InvalidTree, ConfigError), "pair_bonus"),
         ('{"batches": {"0": {"paths": []}}}', InvalidTree, "at least 1"),
         ('{"batches": {}}', InvalidTree, "at least 1"),
     ],

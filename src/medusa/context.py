@@ -82,7 +82,16 @@ class Context:
             last = slots.gather(1, (end - first).clamp(min=0)[:, None])
             found.append(self.table.gather(1, last).squeeze(1).where((last != trash).squeeze(1), 0))
             self.table.scatter_reduce_(1, slots, places, "amax")
-        self.after = torch.where(found[1] > 0, found[1], found[0]).long()
+        # Places are the right ones but for collisions, and the tokens that led to them are at hand. A row that has ended is
+        # still extended, beyond its room.
+        before = torch.arange(-3, 0, device=end.device)
+        places = torch.stack(found, 1).long()  # (B, 2)
+        places = places.where(places < self.length[:, None], 0)
+        run = self.tokens.gather(1, (self.length[:, None] + before).clamp(min=0))
+        led = self.tokens.gather(1, (places[..., None] + before).clamp(min=0).flatten(1)).view(len(run), 2, 3)
+        same = led == run[:, None]
+        pair, triple = places.where(torch.stack([same[:, 0, 1:].all(-1), same[:, 1].all(-1)], 1), 0).unbind(1)
+        self.after = torch.where(triple > 0, triple, pair)
 
     def said(
         self,
@@ -92,9 +101,11 @@ class Context:
         return self.table.gather(1, self._slots(keys).flatten(1)).view(keys.shape) > 0
 
     def continuation(self, number: int) -> Tensor:  # (B, number) long
-        """What followed the last time the text came to the root in this way; where it never did, anything."""
-        at = self.after[:, None] + torch.arange(number, device=self.after.device)
-        return self.tokens.gather(1, torch.minimum(at, self.length[:, None] - 1))
+        """What followed the last time the text came to the root in this way, and behind the root the same again; where it never
+        did, anything."""
+        period = (self.length - self.after)[:, None]
+        at = self.after[:, None] + torch.arange(number, device=period.device) % period
+        return self.tokens.gather(1, at)
 
     def _slots(self, keys: Tensor) -> Tensor:
         """The top bits of a key."""

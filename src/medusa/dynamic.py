@@ -67,8 +67,10 @@ class DynamicTree:
         if type(self.copied) is not int or not 0 <= self.copied <= self.num_nodes - 2:
             raise InvalidTree(f"copied is {self.copied!r}, wanted 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
         for name in ("pair_bonus", "triple_bonus"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidTree(f"{name} of a dynamic tree is {getattr(self, name)}, wanted at least 0")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted at least 0")
+            object.__setattr__(self, name, float(value))
 
     def __len__(self) -> int:
         return self.num_nodes
@@ -138,7 +140,8 @@ class DynamicDrafter:
 
     @property
     def shape(self) -> tuple[float, ...]:
-        return (self.num_nodes, self.num_heads, self.ranks, self.pair_bonus, self.triple_bonus, self.copied)
+        numbers = (self.num_nodes, self.num_heads, self.ranks, self.pair_bonus, self.triple_bonus, self.copied)
+        return (*numbers, self.temperatures is not None)
 
     def guess(
         self,

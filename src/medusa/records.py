@@ -37,10 +37,18 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
         write_text(path, yaml.safe_dump(made_by, sort_keys=False))
         return
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found = found if isinstance(found, dict) else {}
-    other = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in made_by.items() if found.get(name) != value]
+    refuse_other(path.parent, found if isinstance(found, dict) else {}, made_by)
+
+
+def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on in a folder that something else made.
+
+    Raises:
+        InvalidInput: something else did; what differs is named.
+    """
+    other = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in wanted.items() if found.get(name) != value]
     if other:
-        raise InvalidInput(f"{path.parent} was made with {'; '.join(other)}; give another --output")
+        raise InvalidInput(f"{folder} was made with {'; '.join(other)}; give another folder")
 
 
 def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
@@ -65,7 +73,7 @@ def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             records[record["id"]] = record
         except (ValueError, KeyError, TypeError):
-            raise InvalidInput(f"{path}:{number} is no {what}; give another --output") from None
+            raise InvalidInput(f"{path}:{number} is no {what}; give another folder") from None
     return records
 
 

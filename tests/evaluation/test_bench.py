@@ -245,7 +245,7 @@ def test_a_bench_that_was_killed_goes_on_with_nothing_lost_and_nothing_twice(tmp
     assert len(ids) == len(set(ids)) == 6 * 3
     assert json.loads(capsys.readouterr().out)["decoders"]["medusa"]["overall"]["questions"] == 6
 
-    assert "was made with max_new_tokens 16, not 20; give another --output" in refused(
+    assert "was made with max_new_tokens 16, not 20; give another folder" in refused(
         monkeypatch, capsys, *command(folder, tmp_path, "-n", "20")[4:]
     )
 

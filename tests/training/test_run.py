@@ -118,9 +118,9 @@ def test_hidden_states_once_written_are_not_made_again_and_a_half_written_shard_
     assert 0 < sum(computed) < len(found) / 3
     assert [path.stat().st_mtime_ns for path in shards if path != shards[1]] == times
     assert all(torch.equal(again[number][1].hidden, wanted[number]) for number in range(len(found)))
-    with pytest.raises(InvalidInput, match="holds hidden states of other data"):
+    with pytest.raises(InvalidInput, match="was made with data"):
         keep(model, rows(data / "eval.jsonl"), data / "hidden", shard_tokens=300)
-    with pytest.raises(InvalidInput, match="holds hidden states of other backbone"):
+    with pytest.raises(InvalidInput, match="was made with backbone"):
         keep(MedusaModel(tiny_backbone(gain=2.0)), found, data / "hidden", shard_tokens=300)
 
 
@@ -385,9 +385,9 @@ def test_a_folder_of_another_run_is_not_resumed_nor_begun_anew_unasked(data):
     with pytest.raises(InvalidInput, match="holds checkpoints of a run; go on with --resume"):
         train(MedusaModel(tiny_backbone()), found, data / "out", config)
     for changed, message in (
-        (lambda: (MedusaModel(tiny_backbone(gain=2.0)), found, config), "has backbone weights"),
-        (lambda: (MedusaModel(tiny_backbone()), rows(data / "eval.jsonl"), config), "has data"),
-        (lambda: (MedusaModel(tiny_backbone()), found, TrainingConfig(num_heads=2, max_steps=2)), "has num_heads 1, not 2"),
+        (lambda: (MedusaModel(tiny_backbone(gain=2.0)), found, config), "made with backbone weights"),
+        (lambda: (MedusaModel(tiny_backbone()), rows(data / "eval.jsonl"), config), "made with data"),
+        (lambda: (MedusaModel(tiny_backbone()), found, TrainingConfig(num_heads=2, max_steps=2)), "num_heads 1, not 2"),
     ):
         model, data_, config_ = changed()
         with pytest.raises(InvalidInput, match=message):

@@ -97,6 +97,13 @@ def test_steps_are_timed_for_every_tree(model):
     assert len(seconds) == 3 and all(0 < each < 60 for each in seconds)
 
 
+def test_steps_of_a_tree_that_accepts_all_there_is_are_timed_too(model):
+    """A greedy tiny model runs in circles: a copied path of 40 tokens soon ends the text."""
+    prompts = model.generate(random_prompt(6), max_new_tokens=120, tree=MedusaTree([]))
+    seconds = measure_steps(model, [MedusaTree([]), DynamicTree(42, 1, ranks=1, copied=40)], prompts, steps=5, rounds=1)
+    assert all(0 < each < 60 for each in seconds)
+
+
 def test_what_was_tried_is_told_and_drawn(trees, tmp_path):
     tuned = tune(trees, machine(0.01, 0.001), sizes=SIZES, batches=(1, 4))
     record = json.loads(json.dumps(tuned.to_dict()))

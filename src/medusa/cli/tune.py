@@ -68,7 +68,7 @@ def tune_command(
 ) -> None:
     """Record what the backbone says and its heads guess, replay trees of all kinds and sizes on it, time their steps here, and
     choose the one with the most tokens a second; plain decoding where none pays (paper 2.3.3, 2.2.3)."""
-    from medusa.tuning.tune import KINDS, SIZES
+    from medusa.tuning.tune import KINDS, SIZES, room_to_time
 
     sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:3]), batch or [1]
     _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
@@ -82,7 +82,9 @@ def tune_command(
     from medusa.tuning.tune import Measure, Trees, measure_steps, tune
 
     medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
-    _check_room(medusa, context or [])
+    copied = max(sizes) // 2 if "copying" in kinds else 0
+    room = room_to_time(medusa.num_heads, max(medusa.num_heads, copied))
+    _check_room(medusa, context or [], room)
     chosen_prompts = measuring.calibration_prompts(
         model, prompts, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code
     )
@@ -102,7 +104,7 @@ def tune_command(
         progress.add_task("searching trees", total=None)
         trees = Trees(texts)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
-        lengths = context or [_usual_length(texts, medusa)]
+        lengths = context or [_usual_length(texts, medusa, room)]
 
         def measure(tried: Any, rows: int) -> list[float]:
             task = progress.add_task(f"timing steps, batch {rows}", total=len(tried) * (rounds + 1) * len(lengths))
@@ -175,23 +177,18 @@ def _check(
             raise InvalidInput(f"--kind is {kind!r}, wanted one of {', '.join(KINDS)}")
 
 
-def _check_room(medusa: MedusaModel, lengths: list[int]) -> None:
-    from medusa.tuning.tune import room_to_time
-
-    room = room_to_time(medusa.num_heads)
+def _check_room(medusa: MedusaModel, lengths: list[int], room: int) -> None:
     if medusa.context is not None and max(lengths, default=1) + room > medusa.context:
         longest = medusa.context - room
         raise InvalidInput(f"--context is {max(lengths)}, wanted at most {longest}: timing adds {room} tokens to it")
 
 
-def _usual_length(texts: list[Recorded], medusa: MedusaModel) -> int:
+def _usual_length(texts: list[Recorded], medusa: MedusaModel, room: int) -> int:
     """The median length of the prompts, as far as there is room to time steps after it."""
     import statistics
 
-    from medusa.tuning.tune import room_to_time
-
     usual = int(statistics.median(text.start + 1 for text in texts))
-    return usual if medusa.context is None else max(1, min(usual, medusa.context - room_to_time(medusa.num_heads)))
+    return usual if medusa.context is None else max(1, min(usual, medusa.context - room))
 
 
 def _rows(texts: list[Recorded], batch: int, length: int) -> Tensor:
@@ -242,6 +239,11 @@ def _show(tuned: Tuned, accuracies: list[list[float]]) -> None:
             for option in options:
                 add(table, option, option.tree in picked)
             console.print(table)
+    static = [(option.if_independent, option) for option in tuned.options if option.if_independent is not None]
+    if static:
+        expected, option = max(static, key=lambda each: each[0])
+        errs = 100 * (expected / option.acceleration_rate - 1)
+        console.print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens a step: {errs:+.0f} %")
     for batch, option in tuned.chosen.items():
         speedup = option.tokens_per_second(batch) / tuned.plain.tokens_per_second(batch)
         console.print(f"batch {batch}: {option.name}, {speedup:.2f} times plain decoding")

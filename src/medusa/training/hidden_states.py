@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -12,12 +11,14 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from medusa.errors import InvalidInput
+from medusa.files import whole
 from medusa.model import MedusaModel
 from medusa.provenance import fingerprint
+from medusa.records import claim
 from medusa.training.data import Row, Rows, collate
 
 SHARD_TOKENS = 1 << 18
-INDEX = "index.json"
+CLAIM = "hidden_states.yaml"
 
 
 class RowsWithHiddenStates:
@@ -53,18 +54,8 @@ def keep(
         InvalidInput: the folder holds those of other data or of another backbone, or the disk is full.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model), "shard_tokens": shard_tokens}
-    index = folder / INDEX
-    if index.is_file():
-        found = json.loads(index.read_text(encoding="utf-8"))
-        for name in made_of:
-            if found.get(name) != made_of[name]:
-                raise InvalidInput(f"{folder} holds hidden states of other {name}; give another folder or remove this one")
-    else:
-        partial = index.with_suffix(".partial")
-        partial.write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
-        partial.replace(index)
+    claim(folder / CLAIM, made_of)
     shards, first, tokens = [], 0, 0
     for number, row in enumerate(rows, 1):
         tokens += len(row)
@@ -101,12 +92,10 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _write(path: Path, hidden: torch.Tensor) -> None:
-    partial = path.with_suffix(".partial")
     try:
-        save_file({"hidden_states": hidden}, partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({"hidden_states": hidden}, partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise InvalidInput(f"cannot write {path}: {' '.join(str(error).split())}; what is written is kept") from None
 
 

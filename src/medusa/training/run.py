@@ -24,10 +24,12 @@ from medusa.adapter import ADAPTER_FILES, attach_adapter, save_adapter
 from medusa.checkpoints import heads_from_tensors, load_heads, save_heads
 from medusa.config import HEADS_FILE, TREE_FILE
 from medusa.errors import InvalidInput
+from medusa.files import write_text
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.provenance import fingerprint
 from medusa.quantization import make_differentiable
+from medusa.records import refuse_other
 from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate
@@ -132,14 +134,9 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         if not resume:
             raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise InvalidInput(f"the run in {output} has {name} {found.get(name)!r}, not {value!r}; give another --output")
+        refuse_other(output, json.loads(path.read_text(encoding="utf-8")), wanted)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one writes
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(wanted, indent=2) + "\n")
         if not resume:  # nothing of an earlier run may be taken for this one's
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
                 (output / name).unlink(missing_ok=True)

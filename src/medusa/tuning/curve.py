@@ -1,4 +1,4 @@
-"""What tuning found, drawn: the curve over the sizes of trees, the choice marked (the paper's Figure 4), and the calibration."""
+"""What tuning found, drawn: the curve over sizes, the choice marked (the paper's Figure 4), and the calibration."""
 
 from __future__ import annotations
 

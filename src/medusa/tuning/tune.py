@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from medusa.dynamic import DynamicTree
 from medusa.errors import InvalidInput
+from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
 from medusa.search import search_joint_tree, search_tree
 from medusa.tree import MedusaTree
@@ -37,6 +39,7 @@ class Option:
         kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
         acceleration_rate: tokens a step, cross-validated: each half of the texts with a tree of the other half.
         interval: its 95 % interval over texts.
+        if_independent: tokens a step expected of a static tree from single accuracies, the paper's way (2.3.3).
         step_seconds: by batch size, of a decoding step here.
     """
 
@@ -44,6 +47,7 @@ class Option:
     tree: MedusaTree | DynamicTree
     acceleration_rate: float
     interval: tuple[float, float]
+    if_independent: float | None = None
     step_seconds: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -95,7 +99,10 @@ class Trees:
             tokens=torch.cat([each.tokens for each in judged]),
             steps=torch.cat([each.steps for each in judged]),
         )
-        return Option(kind, self.tree(kind, size, depth), both.acceleration_rate, both.interval())
+        tree, expected = self.tree(kind, size, depth), None
+        if isinstance(tree, MedusaTree):
+            expected = expected_acceptance_length(tree, self._calibrations[0].accuracies)
+        return Option(kind, tree, both.acceleration_rate, both.interval(), expected)
 
 
 PLAIN = Option("plain", MedusaTree([]), 1.0, (1.0, 1.0))
@@ -119,12 +126,15 @@ def measure_steps(
         options: of `MedusaModel.stream`, such as `compile`.
     """
     seconds: list[list[float]] = [[] for _ in trees]
-    limit = room_to_time(max(tree.depth for tree in trees), steps)
+    limit = room_to_time(max(tree.depth for tree in trees), max(tree.drafter().depth for tree in trees), steps)
     for round_ in range(rounds + 1):  # the first is to warm up: compilers and caches
         for turn in range(len(trees)):
             number = (turn + round_) % len(trees)
-            stream = model.stream(prompts, max_new_tokens=limit, eos_token_id=[], tree=trees[number], **options)
-            taken = [step.seconds for _, step in zip(range(steps + 1), stream, strict=False)][1:]  # the first has the prefill
+            taken: list[float] = []
+            while len(taken) < steps:  # a tree that accepts much comes to the end of its stream before
+                stream = model.stream(prompts, max_new_tokens=limit, eos_token_id=[], tree=trees[number], **options)
+                run = [step.seconds for step in itertools.islice(stream, steps - len(taken) + 2)]
+                taken += run[1:-1]  # the first has the prefill, and the last of a stream may verify nothing
             if round_:
                 seconds[number].append(statistics.median(taken))
             on_progress()
@@ -132,16 +142,17 @@ def measure_steps(
     return [first * statistics.median(a / b for a, b in zip(each, seconds[0], strict=True)) for each in seconds]
 
 
-def room_to_time(depth: int, steps: int = STEPS) -> int:
-    """Tokens that timing may emit after a prompt, however much is accepted: the same for all trees."""
-    return (steps + 1) * (depth + 1)
+def room_to_time(heads: int, deepest: int, steps: int = STEPS) -> int:
+    """Tokens that timing may emit after a prompt, the same for all trees: room for all steps with the heads alone, and for
+    three of the deepest tree, whose path may be copied."""
+    return max((steps + 2) * (heads + 1), 3 * (deepest + 1))
 
 
 def choose(options: Sequence[Option], plain: Option, batch: int) -> Option:
     """The option with the most tokens a second; plain decoding where none is clearly faster.
 
-    >>> fast = Option("static", MedusaTree.dense([2]), 1.5, (1.4, 1.6), {1: 0.011})
-    >>> slow = Option("static", MedusaTree.dense([8]), 1.9, (1.8, 2.0), {1: 0.02})
+    >>> fast = Option("static", MedusaTree.dense([2]), 1.5, (1.4, 1.6), None, {1: 0.011})
+    >>> slow = Option("static", MedusaTree.dense([8]), 1.9, (1.8, 2.0), None, {1: 0.02})
     >>> choose([fast, slow], dataclasses.replace(PLAIN, step_seconds={1: 0.010}), 1).name
     'static 3, depth 1'
     >>> choose([fast, slow], dataclasses.replace(PLAIN, step_seconds={1: 0.007}), 1).name
@@ -180,6 +191,7 @@ class Tuned:
                 "depth": option.tree.depth,
                 "acceleration_rate": option.acceleration_rate,
                 "interval": list(option.interval),
+                "if_independent": option.if_independent,
             }
             by_batch = {
                 str(batch): {
