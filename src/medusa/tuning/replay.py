@@ -1,8 +1,8 @@
 """Replay: what a tree would accept on recorded texts, step by step as in decoding, without the backbone.
 
 A text is what the backbone said, greedily or by one draw, whatever the tree; so walking it with the very drafter and the very
-acceptance of the decoding loop gives the steps that decoding takes (but where runs share a slot of a hashed table). Averages over all places would not: a step begins where
-the one before ended, and long paths skip the easy places.
+acceptance of the decoding loop gives the steps that decoding takes (but where runs share a slot of a hashed table). Averages
+over all places would not: a step begins where the one before ended, and long paths skip the easy places.
 """
 
 from __future__ import annotations
