@@ -21,10 +21,9 @@ from medusa.evaluation.compare import Measurement, compare, estimate, in_turn, m
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.records import Journal
-from medusa.search import search_joint_tree
 from medusa.trees import Tree, load_tree, save_tree
 from medusa.tuning.calibrate import Calibration, record
-from medusa.tuning.replay import fit_dynamic_tree
+from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 
 PLAIN, GENERATE = "plain", "generate"
 TEMPERATURE = 0.8
@@ -53,7 +52,7 @@ def calibrate(work: Work, name: str, prompts: Sequence[Tensor]) -> dict[str, Any
     texts = record(medusa_model(work, name), prompts, work.size.new, batch_size=32, folder=work.folder / f"{name}.recorded")
     calibration, dynamic = Calibration.of(texts), fit_dynamic_tree(texts[:FITTED_TEXTS])
     for nodes in {1, *work.size.nodes, *work.size.compiled_nodes}:
-        save_tree(search_joint_tree(calibration.paths, nodes), tree_file(work, name, "static", nodes))
+        save_tree(fit_static_tree(texts, nodes), tree_file(work, name, "static", nodes))
         if nodes > 1:
             save_tree(dataclasses.replace(dynamic, num_nodes=nodes), tree_file(work, name, "dynamic", nodes))
     return {"accuracies": calibration.accuracies, "positions": calibration.positions}

@@ -119,6 +119,8 @@ def test_an_experiment_shows_what_its_journal_holds(name, tmp_path, folder, monk
     printed = EXPERIMENTS[name].paper
     assert printed.says in page and all(f"| {' | '.join(row)} |" in page for row in printed.rows)
     assert record["missing"] == (["Medusa-2: pass --medusa-2 HEADS"] if name == "table-4" else [])
+    first, *_ = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert set(first["answers"]) == set(found)  # for a judge
     if EXPERIMENTS[name].axis is not None and "figure.svg" in page:
         assert (tmp_path / "figure.png").stat().st_size > 1000 and "<svg" in (tmp_path / "figure.svg").read_text()
     claims(name, found, record["contenders"])

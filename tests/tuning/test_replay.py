@@ -6,8 +6,9 @@ import torch
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.dynamic import tempered
 from medusa.errors import InvalidInput
-from medusa.tuning.calibrate import Recorded, record
-from medusa.tuning.replay import fit_dynamic_tree, fit_temperatures, replay
+from medusa.search import search_joint_tree
+from medusa.tuning.calibrate import Calibration, Recorded, record
+from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, fit_temperatures, replay
 from tiny import VOCAB, left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 NEW = 30
@@ -44,6 +45,23 @@ def test_replay_takes_the_steps_that_decoding_takes(model, recorded, tree):
     replayed = replay(texts, tree)
     assert replayed.steps.tolist() == [len(lengths) for lengths in output.acceptance_lengths]
     assert replayed.tokens.tolist() == [sum(lengths) for lengths in output.acceptance_lengths]
+
+
+@pytest.mark.parametrize("nodes", [3, 12])
+def test_what_comes_true_where_steps_begin_is_what_they_accept(recorded, nodes):
+    _, texts, _ = recorded
+    tree = fit_static_tree(texts, nodes)
+    replayed = replay(texts, tree)
+    everywhere = search_joint_tree(Calibration.of(texts).paths, nodes)
+    assert replayed.acceleration_rate >= replay(texts, everywhere).acceleration_rate
+    counted = Calibration.of(texts, replayed.began)
+    assert counted.positions == int(replayed.steps.sum())
+    accepted = counted.positions + sum(count for path, count in counted.paths if path in tree.paths)
+    assert 0 <= accepted - int(replayed.tokens.sum()) <= tree.depth * len(texts)  # the last step of a text is cut
+
+
+def test_a_static_tree_is_as_deep_as_was_asked_for(recorded):
+    assert fit_static_tree(recorded[1], 12, depth=1).depth == 1
 
 
 def test_what_was_not_recorded_is_refused(model):

@@ -14,10 +14,10 @@ from medusa.evaluation.report import GENERATE, PLAIN
 from medusa.experiments import paper
 from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
-from medusa.search import search_joint_tree, search_tree
+from medusa.search import search_tree
 from medusa.tree import MedusaTree
 from medusa.tuning.calibrate import Calibration, Recorded
-from medusa.tuning.replay import fit_dynamic_tree
+from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 
 TEMPERATURE = 0.7  # of Figure 5
 DRAWS = 3  # dense trees of every size in Figure 4
@@ -119,7 +119,7 @@ def techniques(subject: Subject) -> Contenders:
         "heads without a tree": MedusaTree.dense([1] * subject.model.num_heads),
         "with a dense tree": best_dense_tree(calibration.accuracies, nodes),
         "with the optimised tree": search_tree(calibration.accuracies, nodes),
-        "with the jointly optimised tree": search_joint_tree(calibration.paths, nodes),
+        "with the jointly optimised tree": fit_static_tree(texts, nodes),
         "with a dynamic tree": dataclasses.replace(fit_dynamic_tree(texts), num_nodes=nodes),
     }
     found = subject.baselines() | {name: Contender(subject.ours(tree), tree=tree) for name, tree in trees.items()}
@@ -161,7 +161,7 @@ def trees_by_size(subject: Subject) -> Contenders:
         trees: dict[str, MedusaTree | DynamicTree] = {f"dense {nodes}, draw {n}": tree for n, tree in enumerate(drawn, 1)}
         trees |= {
             f"independent {nodes}": search_tree(calibration.accuracies, nodes),
-            f"joint {nodes}": search_joint_tree(calibration.paths, nodes),
+            f"joint {nodes}": fit_static_tree(texts, nodes),
             f"dynamic {nodes}": dataclasses.replace(fitted, num_nodes=nodes),
         }
         for name, tree in trees.items():

@@ -49,7 +49,8 @@ def save_figure(record: dict[str, Any], experiment: Experiment, folder: Path) ->
         for axes in grid:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")
-    grid[0].legend(fontsize="small", frameon=False)
+    names = grid[0].get_legend_handles_labels()
+    drawing.legend(*names, loc="outside lower center", ncols=min(6, len(names[0])), fontsize="small", frameon=False)
     for suffix in FORMATS:
         drawing.savefig(folder / f"figure.{suffix}", dpi=120, metadata={"Date": None} if suffix == "svg" else None)
 
@@ -65,10 +66,10 @@ def _curves(axes: Any, record: dict[str, Any], value: Callable[[dict[str, Any]],
         points.sort()
         at, levels = [point[0] for point in points], [point[1] for point in points]
         joined = len(set(at)) == len(at)
-        axes.plot(at, levels, "o-" if joined else "o", markersize=4, linewidth=1, label=name)
+        (line,) = axes.plot(at, levels, "o-" if joined else "o", markersize=4, linewidth=1, label=name)
         if joined:
             low, high = [level - below for _, level, below, _ in points], [level + above for _, level, _, above in points]
-            axes.fill_between(at, low, high, alpha=0.12)
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     for number, (name, parts) in enumerate(record["decoders"].items()):
         if places[name]["at"] is None:
             level, colour = _spread(value(parts[OVERALL]))[0], f"C{len(series) + number}"

@@ -67,9 +67,14 @@ class Calibration:
     paths: list[tuple[tuple[int, ...], int]]
 
     @classmethod
-    def of(cls, texts: Sequence[Recorded]) -> Calibration:
-        """The counts of recorded texts."""
-        right = torch.cat([text.right() for text in texts])
+    def of(cls, texts: Sequence[Recorded], places: Sequence[Tensor] | None = None) -> Calibration:
+        """The counts of recorded texts.
+
+        Args:
+            places: of every text, (T,) bool, the places that count; None: all of them.
+        """
+        chosen = [slice(None)] * len(texts) if places is None else places
+        right = torch.cat([text.right()[which] for text, which in zip(texts, chosen, strict=True)])
         ranks = texts[0].guesses.shape[-1]
         hits = [torch.bincount(column[column >= 0], minlength=ranks).tolist() for column in right.T]
         counts: Counter[tuple[int, ...]] = Counter()

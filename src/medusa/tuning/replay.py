@@ -19,18 +19,20 @@ from medusa.acceptance import accept_exact
 from medusa.context import Context
 from medusa.dynamic import DynamicDrafter, DynamicTree, tempered
 from medusa.errors import InvalidInput
+from medusa.search import search_joint_tree
 from medusa.tree import Guesses, MedusaTree
-from medusa.tuning.calibrate import Recorded
+from medusa.tuning.calibrate import Calibration, Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Tokens and steps of every text."""
+    """Tokens and steps of every text, and the places where the steps began."""
 
     tokens: Tensor  # (texts,) long
     steps: Tensor  # (texts,) long
+    began: list[Tensor]  # of every text, (T,) bool
 
     @property
     def acceleration_rate(self) -> float:
@@ -69,8 +71,10 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
     rows, pads = torch.arange(len(texts)), width - 1 - torch.tensor([text.start for text in texts])
     context = Context.of(ids[:, :width], pads, ids[:, width], ids.shape[1]) if drafter.reads_context else None
     done, steps = torch.zeros_like(places), torch.zeros_like(places)
+    began = torch.zeros(guesses.shape[:2], dtype=torch.bool)
     while bool((active := done < places).any()):
         at = done.clamp(max=places - 1)
+        began[rows, at] |= active
         offered = Guesses(guesses[rows, at].transpose(0, 1), log_p[rows, at].transpose(0, 1)) if tree.depth else None
         if offered is not None and isinstance(drafter, DynamicDrafter):
             offered = drafter.tempered(offered)
@@ -81,7 +85,21 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
             context.extend(tokens.gather(1, accepted.path.clamp(min=0)), accepted.length, accepted.bonus)
         done = torch.where(active, done + accepted.length, done).clamp(max=places)  # as decoding cuts its last step
         steps += active
-    return Replayed(done, steps)
+    return Replayed(done, steps, [row[: len(text)] for row, text in zip(began, texts, strict=True)])
+
+
+def fit_static_tree(texts: Sequence[Recorded], num_nodes: int, depth: int | None = None) -> MedusaTree:
+    """The tree of the rank paths that came true most often where its own steps begin: not at all places, since a step that
+    accepts a long path skips the easy places after it. Which places those are depends on the tree, so it is searched again
+    on those of the last one while that accepts more."""
+    best, rate, places = MedusaTree([]), 0.0, None
+    while True:
+        paths = Calibration.of(texts, places).paths
+        tree = search_joint_tree([(path, count) for path, count in paths if depth is None or len(path) <= depth], num_nodes)
+        found = replay(texts, tree)
+        if found.acceleration_rate <= rate:
+            return best
+        best, rate, places = tree, found.acceleration_rate, found.began
 
 
 def fit_temperatures(texts: Sequence[Recorded]) -> tuple[float, ...]:

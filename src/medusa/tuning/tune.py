@@ -20,10 +20,10 @@ from medusa.dynamic import DynamicTree
 from medusa.errors import InvalidInput
 from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
-from medusa.search import search_joint_tree, search_tree
+from medusa.search import search_tree
 from medusa.tree import MedusaTree
 from medusa.tuning.calibrate import Calibration, Recorded
-from medusa.tuning.replay import fit_dynamic_tree, replay
+from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, replay
 
 KINDS = ("static", "dynamic", "copying", "independent")
 SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -82,13 +82,12 @@ class Trees:
 
     def tree(self, kind: str, size: int, depth: int, half: int = 0) -> MedusaTree | DynamicTree:
         """The best tree of a kind: on all texts (half 0), or on one of the halves."""
-        calibration = self._calibrations[half]
         if kind in ("dynamic", "copying"):
             copied = size // 2 if kind == "copying" and size > 3 else 0
             return dataclasses.replace(self._dynamic[half], num_nodes=size, depth=depth, copied=copied)
         if kind == "independent":
-            return search_tree(calibration.accuracies[:depth], size)
-        return search_joint_tree([(path, count) for path, count in calibration.paths if len(path) <= depth], size)
+            return search_tree(self._calibrations[half].accuracies[:depth], size)
+        return fit_static_tree(self._halves[half], size, depth)
 
     def option(self, kind: str, size: int, depth: int | None = None) -> Option:
         """A tree with what it accepts, where each half of the texts judges a tree chosen on the other."""
@@ -98,6 +97,7 @@ class Trees:
             judged[0],
             tokens=torch.cat([each.tokens for each in judged]),
             steps=torch.cat([each.steps for each in judged]),
+            began=[row for each in judged for row in each.began],
         )
         tree, expected = self.tree(kind, size, depth), None
         if isinstance(tree, MedusaTree):
