@@ -73,8 +73,8 @@ class Calibration:
         Args:
             places: of every text, (T,) bool, the places that count; None: all of them.
         """
-        chosen = [slice(None)] * len(texts) if places is None else places
-        right = torch.cat([text.right()[which] for text, which in zip(texts, chosen, strict=True)])
+        right = torch.cat([text.right() for text in texts])
+        right = right if places is None else right[torch.cat(list(places))]
         ranks = texts[0].guesses.shape[-1]
         hits = [torch.bincount(column[column >= 0], minlength=ranks).tolist() for column in right.T]
         counts: Counter[tuple[int, ...]] = Counter()
