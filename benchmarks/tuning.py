@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.timed < 2:
+        parser.error(f"--timed is {args.timed}, wanted at least 2: one prompt gives no interval")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = MedusaModel.from_pretrained(EMBEDDED, dtype=torch.bfloat16)
@@ -134,7 +136,7 @@ def speed(
     progress: Progress,
 ) -> dict:
     """What tune promises of every tree and chooses, and what comes of each on other prompts."""
-    ids = torch.stack([text.ids[: text.start + 1] for text in texts[:1]])
+    ids = texts[0].ids[None, : texts[0].start + 1]
     task = progress.add_task("timing steps", total=None)
 
     def timed(tried, rows: int) -> list[float]:

@@ -68,7 +68,7 @@ def tune_command(
 ) -> None:
     """Record what the backbone says and its heads guess, replay trees of all kinds and sizes on it, time their steps here, and
     choose the one with the most tokens a second; plain decoding where none pays (paper 2.3.3, 2.2.3)."""
-    from medusa.tuning.tune import KINDS, SIZES, room_to_time
+    from medusa.tuning.tune import KINDS, SIZES, copied_nodes, room_to_time
 
     sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:3]), batch or [1]
     _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
@@ -82,7 +82,7 @@ def tune_command(
     from medusa.tuning.tune import Measure, Trees, measure_steps, tune
 
     medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
-    copied = max(sizes) // 2 if "copying" in kinds else 0
+    copied = max(copied_nodes(which, size) for which in kinds for size in sizes)
     room = room_to_time(medusa.num_heads, max(medusa.num_heads, copied))
     _check_room(medusa, context or [], room)
     chosen_prompts = measuring.calibration_prompts(

@@ -59,6 +59,11 @@ class Option:
         return batch * self.acceleration_rate / self.step_seconds[batch]
 
 
+def copied_nodes(kind: str, size: int) -> int:
+    """How many nodes of a tree of a kind and size are copied."""
+    return size // 2 if kind == "copying" and size > 3 else 0
+
+
 class Trees:
     """The best trees of every kind and size for recorded texts, and what they accept.
 
@@ -83,8 +88,7 @@ class Trees:
     def tree(self, kind: str, size: int, depth: int, half: int = 0) -> MedusaTree | DynamicTree:
         """The best tree of a kind: on all texts (half 0), or on one of the halves."""
         if kind in ("dynamic", "copying"):
-            copied = size // 2 if kind == "copying" and size > 3 else 0
-            return dataclasses.replace(self._dynamic[half], num_nodes=size, depth=depth, copied=copied)
+            return dataclasses.replace(self._dynamic[half], num_nodes=size, depth=depth, copied=copied_nodes(kind, size))
         if kind == "independent":
             return search_tree(self._calibrations[half].accuracies[:depth], size)
         return fit_static_tree(self._halves[half], size, depth)
