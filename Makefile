@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/medusa demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -116,6 +116,30 @@ def test_what_is_no_answer_is_an_error_at_once(server, reply, message):
     assert len(server.requests) == 1
 
 
+def test_what_is_stopped_does_not_wait_for_the_next_try(server):
+    server.script = [(503, {"Retry-After": "3600"}, "come back later")]
+    outcomes = []
+
+    def work(task):
+        if task == "waits":
+            try:
+                endpoint.chat(ASKED)
+            except EndpointError as error:
+                outcomes.append(str(error))
+                raise
+        while not endpoint._resume_at:
+            time.sleep(0.005)
+        return task
+
+    endpoint = Endpoint(server.url, "m")
+    found = endpoint.concurrently(work, ["waits", "answers"], 2)
+    assert next(found) == "answers"
+    found.close()  # as Ctrl-C does; pytest's limit of time is the test
+    assert len(outcomes) == 1 and "stopped before" in outcomes[0] and len(server.requests) == 1
+    endpoint._resume_at = 0.0
+    assert list(endpoint.concurrently(lambda task: endpoint.chat(ASKED).text, ["one", "two"], 2)) == ["Hello"] * 2
+
+
 def test_a_server_that_stays_away_is_given_up_on():
     closed = Server()
     closed.close()

@@ -47,6 +47,7 @@ class Endpoint:
         api_key: sent as a bearer token.
         tries: how often a request is made before it counts as failed.
         timeout: seconds for one request.
+        sleep: waits so many seconds between tries; None: until `concurrently` is stopped at most.
     """
 
     url: str
@@ -54,10 +55,11 @@ class Endpoint:
     api_key: str | None = None
     tries: int = 6
     timeout: float = 120.0
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] | None = None
     _client: Any = field(default=None, init=False)
     _resume_at: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
         try:
@@ -109,12 +111,41 @@ class Endpoint:
                 if asked is not None:
                     with self._lock:
                         self._resume_at = max(self._resume_at, time.monotonic() + asked)
-                self.sleep(pause)
+                self._sleep(pause)
         raise EndpointError(f"{self.url} does not answer after {self.tries} tries ({reason})")
 
     def _wait_for_leave(self) -> None:
         while (left := self._resume_at - time.monotonic()) > 0:
-            self.sleep(left)
+            self._sleep(left)
+
+    def _sleep(self, seconds: float) -> None:
+        (self.sleep or self._stopped.wait)(seconds)
+        if self._stopped.is_set():
+            raise EndpointError(f"stopped before {self.url} was asked again")
+
+    def concurrently(self, work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
+        """What the work, which asks this endpoint, gives for every task, as it comes, with a bounded number under way.
+
+        Stopped from outside or by an error, it waits for the answers under way and tries nothing again.
+        """
+        waiting: set[Future] = set()
+        try:
+            with ThreadPoolExecutor(at_once) as pool:
+                try:
+                    for task in tasks:
+                        waiting.add(pool.submit(work, task))
+                        if len(waiting) >= at_once:
+                            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                            yield from (future.result() for future in done)
+                    while waiting:
+                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                        yield from (future.result() for future in done)
+                except BaseException:
+                    self._stopped.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        finally:
+            self._stopped.clear()
 
 
 def _read(response: Any, url: str) -> Answer:
@@ -136,20 +167,3 @@ def _retry_after(response: Any) -> float | None:
         return max(0.0, float(response.headers["retry-after"]))
     except (KeyError, ValueError):
         return None
-
-
-def concurrently(work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
-    """What the work gives for every task, as it comes, with a bounded number of them under way."""
-    waiting: set[Future] = set()
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            for task in tasks:
-                waiting.add(pool.submit(work, task))
-                if len(waiting) >= at_once:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        finally:  # stopped from outside: what has not begun need not
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from medusa.errors import InvalidInput
 from medusa.files import write_text
@@ -23,6 +24,22 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def hold(path: Path) -> FileLock:
+    """Keep other processes from writing what this one writes, for as long as what is returned lives.
+
+    Raises:
+        InvalidInput: another process does, or the lock cannot be written.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InvalidInput(f"another process is writing {path}; wait for it, stop it, or give another folder") from None
+    except OSError as error:
+        raise InvalidInput(f"cannot write to {path.parent}: {error.strerror}") from None
+    return lock
 
 
 def claim(path: Path, made_by: dict[str, Any]) -> None:
@@ -94,13 +111,15 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class Journal:
-    """A JSONL file of records by id that a run adds to, and goes on from.
+    """A JSONL file of records by id that a run adds to, alone, and goes on from.
 
     Args:
         what: the name of a record, for errors.
     """
 
     def __init__(self, path: Path, what: str):
+        make_folder(path.parent)
+        self._held = hold(path)
         self.path = path
         self.records = read_lines(path, what)
 

@@ -170,7 +170,7 @@ def test_shards_repair_a_half_written_line_and_write_nothing_twice(tmp_path):
     shards = Shards(tmp_path, per_shard=2)
     for number in range(5):
         shards.add(f"s{number}", {"text": "é"})
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"samples-0000{n}.jsonl" for n in range(3)]
+    assert [path.name for path in sorted(tmp_path.glob("samples*"))] == [f"samples-0000{n}.jsonl" for n in range(3)]
     with (tmp_path / "samples-00002.jsonl").open("ab") as file:
         file.write('{"id": "s5", "text": "é'.encode()[:-1])
     again = Shards(tmp_path, per_shard=2)
@@ -183,6 +183,19 @@ def test_shards_repair_a_half_written_line_and_write_nothing_twice(tmp_path):
     (tmp_path / "samples-00000.jsonl").write_text("something else\n")
     with pytest.raises(InvalidInput, match=r"samples-00000.jsonl:1 is no sample of a distillation"):
         Shards(tmp_path)
+
+
+def test_two_processes_do_not_write_the_same_shards(tmp_path):
+    program = "import sys; from medusa.records import hold; held = hold({path}); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program.format(path=f"__import__('pathlib').Path({str(tmp_path / 'samples')!r})")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InvalidInput, match=r"another process is writing .*samples; wait for it"):
+            Shards(tmp_path)
+        other.kill()
+    shards = Shards(tmp_path)
+    shards.add("a", {"text": "x"})
+    assert Shards(tmp_path).done == {"a"}  # of one process, two may
 
 
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):

@@ -71,6 +71,28 @@ def test_no_more_than_a_chunk_of_logits_is_held(monkeypatch):
     assert rows == [16] * 4
 
 
+def test_gradients_of_accumulated_batches_are_made_one_head_at_a_time_and_are_the_same():
+    torch.manual_seed(0)
+    states, targets = torch.randn(64, 4, requires_grad=True), hard_targets(torch.arange(64) % 50)
+    at_once, in_turn = nn.Linear(4, 50), nn.Linear(4, 50)
+    in_turn.load_state_dict(at_once.state_dict())
+    for parameter in in_turn.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as a batch before leaves it
+    of_states, held = [], []
+    for lm_head in (at_once, in_turn):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            loss = 3 * linear_cross_entropy(states, lm_head, targets, 16)
+        states.grad = None
+        loss.backward()
+        of_states.append(states.grad)
+        held.append(sum(t.shape == lm_head.weight.shape and t is not lm_head.weight for t in saved))
+    assert held == [1, 0]
+    torch.testing.assert_close(of_states[0], of_states[1])
+    for a, b in zip(at_once.parameters(), in_turn.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_gradient_is_scaled_by_what_follows():
     lm_head = nn.Linear(4, 10)
     states = torch.randn(6, 4, requires_grad=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medusa.endpoint import Endpoint, EndpointError, EndpointRefused, concurrently
+from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.records import Journal
 from medusa.samples import read_records
@@ -143,7 +143,7 @@ def judge(
             journal.add(record)
         return record["failure"]
 
-    for failure in concurrently(work, [task for task in tasks if not is_graded(journal, task)], at_once):
+    for failure in endpoint.concurrently(work, [task for task in tasks if not is_graded(journal, task)], at_once):
         if failure is not None:
             failed[failure] += 1
         on_progress()

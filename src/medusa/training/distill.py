@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from medusa.endpoint import Endpoint, EndpointError, EndpointRefused, concurrently
+from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
-from medusa.records import append_line, claim, make_folder, read_lines
+from medusa.records import append_line, claim, hold, make_folder, read_lines
 from medusa.samples import Message, Skips, read_samples
 from medusa.training.templates import end_of_turn, ends_users_turns, opening
 
@@ -84,7 +84,7 @@ def read_seeds(source: str | Path, skips: Skips) -> list[Seed]:
 
 
 class Shards:
-    """A folder of JSONL shards that a run adds to: every sample whole and on the disk, or not there at all.
+    """A folder of JSONL shards that a run adds to, alone: every sample whole and on the disk, or not there at all.
 
     Args:
         made_by: what makes the samples, noted in the folder; a folder of another maker is refused.
@@ -93,6 +93,7 @@ class Shards:
     def __init__(self, folder: str | Path, made_by: dict[str, Any] | None = None, per_shard: int = SAMPLES_PER_SHARD):
         self.folder, self._per_shard = Path(folder), per_shard
         make_folder(self.folder)
+        self._held = hold(self.folder / "samples")
         if made_by is not None:
             claim(self.folder / MADE_BY, made_by)
         paths = sorted(self.folder.glob("samples-*.jsonl"))
@@ -245,7 +246,7 @@ class EndpointAnswerer:
         self.endpoint, self.options = endpoint, options
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        yield from concurrently(self._answer, seeds, self.options.batch_size)
+        yield from self.endpoint.concurrently(self._answer, seeds, self.options.batch_size)
 
     def _answer(self, seed: Seed) -> tuple[Seed, dict[str, Any] | str, int]:
         if not seed.turns:

@@ -30,54 +30,68 @@ def hard_targets(
     return Targets(labels[:, None], torch.ones(len(labels), 1, device=labels.device))
 
 
+def _loss_and_gradients(
+    states: Tensor,  # (n, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    tokens: Tensor,  # (n, m) long
+    weights: Tensor,  # (n, m) float32
+    chunk: int,
+    compute: torch.dtype,
+    wanted: tuple[bool, bool, bool],  # which of the gradients of states, weight and bias
+) -> tuple[Tensor, list[Tensor | None]]:
+    """sum_n sum_m -w log softmax(x W^T + b) and its gradients, from one chunk of logits after another."""
+    total = torch.zeros((), device=states.device)
+    of_states = torch.empty_like(states) if wanted[0] else None
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+    of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+    matrix = weight.to(compute)
+    for start in range(0, len(states), chunk):
+        part = slice(start, start + chunk)
+        x, w = states[part].to(compute), weights[part]
+        logits = (x @ matrix.T).float()
+        if bias is not None:
+            logits += bias.float()
+        log_z = logits.logsumexp(-1, keepdim=True)
+        total += (w * (log_z - logits.gather(1, tokens[part]))).sum()
+        if not any(wanted):
+            continue
+        # d loss / d logits = softmax * sum(w) - w, made in place of the logits
+        gradient = logits.sub_(log_z).exp_().mul_(w.sum(-1, keepdim=True))
+        gradient.scatter_add_(1, tokens[part], -w)
+        if of_bias is not None:
+            of_bias += gradient.sum(0)
+        gradient = gradient.to(compute)
+        if of_states is not None:
+            of_states[part] = (gradient @ matrix).to(states.dtype)
+        if of_weight is not None:
+            of_weight += gradient.T @ x
+    return total, [of_states, of_weight, of_bias]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_n sum_m -w log softmax(x W^T + b): the gradients are made chunk by chunk in the forward pass, since each needs
-    the logits that would otherwise have to be kept or made again."""
+    """The gradients are made with the loss, since each needs logits that would otherwise have to be kept or made again.
+
+    Of a step cut into batches, all but the first find gradients of the LM head kept already: theirs would be another V·d a
+    head, all heads' at once. They are made in the backward pass instead, one head's after another, from logits made again.
+    """
 
     @staticmethod
     def forward(ctx, states, weight, bias, tokens, weights, chunk, compute):
-        total = torch.zeros((), device=states.device)
-        grad_states = torch.empty_like(states)
-        needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        matrix = weight.to(compute)
-        for start in range(0, len(states), chunk):
-            part = slice(start, start + chunk)
-            x = states[part].to(compute)
-            logits = (x @ matrix.T).float()
-            if bias is not None:
-                logits += bias.float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            w = weights[part]
-            total += (w * (log_z - logits.gather(1, tokens[part]))).sum()
-            # d loss / d logits = softmax * sum(w) - w, made in place of the logits
-            gradient = logits.sub_(log_z).exp_().mul_(w.sum(-1, keepdim=True))
-            gradient.scatter_add_(1, tokens[part], -w)
-            if needs_bias:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(compute)
-            grad_states[part] = (gradient @ matrix).to(states.dtype)
-            if needs_weight:
-                grad_weight += gradient.T @ x
-        ctx.save_for_backward(grad_states, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        inputs = (states, weight, bias, tokens, weights)
+        wanted = ctx.needs_input_grad[:3]
+        ctx.later = (chunk, compute, wanted) if wanted[1] and weight.grad is not None else None
+        total, gradients = _loss_and_gradients(*inputs, chunk, compute, (False,) * 3 if ctx.later else wanted)
+        ctx.save_for_backward(*(inputs if ctx.later else gradients))
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        grad_states, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
+        gradients = _loss_and_gradients(*ctx.saved_tensors, *ctx.later)[1] if ctx.later else ctx.saved_tensors
         # In place: a copy of an LM head's gradient is gigabytes. A second pass through the same graph is an error of torch's.
-        return (
-            grad_states.mul_(scale),
-            None if grad_weight is None else grad_weight.mul_(scale).to(weight_dtype),
-            None if grad_bias is None else grad_bias.mul_(scale).to(bias_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        scaled = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (*scaled, None, None, None, None)
 
 
 def linear_cross_entropy(

@@ -29,7 +29,7 @@ from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.provenance import fingerprint
 from medusa.quantization import make_differentiable
-from medusa.records import refuse_other
+from medusa.records import hold, make_folder, refuse_other
 from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate
@@ -70,12 +70,10 @@ def train(
         MedusaError: a loss that is no number or explodes.
     """
     output = Path(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput(f"cannot write to {output}: {error.strerror}") from None
+    make_folder(output)
     if hidden_states is not None and config.joint:
         raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
+    _held = hold(output / IDENTITY) if os.environ.get("RANK", "0") == "0" else None
     _claim(output, model, rows, config, resume)
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
