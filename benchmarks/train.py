@@ -2,10 +2,11 @@
 
     python benchmarks/train.py [--parts loss step] [--shapes 16m 160m] [--json FILE]
 
-Loss: K heads on a shared LM head over one row of tokens; ours, torch's `F.linear_cross_entropy`, and plain logits. Each
-variant runs in a process of its own, whose greatest memory beyond what stood before the loss is reported; times are the
-best of some rounds. Step: forward, backward and optimiser of all heads on a frozen bfloat16 backbone of random weights,
-online and from kept hidden states, over the time of the backbone's forward alone, measured in turn in one run.
+Loss: K heads on a frozen LM head (`--own-lm-heads`: one each, whose gradients of a batch before are there already) over one
+row of tokens; ours, torch's `F.linear_cross_entropy`, and plain logits. Each variant runs in a process of its own, whose
+greatest memory beyond what stood before the loss is reported; times are the best of some rounds. Step: forward,
+backward and optimiser of all heads on a frozen bfloat16 backbone of random weights, online and from kept hidden states, over
+the time of the backbone's forward alone, measured in turn in one run.
 """
 
 from __future__ import annotations
@@ -60,10 +61,15 @@ def loss_of(variant: str, states: torch.Tensor, lm_head: nn.Linear, labels: torc
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def measure_loss(variant: str, vocab: int, hidden: int, tokens: int, dtype: torch.dtype, device: str, rounds: int) -> dict:
+def measure_loss(
+    variant: str, own: bool, vocab: int, hidden: int, tokens: int, dtype: torch.dtype, device: str, rounds: int
+) -> dict:
     """Seconds and peak memory of the loss of all heads with its gradients, in this process."""
     torch.manual_seed(0)
-    lm_head = nn.Linear(hidden, vocab, bias=False, device=device).requires_grad_(False)
+    lm_heads = [nn.Linear(hidden, vocab, bias=False, device=device) for _ in range(HEADS if own else 1)] * (1 if own else HEADS)
+    for lm_head in lm_heads:
+        lm_head.requires_grad_(own)
+        lm_head.weight.grad = torch.zeros_like(lm_head.weight) if own else None
     labels = torch.randint(vocab, (tokens,), device=device)
     states = torch.randn(HEADS, tokens, hidden, device=device, requires_grad=True)
     states.grad = torch.zeros_like(states)
@@ -71,7 +77,7 @@ def measure_loss(variant: str, vocab: int, hidden: int, tokens: int, dtype: torc
     seconds = []
     for _ in range(rounds):
         start = now(device)
-        sum(loss_of(variant, states[k], lm_head, labels, dtype) for k in range(HEADS)).backward()
+        sum(loss_of(variant, states[k], lm_heads[k], labels, dtype) for k in range(HEADS)).backward()
         seconds.append(now(device) - start)
     return {"variant": variant, "seconds": min(seconds), "peak_bytes": peak(device) - before}
 
@@ -144,6 +150,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128_000)
     parser.add_argument("--hidden", type=int, default=512 if device == "cpu" else 4096)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--own-lm-heads", action="store_true", help="of the loss, which without has a frozen one for all")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512 if device == "cpu" else 2048)
     parser.add_argument("--rounds", type=int, default=3)
@@ -153,15 +160,18 @@ def main() -> None:
     logging.set_verbosity_error()
     if args.one:
         variant, dtype = args.one
-        found = measure_loss(variant, args.vocab, args.hidden, args.tokens, getattr(torch, dtype), device, args.rounds)
+        sizes = (args.vocab, args.hidden, args.tokens)
+        found = measure_loss(variant, args.own_lm_heads, *sizes, getattr(torch, dtype), device, args.rounds)
         print(json.dumps(found))
         return
     console, record = Console(), {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record["options"] = {name: value for name, value in vars(args).items() if name not in ("one", "json")}
     if "loss" in args.parts:
         record["loss"] = []
         table = Table("dtype", "loss", "seconds", "tokens/s", "times plain", "peak memory, MiB")
         for dtype in ("float32", "bfloat16"):
             sizes = ["--vocab", str(args.vocab), "--hidden", str(args.hidden), "--tokens", str(args.tokens)]
+            sizes += ["--own-lm-heads"] if args.own_lm_heads else []
             found = []
             for variant in VARIANTS:
                 command = [sys.executable, __file__, *sizes, "--rounds", str(args.rounds), "--one", variant, dtype]
@@ -181,7 +191,10 @@ def main() -> None:
                     f"{entry['peak_bytes'] / 2**20:.0f}",
                 )
             record["loss"] += found
-        console.print(f"loss of {HEADS} heads, {args.tokens} tokens, {args.vocab} in the vocabulary, width {args.hidden}")
+        lm_heads = "LM heads of their own, gradients accumulated" if args.own_lm_heads else "a frozen LM head"
+        console.print(
+            f"loss of {HEADS} heads, {lm_heads}, {args.tokens} tokens, {args.vocab} in the vocabulary, width {args.hidden}"
+        )
         console.print(table)
     if "step" in args.parts:
         record["step"] = []

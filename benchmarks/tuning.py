@@ -25,6 +25,7 @@ from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.evaluation.compare import Estimate, Totals, compare, estimate
 from medusa.evaluation.decoders import Decoder, MedusaDecoder
 from medusa.evaluation.prompts import held_out_prompts
+from medusa.evaluation.report import told
 from medusa.provenance import environment
 from medusa.tuning.calibrate import Calibration, Recorded, record
 from medusa.tuning.replay import replay
@@ -172,27 +173,29 @@ def speed(
 
 
 def show(console: Console, found: dict) -> None:
-    def told(value: float | None, decoded: float) -> str:
+    def beside(value: float | None, decoded: float) -> str:
         return "" if value is None else f"{value:.3f} ({100 * (value / decoded - 1):+.1f} %)"
 
     if "rates" in found:
         ways = ("independent", "joint average", "replayed", "cross-validated")
         table = Table("tree", "decoded", *ways, title="tokens a step")
         for row in found["rates"]:
-            table.add_row(row["tree"], f"{row['decoded']:.3f}", *(told(row[way], row["decoded"]) for way in ways))
+            table.add_row(row["tree"], f"{row['decoded']:.3f}", *(beside(row[way], row["decoded"]) for way in ways))
         console.print(table)
     if "speed" in found:
         table = Table("tree", "promised", "measured", "tokens a step", title="times plain decoding, the prefill left out")
         for row in found["speed"]["rows"]:
-            value, low, high = row["speedup"]
-            measured = f"{value:.2f} ({low:.2f}-{high:.2f})"
             style = "bold" if row["tree"] == found["speed"]["chosen"] else None
-            table.add_row(row["tree"], f"{row['promised']:.2f}", measured, f"{row['tokens a step']:.2f}", style=style)
+            table.add_row(
+                row["tree"],
+                f"{row['promised']:.2f}",
+                told(row["speedup"]._asdict()),
+                f"{row['tokens a step']:.2f}",
+                style=style,
+            )
         console.print(table)
-        value, low, high = found["speed"]["chosen over best"]
-        console.print(
-            f"chosen: {found['speed']['chosen']}, {value:.3f} ({low:.3f}-{high:.3f}) times as fast as {found['speed']['best']}"
-        )
+        ratio = told(found["speed"]["chosen over best"]._asdict(), 3)
+        console.print(f"chosen: {found['speed']['chosen']}, {ratio} times as fast as {found['speed']['best']}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Endpoint:
         api_key: sent as a bearer token.
         tries: how often a request is made before it counts as failed.
         timeout: seconds for one request.
-        sleep: waits so many seconds between tries; None: until `concurrently` is stopped at most.
+        sleep: waits so many seconds between tries; None: no longer than until `concurrently` is stopped.
     """
 
     url: str
@@ -59,7 +59,7 @@ class Endpoint:
     _client: Any = field(default=None, init=False)
     _resume_at: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
+    _here: threading.local = field(default_factory=threading.local, init=False)  # of a thread: what stops it
 
     def __post_init__(self) -> None:
         try:
@@ -82,7 +82,7 @@ class Endpoint:
             options: `max_tokens`, `temperature`, `top_p`, `seed`, …, as the interface names them.
 
         Raises:
-            EndpointError: refused, or still failing at the last try.
+            EndpointError: refused, still failing at the last try, or stopped.
         """
         import httpx
 
@@ -115,37 +115,46 @@ class Endpoint:
         raise EndpointError(f"{self.url} does not answer after {self.tries} tries ({reason})")
 
     def _wait_for_leave(self) -> None:
-        while (left := self._resume_at - time.monotonic()) > 0:
+        while (left := self._resume_at - time.monotonic()) > 0 and not self._stopped.is_set():
             self._sleep(left)
+        if self._stopped.is_set():
+            raise EndpointError(f"stopped before {self.url} was asked")
+
+    @property
+    def _stopped(self) -> threading.Event:
+        if not hasattr(self._here, "stopped"):
+            self._here.stopped = threading.Event()
+        return self._here.stopped
 
     def _sleep(self, seconds: float) -> None:
         (self.sleep or self._stopped.wait)(seconds)
-        if self._stopped.is_set():
-            raise EndpointError(f"stopped before {self.url} was asked again")
 
     def concurrently(self, work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
         """What the work, which asks this endpoint, gives for every task, as it comes, with a bounded number under way.
 
-        Stopped from outside or by an error, it waits for the answers under way and tries nothing again.
+        Stopped from outside or by an error, it waits for the answers under way and asks nothing more.
         """
         waiting: set[Future] = set()
-        try:
-            with ThreadPoolExecutor(at_once) as pool:
-                try:
-                    for task in tasks:
-                        waiting.add(pool.submit(work, task))
-                        if len(waiting) >= at_once:
-                            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                            yield from (future.result() for future in done)
-                    while waiting:
+        stopped = threading.Event()
+
+        def run(task: Task) -> Result:
+            self._here.stopped = stopped
+            return work(task)
+
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for task in tasks:
+                    waiting.add(pool.submit(run, task))
+                    if len(waiting) >= at_once:
                         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                         yield from (future.result() for future in done)
-                except BaseException:
-                    self._stopped.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        finally:
-            self._stopped.clear()
+                while waiting:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _read(response: Any, url: str) -> Answer:

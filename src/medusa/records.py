@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +29,24 @@ def make_folder(folder: Path) -> None:
         raise InvalidInput(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def hold(path: Path) -> FileLock:
-    """Keep other processes from writing what this one writes, for as long as what is returned lives.
+def hold(path: Path) -> AbstractContextManager:
+    """Keep other processes from writing what this one writes: within `with`, or for as long as what is returned lives.
 
     Raises:
         InvalidInput: another process does, or the lock cannot be written.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True, thread_local=False)
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
-        raise InvalidInput(f"another process is writing {path}; wait for it, stop it, or give another folder") from None
-    except OSError as error:
-        raise InvalidInput(f"cannot write to {path.parent}: {error.strerror}") from None
-    return lock
+        raise InvalidInput(
+            f"another process is writing {path} (it holds {lock.lock_file}); wait for it, stop it, or give another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", None) in (None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            warnings.warn(f"{path.parent} cannot be locked: see that no other process writes there", stacklevel=2)
+            return nullcontext()
+        raise InvalidInput(f"cannot write to {path.parent}: {error}") from None
 
 
 def claim(path: Path, made_by: dict[str, Any]) -> None:

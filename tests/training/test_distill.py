@@ -185,19 +185,6 @@ def test_shards_repair_a_half_written_line_and_write_nothing_twice(tmp_path):
         Shards(tmp_path)
 
 
-def test_two_processes_do_not_write_the_same_shards(tmp_path):
-    program = "import sys; from medusa.records import hold; held = hold({path}); print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", program.format(path=f"__import__('pathlib').Path({str(tmp_path / 'samples')!r})")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(InvalidInput, match=r"another process is writing .*samples; wait for it"):
-            Shards(tmp_path)
-        other.kill()
-    shards = Shards(tmp_path)
-    shards.add("a", {"text": "x"})
-    assert Shards(tmp_path).done == {"a"}  # of one process, two may
-
-
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
     code = """
 import resource, sys

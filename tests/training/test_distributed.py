@@ -24,7 +24,6 @@ OPTIONS = {
     "--learning-rate": 1e-2,
     "--lora-rank": 2,
     "--lora-dropout": 0,
-    "--gradient-accumulation": 1,
 }
 
 
@@ -51,8 +50,8 @@ def losses(record: dict) -> list[float]:
 
 
 def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(folder):
-    one = run(folder, "one", 1, "--batch-size", "8")
-    two = run(folder, "two", 2, "--batch-size", "4")
+    one = run(folder, "one", 1, "--batch-size", "8", "--gradient-accumulation", "1")
+    two = run(folder, "two", 2, "--batch-size", "2", "--gradient-accumulation", "2")
     assert two["processes"]["number"] == 2 and len(losses(one)) == 5
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert two["accuracies"] == one["accuracies"] and two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"])
@@ -68,9 +67,9 @@ def test_a_sharded_run_has_the_same_losses_and_saves_what_loads(folder, method):
         "--method",
         *method,
         "--batch-size",
-        "4",
+        "2",
         "--gradient-accumulation",
-        "1",
+        "2",
         "--lora-dropout",
         "0",
         "--save-steps",

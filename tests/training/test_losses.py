@@ -71,26 +71,39 @@ def test_no_more_than_a_chunk_of_logits_is_held(monkeypatch):
     assert rows == [16] * 4
 
 
-def test_gradients_of_accumulated_batches_are_made_one_head_at_a_time_and_are_the_same():
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_gradients_of_accumulated_batches_are_made_one_head_at_a_time_and_are_the_same(compute):
     torch.manual_seed(0)
-    states, targets = torch.randn(64, 4, requires_grad=True), hard_targets(torch.arange(64) % 50)
-    at_once, in_turn = nn.Linear(4, 50), nn.Linear(4, 50)
-    in_turn.load_state_dict(at_once.state_dict())
-    for parameter in in_turn.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # as a batch before leaves it
-    of_states, held = [], []
-    for lm_head in (at_once, in_turn):
+    targets, inputs = hard_targets(torch.arange(64) % 50), torch.randn(64, 4)
+    heads = [nn.Linear(4, 50), nn.Linear(4, 50)]
+    losses, gradients, kept = [], [], []
+    for accumulated in (False, True):
+        states = inputs.clone().requires_grad_(True)
+        for parameter in (p for head in heads for p in head.parameters()):
+            parameter.grad = torch.zeros_like(parameter) if accumulated else None  # as a batch before leaves it
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            loss = 3 * linear_cross_entropy(states, lm_head, targets, 16)
-        states.grad = None
+            loss = sum(3 * linear_cross_entropy(states, head, targets, 16, compute) for head in heads)
         loss.backward()
-        of_states.append(states.grad)
-        held.append(sum(t.shape == lm_head.weight.shape and t is not lm_head.weight for t in saved))
-    assert held == [1, 0]
-    torch.testing.assert_close(of_states[0], of_states[1])
-    for a, b in zip(at_once.parameters(), in_turn.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        losses.append(loss.detach())
+        gradients.append([states.grad, *(p.grad.clone() for head in heads for p in head.parameters())])
+        kept.append(sum(t.shape == (50, 4) and all(t is not head.weight for head in heads) for t in saved))
+    assert kept == [2, 0]
+    torch.testing.assert_close(losses[0], losses[1])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_where_no_gradient_is_asked_for_none_is_made(monkeypatch):
+    products = []
+    original = torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda self, *a: products.append(1) or original(self, *a))
+    states, lm_head, targets = torch.randn(6, 4), nn.Linear(4, 10), hard_targets(torch.arange(6))
+    with torch.no_grad():
+        without = linear_cross_entropy(states, lm_head, targets)
+    assert not products
+    torch.testing.assert_close(without, linear_cross_entropy(states, lm_head, targets).detach())
+    assert products
 
 
 def test_gradient_is_scaled_by_what_follows():

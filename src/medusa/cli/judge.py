@@ -49,8 +49,8 @@ def judge_command(
 
     tasks = read_tasks(answers)
     folder = output or Path(answers).parent / f"judge-{judge_model.replace('/', '-')}"
-    claim(folder / CLAIM, {"judge_model": judge_model, "instructions": SYSTEM})
     journal = Journal(folder / GRADES, "grade of a judge")
+    claim(folder / CLAIM, {"judge_model": judge_model, "instructions": SYSTEM})
     asked = Endpoint(endpoint, judge_model, os.environ.get(api_key_env), timeout=timeout)
     already = sum(is_graded(journal, task) for task in tasks)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())

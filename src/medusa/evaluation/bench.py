@@ -126,8 +126,8 @@ def take(
     Raises:
         InvalidInput: the folder was made with something else.
     """
-    claim(folder / CLAIM, made_with)
     journal = Journal(folder / RUNS, "run of a bench")
+    claim(folder / CLAIM, made_with)
     run_bench(decoders, exam.questions, exam.asking, journal, rounds, exam.room, on_progress)
     measured = measurements(journal, exam.questions, list(decoders), rounds)
     answers = answer_records(exam.questions, measured, exam.asking)

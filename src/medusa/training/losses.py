@@ -107,7 +107,10 @@ def linear_cross_entropy(
         compute: dtype of the matrix products; softmax, loss and accumulation are float32 in any case.
     """
     if type(lm_head) is torch.nn.Linear:
-        return _ChunkedCrossEntropy.apply(states, lm_head.weight, lm_head.bias, targets.tokens, targets.weights, chunk, compute)
+        inputs: list[Tensor | None] = [states, lm_head.weight, lm_head.bias]
+        if not torch.is_grad_enabled():  # within the function nothing tells
+            inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+        return _ChunkedCrossEntropy.apply(*inputs, targets.tokens, targets.weights, chunk, compute)
 
     def loss(states: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
         log_p = lm_head(states.to(compute)).float().log_softmax(-1)

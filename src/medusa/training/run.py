@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,22 @@ def train(
     make_folder(output)
     if hidden_states is not None and config.joint:
         raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
-    _held = hold(output / IDENTITY) if os.environ.get("RANK", "0") == "0" else None
-    _claim(output, model, rows, config, resume)
+    alone = hold(output / IDENTITY) if os.environ.get("RANK", "0") == "0" else nullcontext()  # of several processes, one writes
+    with alone:
+        _claim(output, model, rows, config, resume)
+        return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
+
+
+def _train(
+    model: MedusaModel,
+    rows: Rows,
+    output: Path,
+    config: TrainingConfig,
+    eval_rows: Rows | None,
+    resume: bool,
+    hidden_states: str | Path | None,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, float]:
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
     if config.heads_steps and model.heads is None:
@@ -133,7 +148,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
         if not resume:
             raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
         refuse_other(output, json.loads(path.read_text(encoding="utf-8")), wanted)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one writes
+    if os.environ.get("RANK", "0") == "0":
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         if not resume:  # nothing of an earlier run may be taken for this one's
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
