@@ -26,7 +26,9 @@ def main() -> None:
 
     PartialState.__init__ = sharding
     from medusa.cli import main as medusa
+    from medusa.training import losses
 
+    losses.LARGE = 1  # gradients of LM heads are made in the backward pass, when sharded weights were gone in between
     sys.argv = ["medusa", "train", *sys.argv[1:]]
     medusa()
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from medusa.training import losses
 from medusa.training.losses import (
     Targets,
     cross_entropy,
@@ -72,11 +73,12 @@ def test_no_more_than_a_chunk_of_logits_is_held(monkeypatch):
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_gradients_of_accumulated_batches_are_made_one_head_at_a_time_and_are_the_same(compute):
+def test_large_gradients_of_accumulated_batches_are_made_one_head_at_a_time_and_are_the_same(compute, monkeypatch):
+    monkeypatch.setattr(losses, "LARGE", 200)
     torch.manual_seed(0)
     targets, inputs = hard_targets(torch.arange(64) % 50), torch.randn(64, 4)
     heads = [nn.Linear(4, 50), nn.Linear(4, 50)]
-    losses, gradients, kept = [], [], []
+    totals, gradients, kept = [], [], []
     for accumulated in (False, True):
         states = inputs.clone().requires_grad_(True)
         for parameter in (p for head in heads for p in head.parameters()):
@@ -85,11 +87,11 @@ def test_gradients_of_accumulated_batches_are_made_one_head_at_a_time_and_are_th
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             loss = sum(3 * linear_cross_entropy(states, head, targets, 16, compute) for head in heads)
         loss.backward()
-        losses.append(loss.detach())
+        totals.append(loss.detach())
         gradients.append([states.grad, *(p.grad.clone() for head in heads for p in head.parameters())])
         kept.append(sum(t.shape == (50, 4) and all(t is not head.weight for head in heads) for t in saved))
     assert kept == [2, 0]
-    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(totals[0], totals[1])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
+LARGE = 1 << 25  # weights of an LM head whose gradient is not to wait beside those of other heads: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The gradients are made with the loss, since each needs logits that would otherwise have to be kept or made again.
 
     Of a step cut into batches, all but the first find gradients of the LM head kept already: theirs would be another V·d a
-    head, all heads' at once. They are made in the backward pass instead, one head's after another, from logits made again.
+    head, all heads' at once. Large ones are made in the backward pass instead, one after another, from logits made again.
     """
 
     @staticmethod
     def forward(ctx, states, weight, bias, tokens, weights, chunk, compute):
         inputs = (states, weight, bias, tokens, weights)
         wanted = ctx.needs_input_grad[:3]
-        ctx.later = (chunk, compute, wanted) if wanted[1] and weight.grad is not None else None
+        again = wanted[1] and weight.numel() >= LARGE and weight.grad is not None
+        ctx.later = (chunk, compute, wanted) if again else None
         total, gradients = _loss_and_gradients(*inputs, chunk, compute, (False,) * 3 if ctx.later else wanted)
         ctx.save_for_backward(*(inputs if ctx.later else gradients))
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
