@@ -39,14 +39,14 @@ class Server:
                 if answer is None and status == 200:
                     answer = reply(body) if reply else HELLO
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                with lock:  # before the answer goes out, upon which the next request may come at once
+                    outer.under_way -= 1
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
-                with lock:
-                    outer.under_way -= 1
 
             def log_message(self, *_):
                 pass
