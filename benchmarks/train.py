@@ -66,7 +66,7 @@ def measure_loss(
 ) -> dict:
     """Seconds and peak memory of the loss of all heads with its gradients, in this process."""
     torch.manual_seed(0)
-    lm_heads = [nn.Linear(hidden, vocab, bias=False, device=device) for _ in range(HEADS if own else 1)] * (1 if own else HEADS)
+    lm_heads = [nn.Linear(hidden, vocab, bias=False, device=device) for _ in range(HEADS if own else 1)]
     for lm_head in lm_heads:
         lm_head.requires_grad_(own)
         lm_head.weight.grad = torch.zeros_like(lm_head.weight) if own else None
@@ -77,7 +77,7 @@ def measure_loss(
     seconds = []
     for _ in range(rounds):
         start = now(device)
-        sum(loss_of(variant, states[k], lm_heads[k], labels, dtype) for k in range(HEADS)).backward()
+        sum(loss_of(variant, states[k], lm_heads[k % len(lm_heads)], labels, dtype) for k in range(HEADS)).backward()
         seconds.append(now(device) - start)
     return {"variant": variant, "seconds": min(seconds), "peak_bytes": peak(device) - before}
 

@@ -31,10 +31,12 @@ def make_folder(folder: Path) -> None:
 
 def hold(path: Path) -> AbstractContextManager:
     """Keep other processes from writing what this one writes: within `with`, or for as long as what is returned lives.
+    The folder is made where there is none.
 
     Raises:
         InvalidInput: another process does, or the lock cannot be written.
     """
+    make_folder(path.parent)
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True, thread_local=False)
     try:
         return lock.acquire(blocking=False)
@@ -125,7 +127,6 @@ class Journal:
     """
 
     def __init__(self, path: Path, what: str):
-        make_folder(path.parent)
         self._held = hold(path)
         self.path = path
         self.records = read_lines(path, what)

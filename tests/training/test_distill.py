@@ -170,7 +170,8 @@ def test_shards_repair_a_half_written_line_and_write_nothing_twice(tmp_path):
     shards = Shards(tmp_path, per_shard=2)
     for number in range(5):
         shards.add(f"s{number}", {"text": "é"})
-    assert [path.name for path in sorted(tmp_path.glob("samples*"))] == [f"samples-0000{n}.jsonl" for n in range(3)]
+    shard_names = [f"samples-0000{n}.jsonl" for n in range(3)]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [".samples.lock", *shard_names]
     with (tmp_path / "samples-00002.jsonl").open("ab") as file:
         file.write('{"id": "s5", "text": "é'.encode()[:-1])
     again = Shards(tmp_path, per_shard=2)

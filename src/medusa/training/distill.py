@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
-from medusa.records import append_line, claim, hold, make_folder, read_lines
+from medusa.records import append_line, claim, hold, read_lines
 from medusa.samples import Message, Skips, read_samples
 from medusa.training.templates import end_of_turn, ends_users_turns, opening
 
@@ -92,7 +92,6 @@ class Shards:
 
     def __init__(self, folder: str | Path, made_by: dict[str, Any] | None = None, per_shard: int = SAMPLES_PER_SHARD):
         self.folder, self._per_shard = Path(folder), per_shard
-        make_folder(self.folder)
         self._held = hold(self.folder / "samples")
         if made_by is not None:
             claim(self.folder / MADE_BY, made_by)

@@ -74,8 +74,7 @@ def train(
     make_folder(output)
     if hidden_states is not None and config.joint:
         raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
-    alone = hold(output / IDENTITY) if os.environ.get("RANK", "0") == "0" else nullcontext()  # of several processes, one writes
-    with alone:
+    with hold(output / IDENTITY) if _writes() else nullcontext():
         _claim(output, model, rows, config, resume)
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
 
@@ -139,6 +138,11 @@ def _train(
     return metrics
 
 
+def _writes() -> bool:
+    """Of several processes, whether this is the one that writes; known before they are set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig, resume: bool) -> None:
     """Note what this run is of; refuse a folder that holds another, or one that would be begun anew unasked."""
     wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
@@ -148,7 +152,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
         if not resume:
             raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
         refuse_other(output, json.loads(path.read_text(encoding="utf-8")), wanted)
-    if os.environ.get("RANK", "0") == "0":
+    if _writes():
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         if not resume:  # nothing of an earlier run may be taken for this one's
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
