@@ -112,9 +112,10 @@ class Backbone:
     def logits(
         self,
         hidden: Tensor,  # (..., d)
+        lm_head: nn.Module | None = None,  # some rows of the model's own; None: all
     ) -> Tensor:  # (..., V)
         """The model's own logits, with the cap or scale that its forward applies after the LM head."""
-        logits = self.lm_head(hidden)
+        logits = (lm_head or self.lm_head)(hidden)
         for rule, value in self._rules:
             logits = rule(logits, value)
         return logits

@@ -57,7 +57,9 @@ class Context:
     ) -> None:
         """Begin some rows anew, with the prompts of new requests."""
         number, width = prompts.shape
-        text = pad(torch.cat([prompts, root[:, None]], 1), (1, 0))  # one more in front: three even where the prompt is one token
+        text = pad(
+            torch.cat([prompts, root[:, None]], 1), (1, 0)
+        )  # one more in front: three even where the prompt is one token
         length, last = torch.full_like(pads, width + 1), prompts[:, -1]
         tokens = pad(text[:, 1:], (0, self.tokens.shape[1] - width - 1))
         part = Context(self.table.new_zeros(number, self.table.shape[1]), tokens, length, last, torch.zeros_like(pads))

@@ -41,6 +41,7 @@ class Decodable(Protocol):
     num_heads: int
     context: int | None
     vocab_size: int
+    scored: int  # tokens that heads score
 
     @property
     def device(self) -> torch.device: ...
@@ -384,7 +385,7 @@ def check_request(
         raise InvalidInput("the prompt is empty; give at least one token, such as the bos token")
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise InvalidInput(f"input_ids go from {ids.min()} to {ids.max()}, the vocabulary has {model.vocab_size} tokens")
-    tree.check(model.num_heads, model.vocab_size)
+    tree.check(model.num_heads, model.scored)
     if attention_mask is not None:
         shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
         if shape != ids.shape:

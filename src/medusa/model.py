@@ -78,7 +78,8 @@ class MedusaModel:
         if tree is None:
             nodes = 64 if self.device.type == "cuda" else 16
             tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
-        tree.check(self.num_heads, self.vocab_size)
+        self.scored = heads.scored if heads is not None else self.vocab_size
+        tree.check(self.num_heads, self.scored)
         self.tree = tree
         self._compiled_step = CompiledStep(self._draft_and_verify)
         self._backbone.probe()
@@ -172,9 +173,10 @@ class MedusaModel:
     def logits(
         self,
         hidden: Tensor,  # (..., d)
+        lm_head: Any = None,  # some rows of the backbone's own; None: all
     ) -> Tensor:  # (..., V)
         """The backbone's logits of hidden states."""
-        return self._backbone.logits(hidden)
+        return self._backbone.logits(hidden, lm_head)
 
     def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
         """The tree's tokens (B, N), the tree, hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
@@ -196,6 +198,7 @@ class MedusaModel:
             guesses = None
             if drafter.num_heads and self.heads is not None:
                 guesses = drafter.guess(self.heads(hidden, drafter.num_heads))
+                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens))
             tokens, tree = drafter.assemble(root, guesses, context)
         with _span("medusa.backbone"):
             states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)

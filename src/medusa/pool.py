@@ -75,9 +75,7 @@ def decode_queue(
                 yield Finished(request, state.generated[row], reason)
 
 
-def _join(
-    model: Decodable, state: DecodingState, joining: dict[int, Request], tree: Tree, options: DecodingOptions
-) -> None:
+def _join(model: Decodable, state: DecodingState, joining: dict[int, Request], tree: Tree, options: DecodingOptions) -> None:
     """Admit requests to rows, left-padded to the longest of them."""
     width = max(len(request.ids) for request in joining.values())
     ids = torch.zeros(len(joining), width, dtype=torch.long)

@@ -82,7 +82,9 @@ def write_questions(
     from tqdm.auto import tqdm
 
     numbers = iter(range(asked, asked + MOST_TRIES * count))
-    with tqdm(total=count, initial=len(journal.records), desc="Writing questions", unit=" questions", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=count, initial=len(journal.records), desc="Writing questions", unit=" questions", dynamic_ncols=True
+    ) as bar:
         for number, text in _in_order(_written(model, tokenizer, prompt, numbers, rows, seed, compiled), asked):
             if text is None:
                 keeps.refused["unfinished"] += 1
