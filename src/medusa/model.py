@@ -80,8 +80,7 @@ class MedusaModel:
             tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
         tree.check(self.num_heads, self.vocab_size)
         self.tree = tree
-        self._compiled_step = CompiledStep(self._draft_and_verify)
-        self._backbone.probe()
+        self._compiled_step = CompiledStep(self._draft_and_verify, noise=self._backbone.probe())
 
     @classmethod
     def from_pretrained(
