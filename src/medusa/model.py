@@ -81,8 +81,7 @@ class MedusaModel:
         self.scored = heads.scored if heads is not None else self.vocab_size
         tree.check(self.num_heads, self.scored)
         self.tree = tree
-        self._compiled_step = CompiledStep(self._draft_and_verify)
-        self._backbone.probe()
+        self._compiled_step = CompiledStep(self._draft_and_verify, noise=self._backbone.probe())
 
     @classmethod
     def from_pretrained(
