@@ -46,7 +46,7 @@ def test_output_is_the_backbones_whatever_heads_may_say(shared, tree):
     output = model.generate(prompt, max_new_tokens=40, eos_token_id=[])
     assert output[0, 9:].tolist() == plain_greedy(backbone, prompt, 40)
     drafted = {token for step in _drafts(model, prompt) for token in step}
-    assert drafted and (tree.depth == 3 and getattr(tree, "copied", 0) or drafted <= set(TOKENS.tolist()))
+    assert drafted and ((tree.depth == 3 and getattr(tree, "copied", 0)) or drafted <= set(TOKENS.tolist()))
 
 
 def _drafts(model, prompt):

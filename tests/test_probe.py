@@ -10,7 +10,6 @@ from torch import Tensor
 from medusa.backbone import Backbone
 from medusa.cache import TreeCache
 from medusa.errors import UnsupportedBackbone
-from medusa.probe import relative_difference
 from tiny import tiny_backbone
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
