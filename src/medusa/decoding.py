@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
+from medusa.config import integer
 from medusa.context import Context
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
@@ -42,7 +43,9 @@ class Decodable(Protocol):
 
     def new_cache(self, capacity: int) -> RequestCache: ...
 
-    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
+    def prefill(
+        self, ids: Tensor, attention_mask: Tensor | None, cache: Any, embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def draft_and_verify(
         self,
@@ -85,9 +88,20 @@ class DecodingOptions:
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("seed", None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-                raise InvalidInput(f"{name} is {value!r}, wanted an integer{' of at least 1' if least else ''}")
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings that the backbone reads in the place of the prompt's tokens.
+
+    Args:
+        embeds: (B, L, d), left-padded as the tokens would be.
+        unseen: how many of the L at the left stand for no token: processors and criteria do not see them.
+    """
+
+    embeds: Tensor
+    unseen: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,10 +135,11 @@ class DecodingState:
     cache: RequestCache
     uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position
     # The same facts on the host, where a sync has brought them anyway.
-    host_pads: list[int]
+    host_pads: list[int]  # of the slots that processors see
     host_roots: list[int]
     generated: list[list[int]]
     finish_reasons: list[str | None]
+    unseen: int = 0  # slots of the prompts that stand for no token
 
     @property
     def finished(self) -> bool:
@@ -138,7 +153,7 @@ class DecodingState:
         """The tokens of every unfinished row, its padding included, for processors that look at them."""
         return [
             None if done else torch.cat([prompt, prompt.new_tensor(tokens)])
-            for prompt, tokens, done in zip(self.prompts, self.generated, self.finish_reasons, strict=True)
+            for prompt, tokens, done in zip(self.prompts[:, self.unseen :], self.generated, self.finish_reasons, strict=True)
         ]
 
 
@@ -148,6 +163,7 @@ def decode(
     attention_mask: Tensor | None,  # (B, P), 1 for tokens
     tree: Tree,
     options: DecodingOptions,
+    soft_prompt: SoftPrompt | None = None,
 ) -> Iterator[DecodingStep]:
     """Decode to the end, a step at a time. The root-only tree is plain decoding: the same loop, without heads.
 
@@ -156,15 +172,22 @@ def decode(
         ContextOverflow: the prompt and max_new_tokens do not fit the backbone's context.
         InvalidTree: the tree is deeper than the heads or uses ranks beyond the vocabulary.
     """
+    if soft_prompt is not None:  # a token for every slot; no one reads those of the unseen
+        ids = torch.nn.functional.pad(ids, (soft_prompt.unseen, 0))
     ids, attention_mask = check_request(model, ids, attention_mask, tree, options)  # now, not at the first step
-    return _steps(model, ids, attention_mask, tree, options)
+    return _steps(model, ids, attention_mask, tree, options, soft_prompt)
 
 
 def _steps(
-    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
+    model: Decodable,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    tree: Tree,
+    options: DecodingOptions,
+    soft_prompt: SoftPrompt | None,
 ) -> Iterator[DecodingStep]:
     start = time.perf_counter()
-    state = prefill(model, ids, attention_mask, tree, options)
+    state = prefill(model, ids, attention_mask, tree, options, soft_prompt)
     prefill_seconds = time.perf_counter() - start
     while not state.finished:
         emitted = step(model, state, options)
@@ -175,7 +198,12 @@ def _steps(
 
 @torch.inference_mode()
 def prefill(
-    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
+    model: Decodable,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    tree: Tree,
+    options: DecodingOptions,
+    soft_prompt: SoftPrompt | None = None,
 ) -> DecodingState:
     """Process the prompts and decide every row's first token, the first root."""
     batch, length = ids.shape
@@ -186,7 +214,8 @@ def prefill(
     if options.compiled:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     cache = model.new_cache(capacity)
-    hidden, logits = model.prefill(ids, attention_mask, cache)
+    embeds, unseen = (soft_prompt.embeds.to(device), soft_prompt.unseen) if soft_prompt is not None else (None, 0)
+    hidden, logits = model.prefill(ids, attention_mask, cache, embeds)
     pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(batch)
     state = DecodingState(
         prompts=ids,
@@ -200,7 +229,8 @@ def prefill(
         levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
         cache=cache,
         uniforms=None,
-        host_pads=pads.tolist(),
+        host_pads=(pads - unseen).clamp(min=0).tolist(),
+        unseen=unseen,
         host_roots=[],
         generated=[[] for _ in range(batch)],
         finish_reasons=[None] * batch,
@@ -306,7 +336,7 @@ def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, tok
     if token in options.eos_token_ids:
         return "eos"
     if options.stopping_criteria:
-        so_far = torch.cat([state.prompts[row], state.prompts.new_tensor(state.generated[row])])[None]
+        so_far = torch.cat([state.prompts[row, state.unseen :], state.prompts.new_tensor(state.generated[row])])[None]
         if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in options.stopping_criteria):
             return "stop"
     return "length" if len(state.generated[row]) >= options.max_new_tokens else None
@@ -316,6 +346,20 @@ def check_request(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
+    ids, attention_mask = check_prompts(model, ids, attention_mask)
+    tree.check(model.num_heads, model.vocab_size)
+    longest = ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+    left = (model.context or 0) - longest
+    if model.context is not None and longest + options.max_new_tokens > model.context:
+        raise ContextOverflow(
+            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
+            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
+        )
+    return ids, attention_mask
+
+
+def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Refuse prompts that are none; returns ids and mask on the model's device, no mask where nothing is padded."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")
@@ -325,7 +369,6 @@ def check_request(
         raise InvalidInput("the prompt is empty; give at least one token, such as the bos token")
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise InvalidInput(f"input_ids go from {ids.min()} to {ids.max()}, the vocabulary has {model.vocab_size} tokens")
-    tree.check(model.num_heads, model.vocab_size)
     if attention_mask is not None:
         shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
         if shape != ids.shape:
@@ -337,11 +380,4 @@ def check_request(
             raise InvalidInput("a row of attention_mask is all padding: its prompt is empty")
         if attention_mask.all():
             attention_mask = None
-    longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
-    left = (model.context or 0) - longest
-    if model.context is not None and longest + options.max_new_tokens > model.context:
-        raise ContextOverflow(
-            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
-            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
-        )
     return ids.to(model.device), attention_mask
