@@ -25,7 +25,7 @@ from medusa.decoding import DecodingStep, check_prompts, decode
 from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
-from medusa.hub import find_heads, find_model
+from medusa.hub import HUB_KEYWORDS, find_heads, find_model
 from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.request import OwnOptions, Request, handed_over, prepare
@@ -88,6 +88,7 @@ class MedusaModel:
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         gguf_file: str | None = None,
+        heads_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MedusaModel:
         """Load a backbone with its heads and tree.
@@ -99,14 +100,27 @@ class MedusaModel:
             tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
             dtype: of backbone and heads; None keeps the backbone's own, and unpacks a GGUF file to bfloat16.
             gguf_file: the GGUF file to take of a folder or hub id.
-            device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given).
+            heads_options: `revision`, `subfolder`, `token`, … of the heads, where theirs are not the backbone's.
+            device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given). Those that say where a
+                hub id's files are hold for backbone and heads alike: `revision` (or a hub id with @ and a revision behind it),
+                `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
             CheckpointError: something is missing, broken or unsafe.
+            InvalidInput: a keyword that cannot be followed.
             UnsupportedBackbone: see the class.
         """
-        source = find_model(backbone, gguf_file)
-        heads_folder = find_heads(heads) if heads is not None else source.heads or source.folder
+        if kwargs.get("proxies"):
+            raise InvalidInput("proxies cannot be passed on to the hub; set HTTPS_PROXY in the environment")
+        hub = {name: kwargs[name] for name in (*HUB_KEYWORDS, "subfolder") if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}  # in the source
+        source = find_model(backbone, gguf_file, **hub)
+        if heads is not None:
+            heads_folder = find_heads(heads, **{**hub, **(heads_options or {})})
+        elif heads_options:
+            raise InvalidInput("heads_options are for heads that lie elsewhere; pass heads=..., or leave heads_options out")
+        else:
+            heads_folder = source.heads or source.folder
         if isinstance(tree, str | Path):
             tree = load_tree(tree)
         elif tree is None and (heads_folder / TREE_FILE).is_file():

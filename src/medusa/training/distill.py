@@ -57,6 +57,8 @@ class Distillation:
         for name in ("temperature", "self_talk", "seed"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+        if self.top_p is not None and not self.temperature:
+            raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 
 
 class Answerer(Protocol):
@@ -215,7 +217,7 @@ class ModelAnswerer:
         for row, n in enumerate(short):
             ids[row, width - len(prompts[n]) :] = torch.tensor(prompts[n])
             mask[row, width - len(prompts[n]) :] = 1
-        sampling: dict[str, Any] = {}
+        sampling: dict[str, Any] = {"do_sample": False}
         if options.temperature > 0:
             # Each batch from a seed of its own, the same whenever the same prompts come together.
             digest = hashlib.sha256(json.dumps([options.seed, prompts]).encode()).digest()
