@@ -43,9 +43,7 @@ class Decodable(Protocol):
 
     def new_cache(self, capacity: int) -> RequestCache: ...
 
-    def prefill(
-        self, ids: Tensor, attention_mask: Tensor | None, cache: Any, embeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
 
     def draft_and_verify(
         self,
@@ -92,19 +90,6 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
-class SoftPrompt:
-    """Embeddings that the backbone reads in the place of the prompt's tokens.
-
-    Args:
-        embeds: (B, L, d), left-padded as the tokens would be.
-        unseen: how many of the L at the left stand for no token: processors and criteria do not see them.
-    """
-
-    embeds: Tensor
-    unseen: int = 0
-
-
-@dataclass(frozen=True)
 class DecodingStep:
     """What one step emitted.
 
@@ -135,11 +120,10 @@ class DecodingState:
     cache: RequestCache
     uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position
     # The same facts on the host, where a sync has brought them anyway.
-    host_pads: list[int]  # of the slots that processors see
+    host_pads: list[int]
     host_roots: list[int]
     generated: list[list[int]]
     finish_reasons: list[str | None]
-    unseen: int = 0  # slots of the prompts that stand for no token
 
     @property
     def finished(self) -> bool:
@@ -153,7 +137,7 @@ class DecodingState:
         """The tokens of every unfinished row, its padding included, for processors that look at them."""
         return [
             None if done else torch.cat([prompt, prompt.new_tensor(tokens)])
-            for prompt, tokens, done in zip(self.prompts[:, self.unseen :], self.generated, self.finish_reasons, strict=True)
+            for prompt, tokens, done in zip(self.prompts, self.generated, self.finish_reasons, strict=True)
         ]
 
 
@@ -163,7 +147,6 @@ def decode(
     attention_mask: Tensor | None,  # (B, P), 1 for tokens
     tree: Tree,
     options: DecodingOptions,
-    soft_prompt: SoftPrompt | None = None,
 ) -> Iterator[DecodingStep]:
     """Decode to the end, a step at a time. The root-only tree is plain decoding: the same loop, without heads.
 
@@ -172,22 +155,15 @@ def decode(
         ContextOverflow: the prompt and max_new_tokens do not fit the backbone's context.
         InvalidTree: the tree is deeper than the heads or uses ranks beyond the vocabulary.
     """
-    if soft_prompt is not None:  # a token for every slot; no one reads those of the unseen
-        ids = torch.nn.functional.pad(ids, (soft_prompt.unseen, 0))
     ids, attention_mask = check_request(model, ids, attention_mask, tree, options)  # now, not at the first step
-    return _steps(model, ids, attention_mask, tree, options, soft_prompt)
+    return _steps(model, ids, attention_mask, tree, options)
 
 
 def _steps(
-    model: Decodable,
-    ids: Tensor,
-    attention_mask: Tensor | None,
-    tree: Tree,
-    options: DecodingOptions,
-    soft_prompt: SoftPrompt | None,
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> Iterator[DecodingStep]:
     start = time.perf_counter()
-    state = prefill(model, ids, attention_mask, tree, options, soft_prompt)
+    state = prefill(model, ids, attention_mask, tree, options)
     prefill_seconds = time.perf_counter() - start
     while not state.finished:
         emitted = step(model, state, options)
@@ -198,12 +174,7 @@ def _steps(
 
 @torch.inference_mode()
 def prefill(
-    model: Decodable,
-    ids: Tensor,
-    attention_mask: Tensor | None,
-    tree: Tree,
-    options: DecodingOptions,
-    soft_prompt: SoftPrompt | None = None,
+    model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> DecodingState:
     """Process the prompts and decide every row's first token, the first root."""
     batch, length = ids.shape
@@ -214,8 +185,7 @@ def prefill(
     if options.compiled:
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     cache = model.new_cache(capacity)
-    embeds, unseen = (soft_prompt.embeds.to(device), soft_prompt.unseen) if soft_prompt is not None else (None, 0)
-    hidden, logits = model.prefill(ids, attention_mask, cache, embeds)
+    hidden, logits = model.prefill(ids, attention_mask, cache)
     pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(batch)
     state = DecodingState(
         prompts=ids,
@@ -229,8 +199,7 @@ def prefill(
         levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
         cache=cache,
         uniforms=None,
-        host_pads=(pads - unseen).clamp(min=0).tolist(),
-        unseen=unseen,
+        host_pads=pads.tolist(),
         host_roots=[],
         generated=[[] for _ in range(batch)],
         finish_reasons=[None] * batch,
@@ -336,7 +305,7 @@ def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, tok
     if token in options.eos_token_ids:
         return "eos"
     if options.stopping_criteria:
-        so_far = torch.cat([state.prompts[row, state.unseen :], state.prompts.new_tensor(state.generated[row])])[None]
+        so_far = torch.cat([state.prompts[row], state.prompts.new_tensor(state.generated[row])])[None]
         if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in options.stopping_criteria):
             return "stop"
     return "length" if len(state.generated[row]) >= options.max_new_tokens else None

@@ -21,7 +21,7 @@ from medusa.checkpoints import load_heads, push_to_hub, save_heads
 from medusa.compilation import CompiledStep
 from medusa.config import TREE_FILE
 from medusa.context import Context
-from medusa.decoding import DecodingStep, check_prompts, decode
+from medusa.decoding import DecodingStep, check_prompts
 from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
@@ -219,7 +219,7 @@ class MedusaModel:
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Iterator[DecodingStep]:
         """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
-        return self._decode(self._request("stream", input_ids, attention_mask, options))
+        return self._request("stream", input_ids, attention_mask, options).decode(self)
 
     def generate(
         self,
@@ -302,13 +302,9 @@ class MedusaModel:
             attention_mask = mask if mask is not None or attention_mask is None else torch.ones_like(input_ids)
         return prepare(self, method, {"input_ids": input_ids, "attention_mask": attention_mask, **options})
 
-    def _decode(self, request: Request) -> Iterator[DecodingStep]:
-        tree = self.tree if request.tree is None else request.tree
-        return decode(self, request.input_ids, request.attention_mask, tree, request.options, request.soft_prompt)
-
     def _collect(self, request: Request, streamer: Any = None, home: torch.device | None = None) -> Any:
         """The output of a request, on the device that its ids came from."""
-        steps = self._decode(request)
+        steps = request.decode(self)
         output = collect(steps, request.input_ids.to(home or request.input_ids.device), request.pad_token_id, streamer)
         return output if request.return_dict else output.sequences
 

@@ -7,8 +7,8 @@ import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from medusa.acceptance import TypicalAcceptance
 from medusa.backbone import token_ids
 from medusa.config import integer
-from medusa.decoding import Decodable, DecodingOptions, SoftPrompt
+from medusa.decoding import Decodable, DecodingOptions, DecodingStep, StoppingCriterion, decode
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
 from medusa.processors import check_sampling, classify
 from medusa.trees import Tree
@@ -125,12 +125,33 @@ class Request:
     """All that the loop needs of a call, and what its output needs besides."""
 
     input_ids: Tensor  # (B, P) long: what the output begins with
-    attention_mask: Tensor | None  # (B, P), or (B, L) of the soft prompt
-    soft_prompt: SoftPrompt | None
+    attention_mask: Tensor | None  # (B, P), or (B, L)
+    embeds: Tensor | None  # (B, L, d), L >= P: a soft prompt, read in the place of the ids
     options: DecodingOptions
     tree: Tree | None  # None: the model's own
     pad_token_id: int  # fills rows that finished early
     return_dict: bool
+
+    def decode(self, model: Any) -> Iterator[DecodingStep]:
+        """The steps of this request on a `MedusaModel`; refused now, if at all."""
+        tree, ids = model.tree if self.tree is None else self.tree, self.input_ids
+        if self.embeds is not None:  # a token for every slot; no one reads those of the unseen
+            ids = torch.nn.functional.pad(ids, (self.embeds.shape[1] - ids.shape[1], 0))
+            model = _Reading(model, self.embeds)
+        return decode(model, ids, self.attention_mask, tree, self.options)
+
+
+class _Reading:
+    """A model as the loop sees it, that reads embeddings in the place of the prompt's tokens."""
+
+    def __init__(self, model: Any, embeds: Tensor):
+        self._model, self._embeds = model, embeds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+        return self._model.prefill(ids, attention_mask, cache, self._embeds.to(ids.device))
 
 
 class Prepared(Decodable, Protocol):
@@ -221,12 +242,13 @@ def handed_over(
         InvalidInput: a setting, processor or model input that a tree cannot follow, by name.
     """
     refuse_settings(generation_config)
-    mask, soft_prompt = _prompt(backbone, input_ids, model_kwargs)
+    mask, embeds = _prompt(backbone, input_ids, model_kwargs)
+    unseen = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
     pads = (mask.shape[1] - mask.long().sum(-1)).tolist() if mask is not None else [0] * len(input_ids)
     processors = classify(
         logits_processor,
         input_ids,
-        [max(0, pad - (soft_prompt.unseen if soft_prompt else 0)) for pad in pads],
+        [max(0, pad - unseen) for pad in pads],
         model.vocab_size,
         min_length_counts_padding=generation_config.min_new_tokens is not None,
     )
@@ -234,18 +256,19 @@ def handed_over(
         raise InvalidInput(f"input_ids are on {input_ids.device}, the backbone on {model.device}; move input_ids there")
     eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in token_ids(c.eos_token_id)]
     pad = (token_ids(generation_config.pad_token_id) or eos or [0])[0]
+    criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
     limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
     return Request(
         input_ids=input_ids,
         attention_mask=mask,
-        soft_prompt=soft_prompt,
+        embeds=embeds,
         options=DecodingOptions(
             max_new_tokens=min(limits) - input_ids.shape[1],
             do_sample=bool(generation_config.do_sample),
             typical=own.typical,
-            processors=processors,
+            processors=replace(processors, unseen=unseen),
             eos_token_ids=tuple(eos),
-            stopping_criteria=[c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)],
+            stopping_criteria=[_of_seen(c, unseen) for c in criteria],
             seed=int(torch.randint(2**62, ())) if own.seed is None else own.seed,
             compiled=own.compile,
         ),
@@ -315,10 +338,8 @@ def _stop_strings(given: str | list[str], tokenizer: Any) -> Callable:
     return StopStringCriteria(tokenizer, strings)
 
 
-def _prompt(
-    backbone: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]
-) -> tuple[Tensor | None, SoftPrompt | None]:
-    """What transformers would give the backbone's first pass, but for its ids and its cache: a mask and a soft prompt.
+def _prompt(backbone: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """What transformers would give the backbone's first pass, but for its ids and its cache: a mask, and embeddings.
 
     Raises:
         InvalidInput: any other input, by name, and positions other than those that follow from the mask.
@@ -354,9 +375,12 @@ def _prompt(
         usual = there.long().cumsum(-1) - 1
         if positions.shape[-1] != length or not ((positions == usual) | (there == 0)).all():
             raise InvalidInput("position_ids are not those of the attention_mask, which Medusa goes by; leave position_ids out")
-    if embeds is None:
-        return mask, None
-    return mask, SoftPrompt(embeds, unseen=length - input_ids.shape[1])
+    return mask, embeds
+
+
+def _of_seen(criterion: StoppingCriterion, unseen: int) -> StoppingCriterion:
+    """A criterion that does not see the slots of a soft prompt that stand for no token."""
+    return criterion if not unseen else lambda ids, scores: criterion(ids[:, unseen:], scores)
 
 
 def _refuse_filled(name: str, cache: Any) -> None:
