@@ -59,8 +59,9 @@ REFUSED: dict[type, str] = {
 def classify(
     processors: Sequence[LogitsProcessor],
     prompts: Tensor,  # (B, P) long, left-padded
-    pads: Sequence[int],  # per row
+    pads: Sequence[int],  # per row, of its slots
     vocab_size: int,
+    unseen: int = 0,  # slots before the prompts that stand for no token
     min_length_counts_padding: bool = False,  # made of min_new_tokens and the padded length
 ) -> Processors:
     """Mark each processor by what it looks at.
@@ -78,17 +79,17 @@ def classify(
                     f"candidates; leave {setting} out"
                 )
         if kind not in READS:
-            check_follows_paths(processor, prompts[0, pads[0] :], vocab_size)
+            check_follows_paths(processor, prompts[0, max(0, pads[0] - unseen) :], vocab_size)
         reads = READS.get(kind, "tokens")
         if kind is hf.RepetitionPenaltyLogitsProcessor:
-            processor, reads = _without_its_padding(processor, pads)
+            processor, reads = _without_its_padding(processor, pads, unseen)
         elif kind is hf.MinLengthLogitsProcessor and min_length_counts_padding:
             reads = "length"
         steps.append((processor, reads))
     return Processors(tuple(steps))
 
 
-def _without_its_padding(processor: Any, pads: Sequence[int]) -> tuple[LogitsProcessor, Reads]:
+def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tuple[LogitsProcessor, Reads]:
     """The repetition penalty for rows that come without their padding, which transformers has it ignore by itself."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if ignored is None:
@@ -97,7 +98,7 @@ def _without_its_padding(processor: Any, pads: Sequence[int]) -> tuple[LogitsPro
         processor = copy.copy(processor)
         processor.prompt_ignore_length = None
         return processor, "tokens"
-    if isinstance(ignored, int) and ignored >= max(pads):
+    if isinstance(ignored, int) and ignored >= max(pads) - unseen:
         return processor, "length"  # it counts the padding with the prompt that it ignores
     raise InvalidInput(
         f"RepetitionPenaltyLogitsProcessor has prompt_ignore_length {ignored}, the rows have {list(pads)} tokens of padding; "
@@ -196,7 +197,8 @@ def _shared(processor: Any) -> list[Any]:
             cells = [cell.cell_contents for cell in part.__closure__ or ()]
             variables += [*cells, part.__dict__, part.__defaults__, part.__kwdefaults__]
     data = int | float | str | list | dict | set | Tensor
-    variables += [value for cls in type(processor).__mro__ for value in vars(cls).values() if isinstance(value, data)]
+    for cls in type(processor).__mro__:
+        variables += [value for name, value in vars(cls).items() if isinstance(value, data) and not name.startswith("__")]
     return [value for value in variables if not _is_constant(value)]
 
 

@@ -194,7 +194,9 @@ def prepare(
             defaults["top_k"] = 0
     elif any(key in options for key in SAMPLING_KEYS):
         given = ", ".join(key for key in SAMPLING_KEYS if key in options)
-        warnings.warn(f"{given}: temperature, top_k, top_p and their like do nothing without do_sample=True", stacklevel=4)
+        warnings.warn(f"{given} and their like do nothing without do_sample=True", stacklevel=4)
+    if setting("exponential_decay_length_penalty") is not None and setting("eos_token_id") is None:
+        raise InvalidInput("exponential_decay_length_penalty makes the eos likelier, and there is none; pass eos_token_id")
     for key in ("cache_implementation", "token_healing"):  # transformers acts on these before it hands over
         _refuse(key, setting(key))
     if setting("max_new_tokens") is None and setting("max_length") is None:
@@ -248,8 +250,9 @@ def handed_over(
     processors = classify(
         logits_processor,
         input_ids,
-        [max(0, pad - unseen) for pad in pads],
+        pads,
         model.vocab_size,
+        unseen,
         min_length_counts_padding=generation_config.min_new_tokens is not None,
     )
     if processors and input_ids.device != model.device:  # transformers has made the processors where the ids are
