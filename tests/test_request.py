@@ -48,7 +48,7 @@ OTHERS = sorted(inspect.signature(GenerationMixin.generate).parameters.keys() - 
 @pytest.mark.parametrize("name", [*OTHERS, "assistant_tokenizer", "trust_remote_code"])
 def test_argument_of_generate_that_is_not_followed_is_refused_by_name(tiny_model, name):
     if name == "streamer":
-        with pytest.raises(InvalidInput, match="^streamer"):
+        with pytest.raises(InvalidInput, match=r"^streamer"):
             tiny_model.stream(PROMPT, streamer=object())
         return
     with pytest.raises(InvalidInput, match=f"^{name}"):
@@ -88,7 +88,7 @@ def test_setting_of_a_newer_transformers_is_refused_until_someone_decides(tiny_m
 
 
 def test_epsilon_without_typical_acceptance_is_refused(tiny_model):
-    with pytest.raises(InvalidInput, match="^epsilon"):
+    with pytest.raises(InvalidInput, match=r"^epsilon"):
         tiny_model.generate(PROMPT, do_sample=True, epsilon=0.2)
 
 
@@ -225,7 +225,7 @@ def test_peft_models_hand_over_to_medusa(kind):
     settings = {"input_ids": PROMPT, "attention_mask": MASK, "max_new_tokens": 10, "do_sample": False}
     wanted = tuned.generate(**settings)
     if kind == "PrefixTuningConfig":  # keys and values from nowhere
-        with pytest.raises(InvalidInput, match="^past_key_values"):
+        with pytest.raises(InvalidInput, match=r"^past_key_values"):
             tuned.generate(custom_generate=model.custom_generate, **settings)
         return
     assert torch.equal(tuned.generate(custom_generate=model.custom_generate, **settings), wanted)
