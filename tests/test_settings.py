@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 import medusa.decoding
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
-from medusa.request import FOLLOWED, REFUSED, WITHOUT_EFFECT
+from medusa.preparation import FOLLOWED, REFUSED, WITHOUT_EFFECT
 from medusa.sampling import draw
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 

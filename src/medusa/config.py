@@ -36,6 +36,7 @@ class MedusaConfig:
     medusa_num_layers: int = 1
     medusa_shared_lm_head: bool = False  # the heads predict through the backbone's LM head
     medusa_lm_head_bias: bool = False
+    medusa_draft_vocabulary: int | None = None  # tokens that heads score; None: all
     base_model_name_or_path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from medusa.heads import MedusaHeads
 from medusa.hub import HUB_KEYWORDS, find_heads, find_model
 from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
-from medusa.request import OwnOptions, Request, handed_over, prepare
+from medusa.preparation import OwnOptions, Prepared, handed_over, prepare
 from medusa.tree import Drafter, MedusaTree, TreeTensors
 from medusa.trees import Tree, load_tree, save_tree
 
@@ -74,10 +74,10 @@ class MedusaModel:
         if tree is None:
             nodes = 64 if self.device.type == "cuda" else 16
             tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
-        tree.check(self.num_heads, self.vocab_size)
+        self.scored = heads.scored if heads is not None else self.vocab_size
+        tree.check(self.num_heads, self.scored)
         self.tree = tree
-        self._compiled_step = CompiledStep(self._draft_and_verify)
-        self._backbone.probe()
+        self._compiled_step = CompiledStep(self._draft_and_verify, noise=self._backbone.probe())
 
     @classmethod
     def from_pretrained(
@@ -184,9 +184,10 @@ class MedusaModel:
     def logits(
         self,
         hidden: Tensor,  # (..., d)
+        lm_head: Any = None,  # some rows of the backbone's own; None: all
     ) -> Tensor:  # (..., V)
         """The backbone's logits of hidden states."""
-        return self._backbone.logits(hidden)
+        return self._backbone.logits(hidden, lm_head)
 
     def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
         """The tree's tokens (B, N), the tree, hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
@@ -208,6 +209,7 @@ class MedusaModel:
             guesses = None
             if drafter.num_heads and self.heads is not None:
                 guesses = drafter.guess(self.heads(hidden, drafter.num_heads))
+                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens))
             tokens, tree = drafter.assemble(root, guesses, context)
         with _span("medusa.backbone"):
             states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)
@@ -219,7 +221,7 @@ class MedusaModel:
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Iterator[DecodingStep]:
         """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
-        return self._request("stream", input_ids, attention_mask, options).decode(self)
+        return self._prepare("stream", input_ids, attention_mask, options).decode(self)
 
     def generate(
         self,
@@ -257,10 +259,10 @@ class MedusaModel:
         Raises:
             InvalidInput, ContextOverflow, InvalidTree: before any work is done.
         """
-        request = self._request("generate", input_ids, attention_mask, options)
-        if streamer is not None and len(request.input_ids) > 1:
-            raise InvalidInput(f"a streamer takes one row, got {len(request.input_ids)}; use model.stream for batches")
-        return self._collect(request, streamer, home=input_ids.device if input_ids is not None else None)
+        prepared = self._prepare("generate", input_ids, attention_mask, options)
+        if streamer is not None and len(prepared.input_ids) > 1:
+            raise InvalidInput(f"a streamer takes one row, got {len(prepared.input_ids)}; use model.stream for batches")
+        return self._collect(prepared, streamer, home=input_ids.device if input_ids is not None else None)
 
     def custom_generate(
         self,
@@ -293,20 +295,20 @@ class MedusaModel:
             handed_over(self, own, backbone, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
         )
 
-    def _request(
+    def _prepare(
         self, method: str, input_ids: Tensor | None, attention_mask: Tensor | None, options: dict[str, Any]
-    ) -> Request:
+    ) -> Prepared:
         """What transformers prepares of a call of ours, with prompts and settings checked."""
         if input_ids is not None and "inputs_embeds" not in options:
             input_ids, mask = check_prompts(self, input_ids, attention_mask)
             attention_mask = mask if mask is not None or attention_mask is None else torch.ones_like(input_ids)
         return prepare(self, method, {"input_ids": input_ids, "attention_mask": attention_mask, **options})
 
-    def _collect(self, request: Request, streamer: Any = None, home: torch.device | None = None) -> Any:
-        """The output of a request, on the device that its ids came from."""
-        steps = request.decode(self)
-        output = collect(steps, request.input_ids.to(home or request.input_ids.device), request.pad_token_id, streamer)
-        return output if request.return_dict else output.sequences
+    def _collect(self, prepared: Prepared, streamer: Any = None, home: torch.device | None = None) -> Any:
+        """The output of a call, on the device that its ids came from."""
+        steps = prepared.decode(self)
+        output = collect(steps, prepared.input_ids.to(home or prepared.input_ids.device), prepared.pad_token_id, streamer)
+        return output if prepared.return_dict else output.sequences
 
 
 def _span(name: str) -> AbstractContextManager:

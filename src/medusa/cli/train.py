@@ -54,7 +54,12 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 def train_command(
     options: dict[str, Any],
     model: common.ModelArgument,
-    data: Annotated[str, typer.Option("--data", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split].")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; may be given several times."
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for all that comes of it.")] = None,
     method: Annotated[str, typer.Option("--method", help=METHOD_HELP)] = "medusa-1",
     config: Annotated[Path | None, typer.Option("--config", help="YAML of the options below; flags win over it.")] = None,
@@ -138,7 +143,7 @@ def _describe(rows: Any, length: int) -> None:
         common.note(f"skipped {rows.skips}")
 
 
-def _preview(data: str, tokenizer: Any, recipe: TrainingConfig, count: int, vocab_size: int) -> None:
+def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int, vocab_size: int) -> None:
     """Samples as the model will see them: what is learnt in colour, the rest dim."""
     from itertools import islice
 

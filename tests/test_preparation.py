@@ -1,4 +1,4 @@
-"""Claims about requests: arguments mean what they mean in transformers' generate, and none is dropped without a word."""
+"""Claims about preparing a call: arguments mean what they mean in transformers, and none is dropped without a word."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria
 from medusa import MedusaModel, MedusaTree
 from medusa.backbone import Backbone
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
-from medusa.request import ARGUMENTS
+from medusa.preparation import ARGUMENTS
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 PROMPT = random_prompt(7)
@@ -76,10 +76,10 @@ def test_position_ids_that_follow_from_the_mask_are_taken(tiny_model):
 
 
 def test_setting_of_a_newer_transformers_is_refused_until_someone_decides(tiny_model, monkeypatch):
-    from medusa import request
+    from medusa import preparation
 
-    keys = request._config_keys()
-    monkeypatch.setattr(request, "_config_keys", lambda: keys | {"braid_size"})
+    keys = preparation._config_keys()
+    monkeypatch.setattr(preparation, "_config_keys", lambda: keys | {"braid_size"})
     config = GenerationConfig(max_new_tokens=2, pad_token_id=0)
     assert tiny_model.generate(PROMPT, generation_config=config).shape == (1, 9)
     config.braid_size = 3

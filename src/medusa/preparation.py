@@ -1,4 +1,4 @@
-"""Requests: what transformers' `generate` prepares for a call, and which of it a tree of candidates can follow."""
+"""Preparation: what transformers' `generate` makes of a call's arguments, and which of it a tree of candidates can follow."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ OWN = frozenset(OwnOptions.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Request:
-    """All that the loop needs of a call, and what its output needs besides."""
+class Prepared:
+    """A call prepared: all that the loop needs of it, and what its output needs besides."""
 
     input_ids: Tensor  # (B, P) long: what the output begins with
     attention_mask: Tensor | None  # (B, P), or (B, L)
@@ -133,7 +133,7 @@ class Request:
     return_dict: bool
 
     def decode(self, model: Any) -> Iterator[DecodingStep]:
-        """The steps of this request on a `MedusaModel`; refused now, if at all."""
+        """The steps of this call on a `MedusaModel`; refused now, if at all."""
         tree, ids = model.tree if self.tree is None else self.tree, self.input_ids
         if self.embeds is not None:  # a token for every slot; no one reads those of the unseen
             ids = torch.nn.functional.pad(ids, (self.embeds.shape[1] - ids.shape[1], 0))
@@ -154,18 +154,18 @@ class _Reading:
         return self._model.prefill(ids, attention_mask, cache, self._embeds.to(ids.device))
 
 
-class Prepared(Decodable, Protocol):
+class Preparable(Decodable, Protocol):
     """What preparing needs of a model; `MedusaModel` is one."""
 
     backbone: PreTrainedModel
 
 
 def prepare(
-    model: Prepared,
+    model: Preparable,
     method: str,  # the one that was called, for errors
     options: dict[str, Any],
-) -> Request:
-    """The request of a call of ours: transformers' own `generate` prepares it and hands it to `handed_over`.
+) -> Prepared:
+    """A call of ours: transformers' own `generate` prepares it and hands it to `handed_over`.
 
     Two departures: a top-k of 50 that nobody asked for is not applied, and without a length there are 256 new tokens.
 
@@ -228,8 +228,25 @@ def prepare(
         raise InvalidInput(f"transformers cannot prepare this {method}(): {reason}") from error
 
 
+def options_of_rows(model: Preparable, method: str, **settings: Any) -> DecodingOptions:
+    """What `prepare` makes of settings for rows that hold prompts of any length, one after another.
+
+    Raises:
+        InvalidInput: as there, and where the generation config counts from the end of one prompt.
+    """
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    options = prepare(model, method, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **settings}).options
+    for process, reads in options.processors.steps:
+        if reads == "length":
+            raise InvalidInput(
+                f"{type(process).__name__} counts from the end of one prompt, and {method} decodes many in a row; unset what "
+                "asks for it in the backbone's generation config, such as min_new_tokens"
+            )
+    return options
+
+
 def handed_over(
-    model: Prepared,
+    model: Preparable,
     own: OwnOptions,
     backbone: PreTrainedModel,
     input_ids: Tensor,  # (B, P) long
@@ -237,8 +254,8 @@ def handed_over(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     **model_kwargs: Any,
-) -> Request:
-    """The request that transformers' `generate` has prepared, in the words of a custom loop.
+) -> Prepared:
+    """What transformers' `generate` has prepared, in the words of a custom loop.
 
     Raises:
         InvalidInput: a setting, processor or model input that a tree cannot follow, by name.
@@ -261,7 +278,7 @@ def handed_over(
     pad = (token_ids(generation_config.pad_token_id) or eos or [0])[0]
     criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
     limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-    return Request(
+    return Prepared(
         input_ids=input_ids,
         attention_mask=mask,
         embeds=embeds,
