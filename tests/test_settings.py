@@ -144,7 +144,7 @@ def test_every_key_is_followed_or_without_effect_or_refused():
 def test_setting_gives_transformers_own_tokens(model, eos, embedded_tokenizer, numbers, monkeypatch, key, rows):
     ids, mask = RAGGED if rows == "ragged" else (PROMPTS[0], torch.ones_like(PROMPTS[0]))
     extra = {"tokenizer": embedded_tokenizer} if key == "stop_strings" else {}
-    for ends, pad in ((None, None), (eos, None), (eos, 0)):
+    for ends, pad in ((None, None), (eos, None), (eos, 0)) if key in FOLLOWED else ((eos, 0),):
         for sampled in (False, True):
             own = {"eos_token_id": ends, "pad_token_id": pad, "do_sample": sampled, "top_k": 50, key: EXAMPLES[key]}
             if key != "max_length":
