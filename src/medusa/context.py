@@ -33,7 +33,7 @@ class Context:
         """
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         table = zeros.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
-        return cls(table, zeros.new_zeros(batch, capacity + 1), zeros, zeros, zeros)
+        return cls(table, zeros.new_zeros(batch, capacity + 1), torch.ones_like(zeros), zeros, zeros)
 
     @classmethod
     def of(
