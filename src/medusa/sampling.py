@@ -21,6 +21,7 @@ class Processors:
     """Logits processors in order, each with what it looks at besides the scores."""
 
     steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
+    unseen: int = 0  # slots at the left of the prefixes that stand for no token (soft prompts), shown to none
 
     def __bool__(self) -> bool:
         return bool(self.steps)
@@ -39,6 +40,8 @@ class Processors:
     ) -> Tensor:  # (B, N, V) float32
         """Scores of every node, each processor having seen the prefix of that node's own path."""
         scores = logits.float()
+        prefixes = [prefix if prefix is None else prefix[self.unseen :] for prefix in prefixes]
+        pads = [max(0, pad - self.unseen) for pad in pads]
         for process, reads in self.steps:
             if reads == "scores":
                 flat = scores.flatten(0, 1)

@@ -46,6 +46,8 @@ def distill_command(
     ray: Annotated[int, typer.Option("--ray", help="Run on so many workers as a Ray Data job.")] = 0,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -53,7 +55,7 @@ def distill_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Answer seed prompts with the model itself, for `medusa train` (paper 2.3.2). Killed, it goes on where it was."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     common.quiet_transformers()
     from medusa.endpoint import Endpoint
     from medusa.samples import Skips

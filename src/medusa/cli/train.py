@@ -75,13 +75,15 @@ def train_command(
         int, typer.Option("--preview", min=0, help="Show this many samples, what is learnt coloured; no training.")
     ] = 0,
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Train Medusa heads, and with medusa-2 the backbone too (paper 2.2). Runs under `accelerate launch` as well."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     if output is None and not preview:
         raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
     settings = (read_options(config) if config else {}) | options

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from medusa.decoding import DecodingOptions
 from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
-from medusa.processors import processors_for
+from medusa.preparation import options_of_rows
 from medusa.records import append_line, claim, hold, read_lines
 from medusa.samples import Message, Skips, read_samples
 from medusa.training.templates import end_of_turn, ends_users_turns, opening
@@ -59,6 +58,8 @@ class Distillation:
         for name in ("temperature", "self_talk", "seed"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+        if self.top_p is not None and not self.temperature:
+            raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 
 
 class Answerer(Protocol):
@@ -186,12 +187,14 @@ class ModelAnswerer:
         """Whoever asked, and the new tokens."""
         model, options = self.model, self.options
         sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
-        decoding = DecodingOptions(
+        decoding = options_of_rows(
+            model,
+            "distill",
             max_new_tokens=options.max_new_tokens,
-            do_sample=options.temperature > 0,
-            processors=processors_for(model.backbone, {"do_sample": bool(sampling), **sampling}, 0, None, model.device),
-            eos_token_ids=tuple(sorted(self._ends)),
-            compiled=options.compile,
+            do_sample=bool(sampling),
+            eos_token_id=sorted(self._ends),
+            compile=options.compile,
+            **sampling,
         )
         for finished in decode_queue(model, take, options.batch_size, model.tree, decoding):
             yield finished.request.tag, finished.tokens

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medusa.decoding import DecodingOptions
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
-from medusa.processors import processors_for
+from medusa.preparation import options_of_rows
 from medusa.records import Journal
 from medusa.training.templates import ends_users_turns, opening
 from medusa.tree import MedusaTree
@@ -102,15 +101,9 @@ def _written(
     model: MedusaModel, tokenizer: Any, prompt: list[int], numbers: Iterator[int], rows: int, seed: int, compiled: bool
 ) -> Iterator[tuple[int, str | None]]:
     """Questions by their numbers as they come; None for one that did not end."""
-    ends = model.eos_token_ids
-    options = DecodingOptions(
-        max_new_tokens=LONGEST,
-        do_sample=True,
-        processors=processors_for(
-            model.backbone, {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}, 0, None, model.device
-        ),
-        eos_token_ids=ends,
-        compiled=compiled,
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
+    options = options_of_rows(
+        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(model.eos_token_ids), compile=compiled, **sampling
     )
 
     def take() -> Request | None:

@@ -188,7 +188,7 @@ def _record(
     model: MedusaModel, prompts: Sequence[Tensor], max_new_tokens: int, ranks: int, temperature: float, seed: int
 ) -> Iterator[Recorded]:
     assert model.heads is not None
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     width, beyond = max(map(len, prompts)), model.num_heads + 1
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
