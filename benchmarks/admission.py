@@ -16,13 +16,12 @@ import torch
 
 from medusa import MedusaModel, MedusaTree
 from medusa.cli.common import dtype_named, quiet_transformers
-from medusa.decoding import DecodingOptions
 from medusa.evaluation.bench import Asking
 from medusa.evaluation.prompts import read_questions
 from medusa.hub import find_model
 from medusa.loading import load_backbone, load_tokenizer
 from medusa.pool import Request, decode_queue
-from medusa.processors import processors_for
+from medusa.preparation import options_of_rows
 
 
 def main() -> None:
@@ -41,13 +40,8 @@ def main() -> None:
     model = MedusaModel(load_backbone(find_model(args.model), dtype=dtype_named(args.dtype)))
     asking = Asking(load_tokenizer(find_model(args.model)), model.eos_token_ids)
     prompts = [asking.prompt(question, []) for question in read_questions(args.prompts)][: args.limit]
-    changes = {"do_sample": True, "temperature": args.temperature}
-    options = DecodingOptions(
-        max_new_tokens=args.max_new_tokens,
-        do_sample=True,
-        processors=processors_for(model.backbone, changes, 0, None, model.device),
-        eos_token_ids=model.eos_token_ids,
-    )
+    sampling = {"do_sample": True, "temperature": args.temperature}
+    options = options_of_rows(model, "admission", max_new_tokens=args.max_new_tokens, **sampling)
 
     def answer(requests: list[Request]) -> int:
         left = iter(requests)
@@ -66,7 +60,14 @@ def main() -> None:
         seconds["replaced"].append(time.perf_counter() - start)
     rates = {way: args.rounds * tokens[way] / sum(times) for way, times in seconds.items()}
     ratio = rates["replaced"] / rates["waiting"]
-    record = {"model": args.model, "prompts": len(prompts), "rows": args.rows, "tokens": tokens, "seconds": seconds, "ratio": ratio}
+    record = {
+        "model": args.model,
+        "prompts": len(prompts),
+        "rows": args.rows,
+        "tokens": tokens,
+        "seconds": seconds,
+        "ratio": ratio,
+    }
     print(f"batches that wait {rates['waiting']:.0f} tokens/s, rows replaced {rates['replaced']:.0f}: {ratio:.2f} times")
     if args.json:
         args.json.write_text(json.dumps(record | {"threads": torch.get_num_threads()}, indent=2) + "\n", encoding="utf-8")

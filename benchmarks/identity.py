@@ -58,7 +58,12 @@ def main() -> None:
             ids = torch.tensor([[eos[0]] * (width - len(prompt)) + prompt for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             out = model.generate(
-                ids, mask, max_new_tokens=args.max_new_tokens, eos_token_id=eos, compile=args.compile, return_dict_in_generate=True
+                ids,
+                mask,
+                max_new_tokens=args.max_new_tokens,
+                eos_token_id=eos,
+                compile=args.compile,
+                return_dict_in_generate=True,
             )
             for row, lengths in enumerate(out.acceptance_lengths):
                 got, wanted = out.sequences[row, width : width + sum(lengths)].tolist(), own[first + row]
@@ -68,14 +73,15 @@ def main() -> None:
         record["same"][str(size)] = same
         print(f"{size} at a time: {same} of {len(prompts)} the same")
     for found in record["differences"]:
-        print(f"batch {found['batch']}, prompt {found['prompt']}, token {found['at']}: gap {found['gap']:.4f}, noise {found['noise']:.4f}")
+        where = f"batch {found['batch']}, prompt {found['prompt']}, token {found['at']}"
+        print(f"{where}: gap {found['gap']:.4f}, noise {found['noise']:.4f}")
     if args.json:
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
 def tie(model: MedusaModel, prompt: list[int], got: list[int], wanted: list[int]) -> dict[str, float]:
-    """Where two answers part: the gap between the two tokens there, and the model's own noise, relative to the logits' spread."""
+    """Where two answers part: the gap between the two tokens, and the model's own noise, relative to the logits' spread."""
     at = next((n for n, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)) - 1)
     text = torch.tensor([prompt + wanted[:at]])
     whole = model.backbone(text).logits[0, -1].float()

@@ -105,9 +105,7 @@ def test_the_tokenizer_is_the_files_with_its_template(file):
 def test_heads_decode_exactly_on_it(backbone, file, tmp_path):
     save_heads(random_heads(backbone, 2), tmp_path)
     model = MedusaModel.from_pretrained(file, tmp_path, MedusaTree([(0,), (1,), (0, 0)]), dtype=torch.float32)
-    named = MedusaModel.from_pretrained(
-        file.parent, tmp_path, MedusaTree([(0,)]), dtype=torch.float32, gguf_file="tiny.gguf"
-    )
+    named = MedusaModel.from_pretrained(file.parent, tmp_path, MedusaTree([(0,)]), dtype=torch.float32, gguf_file="tiny.gguf")
     ids = torch.randint(4096, (1, 12), generator=torch.Generator().manual_seed(0))
     for one in (model, named):
         wanted = plain_greedy(backbone, ids, 16, eos_token_id=7)

@@ -49,7 +49,12 @@ def test_every_request_gets_what_it_gets_alone(model, tree, sampled, rows):
     settings = {"do_sample": True, "temperature": 0.8} if sampled else {}
     for request in waiting:
         alone = model.generate(
-            torch.tensor([request.ids]), max_new_tokens=24, eos_token_id=list(eos), seed=request.seed, tree=MedusaTree([]), **settings
+            torch.tensor([request.ids]),
+            max_new_tokens=24,
+            eos_token_id=list(eos),
+            seed=request.seed,
+            tree=MedusaTree([]),
+            **settings,
         )
         assert found[request.tag].tokens == alone[0, len(request.ids) :].tolist()
         ended = found[request.tag].tokens[-1] in eos
@@ -78,7 +83,9 @@ def test_requests_that_others_bring_about_join_as_well(model):
 
 def test_the_cache_grows_for_a_longer_prompt(model):
     waiting = [Request(random_prompt(4, 1)[0].tolist(), 1, 0), Request(random_prompt(300, 2)[0].tolist(), 2, 1)]
-    found = {done.request.tag: done.tokens for done in decode_queue(model, taking(waiting), 1, TREES[2], options_for(model, False))}
+    found = {
+        done.request.tag: done.tokens for done in decode_queue(model, taking(waiting), 1, TREES[2], options_for(model, False))
+    }
     for request in waiting:
         alone = model.generate(torch.tensor([request.ids]), max_new_tokens=24, eos_token_id=[])
         assert found[request.tag] == alone[0, len(request.ids) :].tolist()

@@ -44,7 +44,7 @@ def test_a_question_much_like_another_is_refused_and_others_are_kept():
     assert not keeps.takes("can you help me plan a party for my parents")
     assert keeps.takes("What is the capital of France?")
     assert keeps.takes("Wie heißt die Hauptstadt von Frankreich?")
-    assert keeps.takes("法国 的 首都 在 哪里？")
+    assert keeps.takes("法国 的 首都 在 哪里")
     assert keeps.refused == {"much like another": 1}
 
 
@@ -67,7 +67,7 @@ def test_questions_are_the_models_and_do_not_depend_on_the_rows_or_on_a_stop(tmp
 
 def test_a_model_that_writes_nothing_worth_keeping_is_an_error(tmp_path, model, tokenizer, monkeypatch):
     monkeypatch.setattr(Filter, "takes", lambda self, text: self._refuse("not in words"))
-    with pytest.raises(InvalidInput, match="of 8 questions 0 were kept, wanted 2: .*not in words"):
+    with pytest.raises(InvalidInput, match=r"of 8 questions 0 were kept, wanted 2: .*not in words"):
         write_questions(model, tokenizer, tmp_path, 2, 4)
 
 
