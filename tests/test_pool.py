@@ -9,7 +9,7 @@ from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.decoding import DecodingOptions
 from medusa.errors import ContextOverflow
 from medusa.pool import Request, decode_queue
-from medusa.processors import processors_for
+from medusa.preparation import options_of_rows
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
 
 TREES = [MedusaTree([]), random_tree(seed=3, nodes=24), DynamicTree(12, 3, copied=4)]
@@ -32,9 +32,9 @@ def taking(waiting: list[Request]):
 
 
 def options_for(model: MedusaModel, sampled: bool, **more) -> DecodingOptions:
-    changes = {"do_sample": sampled, "temperature": 0.8 if sampled else None, "repetition_penalty": more.pop("penalty", None)}
-    processors = processors_for(model.backbone, changes, 0, None, model.device)
-    return DecodingOptions(**{"max_new_tokens": 24, "do_sample": sampled, "processors": processors, **more})
+    settings = {"max_new_tokens": 24, "do_sample": sampled, "temperature": 0.8 if sampled else None}
+    settings |= {"repetition_penalty": more.pop("penalty", None), "eos_token_id": list(more.pop("eos_token_ids", ()))}
+    return options_of_rows(model, "decode", **settings, **more)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=["plain", "static", "dynamic"])
@@ -49,7 +49,12 @@ def test_every_request_gets_what_it_gets_alone(model, tree, sampled, rows):
     settings = {"do_sample": True, "temperature": 0.8} if sampled else {}
     for request in waiting:
         alone = model.generate(
-            torch.tensor([request.ids]), max_new_tokens=24, eos_token_id=list(eos), seed=request.seed, tree=MedusaTree([]), **settings
+            torch.tensor([request.ids]),
+            max_new_tokens=24,
+            eos_token_id=list(eos),
+            seed=request.seed,
+            tree=MedusaTree([]),
+            **settings,
         )
         assert found[request.tag].tokens == alone[0, len(request.ids) :].tolist()
         ended = found[request.tag].tokens[-1] in eos
@@ -78,7 +83,9 @@ def test_requests_that_others_bring_about_join_as_well(model):
 
 def test_the_cache_grows_for_a_longer_prompt(model):
     waiting = [Request(random_prompt(4, 1)[0].tolist(), 1, 0), Request(random_prompt(300, 2)[0].tolist(), 2, 1)]
-    found = {done.request.tag: done.tokens for done in decode_queue(model, taking(waiting), 1, TREES[2], options_for(model, False))}
+    found = {
+        done.request.tag: done.tokens for done in decode_queue(model, taking(waiting), 1, TREES[2], options_for(model, False))
+    }
     for request in waiting:
         alone = model.generate(torch.tensor([request.ids]), max_new_tokens=24, eos_token_id=[])
         assert found[request.tag] == alone[0, len(request.ids) :].tolist()
