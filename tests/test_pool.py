@@ -9,7 +9,7 @@ from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.decoding import DecodingOptions
 from medusa.errors import ContextOverflow
 from medusa.pool import Request, decode_queue
-from medusa.processors import processors_for
+from medusa.preparation import options_of_rows
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
 
 TREES = [MedusaTree([]), random_tree(seed=3, nodes=24), DynamicTree(12, 3, copied=4)]
@@ -32,9 +32,9 @@ def taking(waiting: list[Request]):
 
 
 def options_for(model: MedusaModel, sampled: bool, **more) -> DecodingOptions:
-    changes = {"do_sample": sampled, "temperature": 0.8 if sampled else None, "repetition_penalty": more.pop("penalty", None)}
-    processors = processors_for(model.backbone, changes, 0, None, model.device)
-    return DecodingOptions(**{"max_new_tokens": 24, "do_sample": sampled, "processors": processors, **more})
+    settings = {"max_new_tokens": 24, "do_sample": sampled, "temperature": 0.8 if sampled else None}
+    settings |= {"repetition_penalty": more.pop("penalty", None), "eos_token_id": list(more.pop("eos_token_ids", ()))}
+    return options_of_rows(model, "decode", **settings, **more)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=["plain", "static", "dynamic"])
