@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from medusa.errors import CheckpointError, ConfigError
+from medusa.errors import CheckpointError, ConfigError, one_line
 
 # Models whose MLP has no gate: one matrix up, one down. Their configs do not say so.
 UNGATED = (
@@ -63,9 +63,9 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no model config for {name!r} (built in: {', '.join(BUILT_IN)}): {reason}") from None
+    except Exception as error:  # config classes, the hub and remote code raise whatever comes
+        known = ", ".join(BUILT_IN)
+        raise CheckpointError(f"no model config for {name!r} (built in: {known}): {one_line(error)}") from None
     text = config.get_text_config()
     absent = [field for field in NEEDED if field not in raw and text.attribute_map.get(field) not in raw]
     if absent and text is config:  # transformers would fill in the sizes of some other model

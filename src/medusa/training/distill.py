@@ -262,6 +262,9 @@ class EndpointAnswerer:
                 raise  # the next would be refused as well
             except EndpointError as error:
                 talk.hear(str(error), "", 0, False)
+                continue
+            if answer.finished is None:
+                talk.hear(f"whose answer ended by {answer.ended_by!r}, neither by itself nor at the limit", "", 0, False)
             else:
                 talk.hear(None, answer.text.strip(), answer.completion_tokens, answer.finished)
         return seed, talk.outcome(), talk.tokens
