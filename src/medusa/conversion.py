@@ -17,8 +17,8 @@ from medusa.checkpoints.tensors import INDEX
 from medusa.checkpoints.writer import check_request, copy_beside, wants_lm_head
 from medusa.config import CONFIG_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
-from medusa.hub import local_folder
-from medusa.loading import load_backbone
+from medusa.hub import find_heads, find_model
+from medusa.loading import load_backbone, load_tokenizer
 
 
 def convert(source: str | Path, output: str | Path, to: str, backbone: str | None = None, **kwargs: Any) -> Checkpoint:
@@ -34,7 +34,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     """
     output = Path(output)
     check_request(output, to)
-    path = Path(source) if Path(source).is_file() else local_folder(source)
+    path = Path(source) if Path(source).is_file() else find_heads(source)
     folder = path.parent if path.is_file() else path
     checkpoint = open_checkpoint(path)
     alone = not _is_model(folder)
@@ -44,8 +44,8 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
         if base_model is None:
             raise InvalidInput(f"{to} of these heads needs their backbone, and {folder} does not name it; pass --backbone")
-        base = local_folder(base_model)
-    heads = load_heads(path, backbone=base)
+        base = find_model(base_model)
+    heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone
     if adapter and to not in ("medusa", "merged"):
         message = f"the heads go with a backbone that has the adapter in {folder} in its weights; write that as merged"
@@ -59,16 +59,19 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
             load_adapter(module, folder)
         return module
 
-    as_it_is = base is not None and any((base / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX)) and not adapter
+    whole = base is not None and any((base.folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX))
+    as_it_is = whole and not adapter
     if to == "merged" and base is not None and not as_it_is:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=output.parent) as changed:
-            copy_beside(base, Path(changed))
+            copy_beside(base.folder, Path(changed))
             loaded().save_pretrained(changed)
+            if base.gguf_file is not None:
+                load_tokenizer(base).save_pretrained(changed)
             write_checkpoint(heads, output, to, base_model, backbone=Path(changed), beside=beside)
     else:
         lm_head = loaded().get_output_embeddings() if needs_lm_head else None
-        write_checkpoint(heads, output, to, base_model, lm_head, base, beside)
+        write_checkpoint(heads, output, to, base_model, lm_head, base.folder if base is not None else None, beside)
     return open_checkpoint(output)
 
 

@@ -27,7 +27,7 @@ from medusa.decoding import DecodingOptions, DecodingStep, decode
 from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
-from medusa.hub import local_folder
+from medusa.hub import find_heads, find_model
 from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.processors import check_sampling, classify, processors_for
@@ -91,30 +91,32 @@ class MedusaModel:
         tree: str | Path | Tree | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        gguf_file: str | None = None,
         **kwargs: Any,
     ) -> MedusaModel:
         """Load a backbone with its heads and tree.
 
         Args:
-            backbone: a local folder or hub id, for `AutoModelForCausalLM`.
+            backbone: a local folder, a GGUF file, a hub id, or a model known by name: `embedded`, `smollm2`.
             heads: a folder or hub id with the heads, in any format (docs/serving.md), and the adapter of a backbone
                 trained with them (Medusa-2); None where the backbone's folder holds them too.
             tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
-            dtype: of backbone and heads; None keeps the backbone's own.
+            dtype: of backbone and heads; None keeps the backbone's own, and unpacks a GGUF file to bfloat16.
+            gguf_file: the GGUF file to take of a folder or hub id.
             device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given).
 
         Raises:
             CheckpointError: something is missing, broken or unsafe.
             UnsupportedBackbone: see the class.
         """
-        folder = local_folder(backbone)
-        heads_folder = local_folder(heads) if heads is not None else folder
+        source = find_model(backbone, gguf_file)
+        heads_folder = find_heads(heads) if heads is not None else source.heads or source.folder
         if isinstance(tree, str | Path):
             tree = load_tree(tree)
         elif tree is None and (heads_folder / TREE_FILE).is_file():
             tree = load_tree(heads_folder / TREE_FILE)
-        loaded = load_heads(heads_folder, backbone=folder)
-        module = load_backbone(folder, dtype=dtype, device_map=device_map, **kwargs)
+        loaded = load_heads(heads_folder, backbone=source.folder)
+        module = load_backbone(source, dtype=dtype, device_map=device_map, **kwargs)
         if heads is not None and has_adapter(heads_folder):
             load_adapter(module, heads_folder)
         try:

@@ -52,6 +52,7 @@ def bench_command(
         bool, typer.Option("--quality", help="Likelihood under the original backbone, variety, code that compiles.")
     ] = False,
     quantization: common.QuantizationOption = "none",
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -59,6 +60,7 @@ def bench_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Measure decoders on the same prompts, interleaved in one run. Killed, it goes on where it was."""
+    model = common.with_file(model, gguf_file)
     names = list(dict.fromkeys(decoder or DECODERS[:3]))
     _check(names, draft, gamma or [], rounds, max_new_tokens)
     prompts = measuring.prompts_of(model, prompts)

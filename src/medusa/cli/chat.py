@@ -26,11 +26,13 @@ def chat_command(
     delta: common.Delta = 0.3,
     seed: common.Seed = None,
     quantization: common.QuantizationOption = "none",
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
 ) -> None:
     """Talk to a model that has a chat template. /reset forgets the conversation, /quit or end of file leaves."""
+    model = common.with_file(model, gguf_file)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa import EMBEDDED
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
     from medusa.model import MedusaModel
     from medusa.trees import Tree
 
-ModelArgument = Annotated[str, typer.Argument(help="Folder or hub id of the backbone, or `embedded`.", show_default=True)]
+ModelArgument = Annotated[
+    str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
+]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file to take of a folder or hub id.")]
 HeadsOption = Annotated[
     str | None, typer.Option("--heads", help="Folder or hub id of the heads (default: the model's own folder).")
 ]
@@ -77,8 +79,9 @@ def sampling_options(
     return options
 
 
-def model_folder(name: str) -> str:
-    return str(EMBEDDED) if name == "embedded" else name
+def with_file(model: str, gguf_file: str | None) -> str:
+    """The model's name with the GGUF file that is to be taken of it."""
+    return model if gguf_file is None else f"{model}/{gguf_file}"
 
 
 def dtype_named(name: str | None):
@@ -127,35 +130,30 @@ def load_model(
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
     from medusa.checkpoints import has_heads
-    from medusa.hub import local_folder
+    from medusa.hub import find_model
     from medusa.loading import load_backbone
     from medusa.model import MedusaModel
     from medusa.quantization import quantized
 
     quiet_transformers()
-    folder = local_folder(model_folder(model))
+    source = find_model(model)
     options: dict[str, Any] = {
         "dtype": dtype_named(dtype),
         "device_map": default_device(device),
         "trust_remote_code": trust_remote_code,
         **quantized(quantization, dtype_named(dtype)),
     }
-    if not heads_wanted and heads is None and not has_heads(folder):
-        return MedusaModel(load_backbone(folder, **options))
-    return MedusaModel.from_pretrained(folder, heads=heads, tree=load_tree(tree), **options)
+    plain = tree == "root" or not heads_wanted
+    if plain and heads is None and not has_heads(source.heads or source.folder):
+        return MedusaModel(load_backbone(source, **options))
+    return MedusaModel.from_pretrained(model, heads=heads, tree=load_tree(tree), **options)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
+    from medusa.hub import find_model
+    from medusa.loading import load_tokenizer as load
 
-    from medusa.errors import CheckpointError
-    from medusa.hub import local_folder
-
-    folder = local_folder(model_folder(model))
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"cannot load a tokenizer from {folder}: {str(error).splitlines()[0]}") from error
+    return load(find_model(model), trust_remote_code=trust_remote_code)
 
 
 def quiet_transformers() -> None:

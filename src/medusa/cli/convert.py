@@ -35,10 +35,9 @@ def convert_command(
     from medusa.conversion import convert
 
     common.quiet_transformers()
-    backbone = None if backbone is None else common.model_folder(backbone)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        written = convert(common.model_folder(source), output, to, backbone, trust_remote_code=trust_remote_code)
+        written = convert(source, output, to, backbone, trust_remote_code=trust_remote_code)
     for warning in caught:
         if warning.category is UserWarning:  # ours; libraries deprecate in other categories
             common.note(f"medusa: {warning.message}")

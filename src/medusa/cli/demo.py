@@ -24,6 +24,7 @@ def demo_command(
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
     prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts measured (with the embedded model).")] = 6,
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: Annotated[
@@ -37,6 +38,7 @@ def demo_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Show the same completion decoded plainly and with Medusa, and measure both against transformers' generate."""
+    model = common.with_file(model, gguf_file)
     if prompts < 1:
         raise InvalidInput(f"--prompts is {prompts}, wanted at least 1")
     own = prompt is not None or prompt_file is not None

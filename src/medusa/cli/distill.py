@@ -36,6 +36,7 @@ def distill_command(
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     ray: Annotated[int, typer.Option("--ray", help="Run on so many workers as a Ray Data job.")] = 0,
     quantization: common.QuantizationOption = "none",
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -43,6 +44,7 @@ def distill_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Answer seed prompts with the model itself, for `medusa train` (paper 2.3.2). Killed, it goes on where it was."""
+    model = common.with_file(model, gguf_file)
     common.quiet_transformers()
     from medusa.endpoint import Endpoint
     from medusa.samples import Skips

@@ -59,6 +59,7 @@ def experiment_command(
     ] = None,
     max_new_tokens: common.MaxNewTokens = 128,
     rounds: measuring.RoundsOption = 1,
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -69,6 +70,7 @@ def experiment_command(
 
     Killed, it goes on where it was.
     """
+    model = common.with_file(model, gguf_file)
     from medusa.evaluation.bench import Scorer
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells
@@ -178,8 +180,8 @@ def _short(folder: str, folders: list[str]) -> str:
 def _sibling(load: Any, model: str, medusa_2: str) -> MedusaModel:
     """Medusa-2: the model with the adapter that was trained together with its heads."""
     from medusa.adapter import has_adapter
-    from medusa.hub import local_folder
+    from medusa.hub import find_heads
 
-    if not has_adapter(local_folder(medusa_2)):
+    if not has_adapter(find_heads(medusa_2)):
         raise InvalidInput(f"{medusa_2} holds no adapter; --medusa-2 takes what training with a LoRA backbone wrote")
     return load(model, medusa_2, heads_wanted=True)

@@ -31,6 +31,7 @@ def generate_command(
     seed: common.Seed = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be given several times.")] = None,
     quantization: common.QuantizationOption = "none",
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -38,6 +39,7 @@ def generate_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Continue a prompt; text is streamed to stdout, figures go to stderr."""
+    model = common.with_file(model, gguf_file)
     text = common.read_prompt(prompt, prompt_file)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)

@@ -19,7 +19,7 @@ def inspect_command(
     """Say what is there: heads, their format, sizes and parameters, and the tree."""
     from medusa.checkpoints import open_checkpoint
     from medusa.config import TREE_FILE
-    from medusa.hub import local_folder
+    from medusa.hub import find_heads
     from medusa.trees import Tree, load_tree
 
     file = Path(path)
@@ -27,7 +27,7 @@ def inspect_command(
     if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
         tree: Tree | None = load_tree(file)
     else:
-        source = file if file.is_file() else local_folder(common.model_folder(path))
+        source = file if file.is_file() else find_heads(path)
         found = open_checkpoint(source)
         record["heads"] = {
             "format": found.format,

@@ -69,9 +69,9 @@ def exam_of(medusa: MedusaModel, tokenizer: Any, questions: list[Question], max_
 def original_of(medusa: MedusaModel, heads: str | None, load: Callable[[], MedusaModel]) -> MedusaModel:
     """The model whose backbone says how likely answers are: where the heads have an adapter, one loaded without them."""
     from medusa.adapter import has_adapter
-    from medusa.hub import local_folder
+    from medusa.hub import find_heads
 
-    return load() if heads is not None and has_adapter(local_folder(heads)) else medusa
+    return load() if heads is not None and has_adapter(find_heads(heads)) else medusa
 
 
 def calibration_prompts(

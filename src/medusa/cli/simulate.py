@@ -60,9 +60,11 @@ def simulate_command(
     ] = False,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
+    gguf_file: common.GgufOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Predict step time and speedup from the model's operators and the hardware (paper G)."""
+    model = common.with_file(model, gguf_file)
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if measure + validate + roofline + (paper_table is not None) > 1:
@@ -89,7 +91,7 @@ def simulate_command(
             ],
             as_json,
         )
-    shape = load_shape(common.model_folder(model), trust_remote_code)
+    shape = load_shape(model, trust_remote_code)
     setting = Setting(shape, machine, dtype, num_heads, not shared_lm_head, weight_bits, paper_block)
     batches, lengths = common.integers("batch", batch), common.integers("length", length)
     sizes = common.integers("candidates", candidates)
@@ -157,9 +159,12 @@ def predictions(
 
 def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]) -> tuple[Acceleration, list[int], str]:
     """Tokens a step by tree size, the sizes to look at, and where the figures come from."""
+    from medusa.hub import local_model
     from medusa.simulation.prediction import calibrated, calibrated_tree, log_law
 
-    file = None if calibration is None else Path(common.model_folder(calibration))
+    file = Path(calibration) if calibration is not None else None
+    if calibration is not None and (known := local_model(calibration)) is not None:
+        file = known.heads or known.folder
     if file is not None and file.is_dir():
         file /= "calibration.json"
     if tree is not None:

@@ -69,12 +69,14 @@ def train_command(
     preview: Annotated[
         int, typer.Option("--preview", min=0, help="Show this many samples, what is learnt coloured; no training.")
     ] = 0,
+    gguf_file: common.GgufOption = None,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Train Medusa heads, and with medusa-2 the backbone too (paper 2.2). Runs under `accelerate launch` as well."""
+    model = common.with_file(model, gguf_file)
     if output is None and not preview:
         raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
     settings = (read_options(config) if config else {}) | options
@@ -82,7 +84,7 @@ def train_command(
 
     common.quiet_transformers()
     from medusa.checkpoints import load_heads
-    from medusa.hub import local_folder
+    from medusa.hub import find_heads, find_model
     from medusa.loading import load_backbone
     from medusa.model import MedusaModel
     from medusa.quantization import quantized
@@ -90,19 +92,19 @@ def train_command(
     from medusa.training.run import train
 
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    folder = local_folder(common.model_folder(model))
+    source = find_model(model)
     if preview:
         _preview(data, tokenizer, recipe, preview, len(tokenizer))
         return
     assert output is not None
     backbone = load_backbone(
-        folder,
+        source,
         dtype=common.dtype_named(dtype),
         device_map=common.default_device(device),
         trust_remote_code=trust_remote_code,
         **quantized(recipe.quantization, common.dtype_named(dtype)),
     )
-    medusa = MedusaModel(backbone, load_heads(local_folder(heads)) if heads else None)
+    medusa = MedusaModel(backbone, load_heads(find_heads(heads)) if heads else None)
     length = min(recipe.max_length, medusa.context or recipe.max_length)
     main = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=main)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medusa.errors import CheckpointError, ConfigError, one_line
+from medusa.hub import Source, local_model
 
 # Models whose MLP has no gate: one matrix up, one down. Their configs do not say so.
 UNGATED = (
@@ -61,8 +63,10 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        source = local_model(name) or Source(Path(name))
+        where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
+        raw, _ = PreTrainedConfig.get_config_dict(source.folder, **where)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # config classes, the hub and remote code raise whatever comes
         known = ", ".join(BUILT_IN)
         raise CheckpointError(f"no model config for {name!r} (built in: {known}): {one_line(error)}") from None
