@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from medusa import EMBEDDED
-from medusa.config import CONFIG_FILE
-from medusa.errors import CheckpointError
+from medusa.config import CONFIG_FILE, HEADS_FILE, read_json_object
+from medusa.errors import CheckpointError, one_line
 
-# Weights as safetensors, configs, tokenizers, and old Medusa heads; no code.
-BESIDE = ["*.json", "*.model", "*.txt", "*.jinja"]
-PATTERNS = [*BESIDE, "*.safetensors", "medusa_lm_head.pt"]
-PICKLES = ["pytorch_model*.bin"]  # of models that have nothing else
+# Of each kind of weights a repository may hold several copies; the first that is there is taken, and no other.
+INDEX = ".index.json"
+COPIES = (
+    ("model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX),
+    (HEADS_FILE, HEADS_FILE + INDEX, "medusa_lm_head.pt"),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+)
+# What weights are in, ours and other tools', and what is for people to look at: nothing that a model is read from beside them.
+NOT_BESIDE = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".npz", ".tflite"),
+    *(".mlmodel", ".pb", ".zip", ".tar", ".gz", ".7z", ".parquet", ".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".mp4"),
+)
+TEMPLATES = "additional_chat_templates/"
 
 GGUF = ".gguf"
 ASSETS = EMBEDDED.parent
@@ -38,12 +48,13 @@ class Source:
         return self.name or str(self.folder / (self.gguf_file or ""))
 
 
-def find_model(name: str | Path, gguf_file: str | None = None) -> Source:
+def find_model(name: str | Path, gguf_file: str | None = None, code: bool = False) -> Source:
     """The files of a model.
 
     Args:
         name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id and the name of a GGUF file behind it.
         gguf_file: the GGUF file to take of a folder or hub id; default: the only one of a folder that holds nothing else.
+        code: fetch the code that comes with the model too.
 
     Raises:
         CheckpointError: no such model here, and none that can be fetched; or several GGUF files to choose from.
@@ -60,7 +71,7 @@ def find_model(name: str | Path, gguf_file: str | None = None) -> Source:
     if name.endswith(GGUF):
         repository, _, file = name.rpartition("/")
         return Source(fetch(repository, file), file)
-    return _in_folder(fetch(name))
+    return _in_folder(fetch(name, code=code))
 
 
 def local_model(name: str | Path) -> Source | None:
@@ -98,22 +109,53 @@ def find_heads(name: str | Path) -> Path:
     return source.heads or source.folder
 
 
-def fetch(name: str, gguf_file: str | None = None) -> Path:
-    """The folder of a hub id's download, with a GGUF file if one is named, else with safetensors or old pickles.
+def fetch(name: str, gguf_file: str | None = None, code: bool = False) -> Path:
+    """The folder of a hub id's download: one copy of its weights, or a GGUF file if one is named, and what is read beside them.
+
+    Args:
+        code: its *.py too.
 
     Raises:
         CheckpointError: it cannot be fetched.
     """
     try:
-        if gguf_file is not None:
-            return Path(snapshot_download(name, allow_patterns=[*BESIDE, gguf_file]))
-        folder = Path(snapshot_download(name, allow_patterns=PATTERNS))
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.pt")):
-            snapshot_download(name, allow_patterns=PICKLES)
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {reason}") from None
+        try:
+            held = HfApi().list_repo_files(name)
+        except Exception as error:  # offline, no such model, no leave to read it
+            try:
+                return Path(snapshot_download(name, allow_patterns=CONFIG_FILE, local_files_only=True))
+            except Exception:
+                raise error from None
+        weights = [gguf_file] if gguf_file is not None else _one_copy(name, held)
+        chosen = [*weights, *files_beside(held, code)]
+        return Path(snapshot_download(name, allow_patterns=[glob.escape(file) for file in chosen]))
+    except Exception as error:  # of the hub, its client and the disk
+        raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {one_line(error)}") from None
+
+
+def _one_copy(name: str, held: Sequence[str]) -> Iterable[str]:
+    """The files of one copy of each kind of weights that a repository has."""
+    for copies in COPIES:
+        first = next((file for file in copies if file in held), None)
+        if first is not None and first.endswith(INDEX):
+            index = read_json_object(Path(hf_hub_download(name, first)))
+            yield from sorted({str(shard) for shard in dict(index.get("weight_map") or {}).values()})
+        if first is not None:
+            yield first
+
+
+def files_beside(held: Iterable[str], code: bool = False) -> list[str]:
+    """What of a repository's files belongs to a model beside its weights: configurations, tokenizer, templates; code if asked.
+
+    >>> files_beside(["config.json", "qwen.tiktoken", "model.fp16.safetensors", "onnx/config.json", "modeling.py"])
+    ['config.json', 'qwen.tiktoken']
+    """
+    chosen = []
+    for file in held:
+        suffix, inside = PurePosixPath(file).suffix.lower(), "/" in file and not file.startswith(TEMPLATES)
+        if code if suffix == ".py" else not inside and suffix not in NOT_BESIDE and not file.startswith("."):
+            chosen.append(file)
+    return chosen
 
 
 def _gguf_files(folder: Path) -> list[Path]:

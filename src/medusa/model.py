@@ -109,7 +109,7 @@ class MedusaModel:
             CheckpointError: something is missing, broken or unsafe.
             UnsupportedBackbone: see the class.
         """
-        source = find_model(backbone, gguf_file)
+        source = find_model(backbone, gguf_file, code=bool(kwargs.get("trust_remote_code")))
         heads_folder = find_heads(heads) if heads is not None else source.heads or source.folder
         if isinstance(tree, str | Path):
             tree = load_tree(tree)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from medusa.checkpoints.names import ONE_LM_HEAD, belongs_to_heads, in_style
 from medusa.checkpoints.reader import OLD_HEADS_FILE, SAFETENSORS, open_checkpoint
 from medusa.checkpoints.tensors import INDEX, tensor_names, tensor_sizes
 from medusa.config import CONFIG_FILE, HEADS_FILE, TREE_FILE, read_json_object
-from medusa.errors import CheckpointError, InvalidInput
+from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.files import whole, write_text
 from medusa.heads import MedusaHeads
 
@@ -71,7 +72,10 @@ def write_checkpoint(
         for file in beside:
             shutil.copyfile(file, folder / file.name)
         if to == "v0.1":
-            torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
+            try:
+                torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
+            except RuntimeError as error:  # torch's word for a disk that is full
+                raise CheckpointError(f"cannot write {folder / OLD_HEADS_FILE}: {one_line(error)}") from None
             dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
         elif to == "vllm":
             _write_vllm(heads, folder, base_model, lm_head)
@@ -215,4 +219,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     with whole(path) as partial:
-        save_file(own, partial, metadata={"format": "pt"})
+        try:
+            save_file(own, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {one_line(error)}") from None

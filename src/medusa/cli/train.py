@@ -92,7 +92,7 @@ def train_command(
     from medusa.training.run import train
 
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    source = find_model(model)
+    source = find_model(model, code=trust_remote_code)
     if preview:
         _preview(data, tokenizer, recipe, preview, len(tokenizer))
         return
