@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from medusa.cache import TreeCache
 from medusa.errors import UnsupportedBackbone
+from medusa.placement import device_of, linear_sizes
 from medusa.tree import MedusaTree, TreeTensors
 
 # What a causal LM does to its LM head's output, by the config field that says so.
@@ -40,7 +41,7 @@ class Backbone:
         if getattr(module.config, "is_encoder_decoder", False):
             raise UnsupportedBackbone(f"{name} is an encoder-decoder; Medusa needs a causal language model")
         lm_head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-        if lm_head is None or not hasattr(lm_head, "weight"):
+        if lm_head is None:
             raise UnsupportedBackbone(f"{name} has no LM head; load it with AutoModelForCausalLM")
         self.lm_head: nn.Module = lm_head
         decoder = module.get_decoder()
@@ -54,12 +55,10 @@ class Backbone:
                 f"{name} runs {self.attention} attention, which takes no tree mask; load it with "
                 "attn_implementation='sdpa' or 'eager'"
             )
-        self.vocab_size, self.hidden_size = lm_head.weight.shape[0], self.config.hidden_size
-        if hasattr(lm_head, "in_features"):  # a quantised weight is packed and says nothing
-            self.vocab_size, self.hidden_size = lm_head.out_features, lm_head.in_features
+        self.vocab_size, self.hidden_size = linear_sizes(lm_head, self.config.hidden_size)
         self.num_layers: int = self.config.num_hidden_layers
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.lm_head_device = lm_head.weight.device
+        self.lm_head_device = device_of(lm_head)
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("longrope", "dynamic"):
             # Past this length its rotation depends on the longest row and on how far the tree reaches.
@@ -93,7 +92,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.module.get_input_embeddings().weight.device
+        return device_of(self.module.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:

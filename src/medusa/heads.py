@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from medusa.config import MedusaConfig
 from medusa.errors import CheckpointError, InvalidInput
+from medusa.placement import linear_map
 
 
 class ResidualBlock(nn.Module):
@@ -85,8 +86,7 @@ class MedusaHeads(nn.ModuleList):
     @classmethod
     def for_lm_head(cls, lm_head: nn.Module, num_heads: int, num_layers: int = 1, shared: bool = False) -> MedusaHeads:
         """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
-        weight: Tensor = lm_head.weight  # type: ignore[assignment]
-        bias: Tensor | None = getattr(lm_head, "bias", None)
+        weight, bias = linear_map(lm_head)
         vocab_size, hidden_size = weight.shape
         heads = cls(hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, weight.device, weight.dtype)
         heads.share(lm_head)

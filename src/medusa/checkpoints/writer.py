@@ -22,6 +22,7 @@ from medusa.config import CONFIG_FILE, HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.files import whole, write_text
 from medusa.heads import MedusaHeads
+from medusa.placement import linear_map
 
 FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
 # What of a backbone's folder goes into a merged model, besides its weights.
@@ -204,7 +205,8 @@ def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
 
 def _parameters(lm_head: nn.Module, heads: MedusaHeads) -> dict[str, Tensor]:
     """Weight, and bias if any, of the backbone's LM head, as they would be in the heads."""
-    return {name: tensor.detach().to("cpu", heads.dtype) for name, tensor in lm_head.named_parameters()}
+    found = dict(zip(("weight", "bias"), linear_map(lm_head), strict=True))
+    return {name: tensor.to("cpu", heads.dtype) for name, tensor in found.items() if tensor is not None}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
