@@ -65,6 +65,18 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
         _merge(backbone)
 
 
+def merge_adapter(backbone: PreTrainedModel) -> None:
+    """Add the adapter that transformers loaded with a backbone, from a folder that holds one alone, to the weights."""
+    if not getattr(backbone, "_hf_peft_config_loaded", False):
+        return
+    adapted = tuple(name for name, _ in backbone.named_modules() if ".lora_" in name)
+    if any(name.startswith(_names_of_ends(backbone)) for name in adapted):
+        _untie(backbone)
+    _merge(backbone)
+    backbone._hf_peft_config_loaded = False
+    del backbone.peft_config
+
+
 def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:
     """Write the backbone's adapter, whose tensors are in `trained` by their names in the backbone, as peft's two files."""
     peft = _peft()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,8 @@ class Backbone:
             )
         self.vocab_size, self.hidden_size = linear_sizes(lm_head, self.config.hidden_size)
         self.num_layers: int = self.config.num_hidden_layers
-        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context = context_of(self.config)
         self.lm_head_device = device_of(lm_head)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            # Past this length its rotation depends on the longest row and on how far the tree reaches.
-            self.context = rope.get("original_max_position_embeddings") or self.context
         if hasattr(self.config, "attention_types"):
             raise UnsupportedBackbone(f"{name} keeps its attention window in a buffer of fixed size (GPT-Neo)")
         self._rules = [
@@ -287,6 +284,17 @@ class Backbone:
         error = torch.cat(errors)
         # In low precision a few nodes may differ, where a mixture of experts routes a near-tie the other way.
         return (error.max() if self.dtype == torch.float32 else error.quantile(0.9)).item()
+
+
+def context_of(
+    config: Any,  # of the text model
+) -> int | None:
+    """The most tokens that a model takes; None where its config does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic") and rope.get("original_max_position_embeddings"):
+        # Past this length its rotation depends on the longest row and on how far the tree reaches.
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None)
 
 
 def token_ids(given: int | Sequence[int] | Tensor | None) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from medusa.adapter import ADAPTER_FILES, has_adapter, load_adapter
+from medusa.adapter import ADAPTER_FILES, has_adapter, load_adapter, merge_adapter
 from medusa.checkpoints import Checkpoint, load_heads, open_checkpoint, write_checkpoint
 from medusa.checkpoints.publish import CARD_FILE
 from medusa.checkpoints.reader import MODEL_FILES, SAFETENSORS
@@ -55,6 +55,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
 
     def loaded() -> PreTrainedModel:
         module = load_backbone(base, **kwargs)  # type: ignore[arg-type]
+        merge_adapter(module)
         if adapter:
             load_adapter(module, folder)
         return module

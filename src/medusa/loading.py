@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from medusa.checkpoints.names import belongs_to_heads
 from medusa.checkpoints.reader import MODEL_FILES
@@ -109,6 +109,20 @@ def _name_broken_weights(folder: Path) -> None:
     file = next((folder / name for name in MODEL_FILES if (folder / name).exists()), None)
     if file is not None:
         check_tensors(file)
+
+
+def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a model's text part, without its weights.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    source = source if isinstance(source, Source) else Source(Path(source))
+    where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
+    try:
+        return AutoConfig.from_pretrained(source.folder, **where, **kwargs).get_text_config(decoder=True)
+    except Exception as error:  # config classes and remote code raise whatever comes
+        raise CheckpointError(f"cannot read the config of {source}: {one_line(error)}") from error
 
 
 def _gguf_options(source: Source) -> dict[str, Any]:
