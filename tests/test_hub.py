@@ -1,4 +1,4 @@
-"""Claims about the hub: of a repository one copy of the weights is fetched, what belongs to them, and code only where allowed."""
+"""Claims about the hub: one copy of the weights is fetched, what belongs to them, and code only where allowed."""
 
 import hashlib
 import http.server
@@ -16,8 +16,22 @@ BESIDE = ["config.json", "generation_config.json", "tokenizer.json", "qwen.tikto
 SHARDS = ["model-00001-of-00002.safetensors", "odd-name.safetensors"]
 INDEX = json.dumps({"weight_map": {"a.weight": SHARDS[0], "b.weight": SHARDS[1]}})
 OF_OTHERS = [  # copies of the weights, and what is for people
-    *("model.fp16.safetensors", "consolidated.safetensors", "original/consolidated.00.pth", "tf_model.h5", "flax_model.msgpack"),
-    *("onnx/model.onnx", "onnx/config.json", "rust_model.ot", "model-q4.gguf", "pytorch_model.bin", "README.md", ".gitattributes"),
+    *(
+        "model.fp16.safetensors",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "tf_model.h5",
+        "flax_model.msgpack",
+    ),
+    *(
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "rust_model.ot",
+        "model-q4.gguf",
+        "pytorch_model.bin",
+        "README.md",
+        ".gitattributes",
+    ),
 ]
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from medusa import MedusaHeads, MedusaModel
 from medusa.adapter import load_adapter
 from medusa.checkpoints import save_heads, write_checkpoint
+from medusa.conversion import convert
 from medusa.errors import CheckpointError
 from medusa.placement import device_of, is_plain, linear_map, linear_sizes
 from medusa.provenance import fingerprint
@@ -40,9 +41,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("heads", ["heads", "shared"])
 @pytest.mark.parametrize("part", [*PARTS[:3], "lm_head"])
 def test_offloaded_part_changes_no_token(folder, tmp_path, part, heads):
-    model = MedusaModel.from_pretrained(
-        folder / "backbone", folder / heads, random_tree(1, 20), **offloaded(tmp_path, part)
-    )
+    model = MedusaModel.from_pretrained(folder / "backbone", folder / heads, random_tree(1, 20), **offloaded(tmp_path, part))
     assert model.device == torch.device("cpu") and (model.vocab_size, model.heads.config.hidden_size) == (64, 64)
     prompt = random_prompt(9)
     whole = MedusaModel.from_pretrained(folder / "backbone", folder / heads)
@@ -136,9 +135,10 @@ def test_adapter_of_an_offloaded_backbone_is_not_lost(folder, tmp_path):
     prompt = random_prompt(9)
     with torch.no_grad():
         torch.testing.assert_close(apart(prompt).logits, whole(prompt).logits, atol=1e-4, rtol=1e-4)
-    assert MedusaModel(apart).generate(prompt, max_new_tokens=8).tolist() == MedusaModel(whole).generate(
-        prompt, max_new_tokens=8
-    ).tolist()
+    assert (
+        MedusaModel(apart).generate(prompt, max_new_tokens=8).tolist()
+        == MedusaModel(whole).generate(prompt, max_new_tokens=8).tolist()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -159,3 +159,15 @@ def test_module_that_was_trained_whole_takes_its_place(folder, tmp_path, tied):
     apart = AutoModelForCausalLM.from_pretrained(folder / "backbone", **offloaded(tmp_path, "lm_head"))
     with pytest.raises(CheckpointError, match="it holds lm_head itself, which an offloaded backbone cannot take"):
         load_adapter(apart, tmp_path / "adapter")
+
+
+def test_backbone_that_is_an_adapters_folder_is_merged_whole(folder, tmp_path):
+    backbone = AutoModelForCausalLM.from_pretrained(folder / "backbone")
+    adapter(tmp_path / "adapter", backbone, ["q_proj", "lm_head"])
+    convert(folder / "heads", tmp_path / "merged", "merged", backbone=str(tmp_path / "adapter"))
+    whole = AutoModelForCausalLM.from_pretrained(folder / "backbone")
+    load_adapter(whole, tmp_path / "adapter")
+    prompt = random_prompt(9)
+    with torch.no_grad():
+        got = MedusaModel.from_pretrained(tmp_path / "merged").backbone(prompt).logits
+        torch.testing.assert_close(got, whole(prompt).logits, atol=1e-4, rtol=1e-4)

@@ -75,7 +75,7 @@ def test_special_tokens_hold_nothing_back(embedded_tokenizer):
 # Tokenizers of the kinds there are: how each spells what has no token of its own.
 
 ALPHABET = list(string.ascii_letters + string.digits + ".,'é你")
-WORDS = ["the cat's hat", "naïve café", "你好世界", "γειά σου", "🎉🎊 party", "\U00020000\U000e0100 rare"]
+WORDS = ["the cat's hat", "naïve café", "你好世界", "🎉🎊 party", "\U00020000\U000e0100 rare"]
 
 
 def byte_fallback() -> Tokenizer:

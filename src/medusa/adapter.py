@@ -146,7 +146,9 @@ def _untie(backbone: PreTrainedModel) -> None:
     """Give an LM head that shares the embedding's matrix one of its own: an adapter on either must not move the other."""
     lm_head: Any = backbone.get_output_embeddings()
     if backbone.config.get_text_config(decoder=True).tie_word_embeddings and is_offloaded(lm_head):
-        raise InvalidInput("an adapter is on the LM head or the embedding, which share a matrix that is offloaded; load it whole")
+        raise InvalidInput(
+            "an adapter is on the LM head or the embedding, which share a matrix that is offloaded; load it whole"
+        )
     shared = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
     for module in lm_head.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

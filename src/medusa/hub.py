@@ -23,8 +23,38 @@ COPIES = (
 )
 # What weights are in, ours and other tools', and what is for people to look at: nothing that a model is read from beside them.
 NOT_BESIDE = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".npz", ".tflite"),
-    *(".mlmodel", ".pb", ".zip", ".tar", ".gz", ".7z", ".parquet", ".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".mp4"),
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".ot",
+        ".onnx",
+        ".onnx_data",
+        ".gguf",
+        ".npz",
+        ".tflite",
+    ),
+    *(
+        ".mlmodel",
+        ".pb",
+        ".zip",
+        ".tar",
+        ".gz",
+        ".7z",
+        ".parquet",
+        ".md",
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".gif",
+        ".svg",
+        ".pdf",
+        ".mp4",
+    ),
 )
 TEMPLATES = "additional_chat_templates/"
 

@@ -59,7 +59,7 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
     """
     made_by = json.loads(json.dumps(made_by))  # as it will be read again: tuples are lists
     make_folder(path.parent)
-    if not path.is_file():
+    if not path.exists():
         write_text(path, yaml.safe_dump(made_by, sort_keys=False))
         return
     found = read_yaml(path, InvalidInput)
