@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.files import whole
 from medusa.placement import device_of, is_offloaded
@@ -35,6 +36,20 @@ def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: fl
 
 def has_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def adapted_model(folder: Path) -> str | None:
+    """The model that the adapter in a folder is for, where the folder holds an adapter in the place of a model.
+
+    Raises:
+        CheckpointError: it does not name one.
+    """
+    if not has_adapter(folder) or (folder / CONFIG_FILE).is_file():
+        return None
+    name = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name the model that it is for (base_model_name_or_path)")
+    return name
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
@@ -63,18 +78,6 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
         raise CheckpointError(f"the adapter in {folder} is for another model: {unread[0]} has no counterpart")
     if getattr(backbone, "hf_quantizer", None) is None and not is_offloaded(backbone):
         _merge(backbone)
-
-
-def merge_adapter(backbone: PreTrainedModel) -> None:
-    """Add the adapter that transformers loaded with a backbone, from a folder that holds one alone, to the weights."""
-    if not getattr(backbone, "_hf_peft_config_loaded", False):
-        return
-    adapted = tuple(name for name, _ in backbone.named_modules() if ".lora_" in name)
-    if any(name.startswith(_names_of_ends(backbone)) for name in adapted):
-        _untie(backbone)
-    _merge(backbone)
-    backbone._hf_peft_config_loaded = False
-    del backbone.peft_config
 
 
 def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Placement: where a module computes and what, asked of the module: its weights may be offloaded, packed, sharded or wrapped."""
+"""Placement: where a module computes and what, asked of itself: its weights may be offloaded, packed, sharded or wrapped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights are, or where accelerate brings them when it is called."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
-        if getattr(part, "execution_device", None) is not None:
-            return torch.device(part.execution_device)
+        if (device := getattr(part, "execution_device", None)) is not None:
+            return torch.device(device)
     tensors = (*module.parameters(), *module.buffers())
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
