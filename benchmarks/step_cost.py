@@ -70,7 +70,7 @@ def weight_bytes(model: MedusaModel, tree: MedusaTree) -> int:
 
 def cache_bytes(state: DecodingState) -> int:
     layers = state.cache.layers
-    length = state.prompt_length
+    length = len(state.prompts[0])
     return sum(t[:, :, :length].numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 

@@ -86,10 +86,10 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda *given, **options: snapshot(*given, **where, **options))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *given, **options: single(*given, **where, **options))
 
-    def fetched(*names, code=False):
+    def fetched(*names, **options):
         Repository.files = {name: INDEX.encode() if name.endswith("index.json") else b"{}" for name in names}
         Repository.fetched = []
-        folder = hub.fetch("me/model", code=code)
+        folder = hub.fetch("me/model", **options)
         assert all((folder / name).is_file() for name in Repository.fetched)
         return sorted(Repository.fetched)
 

@@ -164,9 +164,10 @@ def test_token_without_probability_is_never_drawn():
 
 
 def test_streams_of_near_seeds_and_rows_share_nothing():
-    tables = torch.cat([uniforms(seed, rows=4, length=50, device=torch.device("cpu")) for seed in range(4)])
+    cpu = torch.device("cpu")
+    tables = uniforms([(seed, row) for seed in range(4) for row in range(4)], 50, cpu)
     assert tables.unique().numel() == tables.numel()
-    assert torch.equal(uniforms(1, 2, 50, torch.device("cpu")), tables[4:6])
+    assert torch.equal(uniforms([(1, 0), (1, 1)], 50, cpu), tables[4:6])
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def ours(model: MedusaModel, prompts: list[torch.Tensor], new_tokens: int, tree:
     for prompt in prompts:
         # vLLM emits the first root with the prompt's pass, and counts the whole path of a step that the limit cuts short.
         beyond = new_tokens + model.num_heads + 1
-        out = model.generate(prompt, max_new_tokens=beyond, tree=tree, return_dict_in_generate=True)
+        out = model.generate(prompt, max_new_tokens=beyond, do_sample=False, tree=tree, return_dict_in_generate=True)
         emitted = 1
         for length in out.acceptance_lengths[0]:
             if emitted >= new_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa.cache import TreeCache
-from medusa.errors import UnsupportedBackbone
+from medusa.errors import UnsupportedBackbone, one_line
 from medusa.placement import device_of, linear_sizes
-from medusa.tree import MedusaTree, TreeTensors
+from medusa.probe import hidden_states_of, probe
+from medusa.tree import TreeTensors
 
 # What a causal LM does to its LM head's output, by the config field that says so.
 LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -49,6 +51,8 @@ class Backbone:
         self.decoder: nn.Module = getattr(module, "model", module) if decoder is module else decoder  # Llama 4
         if self.decoder is module:
             raise UnsupportedBackbone(f"{name} does not say which part of it is its decoder")
+        names = inspect.signature(self.decoder.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
         self.config = module.config.get_text_config(decoder=True)
         self.attention = getattr(self.config, "_attn_implementation", "eager")
         if self.attention not in ATTENTION:
@@ -56,7 +60,10 @@ class Backbone:
                 f"{name} runs {self.attention} attention, which takes no tree mask; load it with "
                 "attn_implementation='sdpa' or 'eager'"
             )
-        self.vocab_size, self.hidden_size = linear_sizes(lm_head, self.config.hidden_size)
+        try:
+            self.vocab_size, self.hidden_size = linear_sizes(lm_head, self.config.hidden_size)
+        except Exception as error:
+            raise UnsupportedBackbone(f"{name} has an LM head that does not run: {one_line(error)}") from error
         self.num_layers: int = self.config.num_hidden_layers
         self.context = context_of(self.config)
         self.lm_head_device = device_of(lm_head)
@@ -108,9 +115,10 @@ class Backbone:
     def logits(
         self,
         hidden: Tensor,  # (..., d)
+        lm_head: nn.Module | None = None,  # some rows of the model's own; None: all
     ) -> Tensor:  # (..., V)
         """The model's own logits, with the cap or scale that its forward applies after the LM head."""
-        logits = self.lm_head(hidden)
+        logits = (lm_head or self.lm_head)(hidden)
         for rule, value in self._rules:
             logits = rule(logits, value)
         return logits
@@ -140,6 +148,7 @@ class Backbone:
         ids: Tensor,  # (B, P) long, left-padded
         attention_mask: Tensor | None,  # (B, P), 1 for tokens; None: no padding
         cache: TreeCache,
+        embeds: Tensor | None = None,  # (B, P, d): read in the place of the ids
     ) -> Tensor:  # (B, d)
         """Process the prompts into slots 0 .. P-1 and return the last hidden state."""
         length = ids.shape[1]
@@ -149,7 +158,9 @@ class Backbone:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache.aim(slots, visible=length)
         # A clone: compiled steps are specialised to the strides of a row on its own.
-        return self._decode(ids, attention_mask, positions, cache)[:, -1].clone(memory_format=torch.contiguous_format)
+        soft: dict[str, Any] = {} if embeds is None else {"inputs_embeds": embeds}
+        hidden = self._decode(None if soft else ids, attention_mask, positions, cache, **soft)
+        return hidden[:, -1].clone(memory_format=torch.contiguous_format)
 
     def verify(
         self,
@@ -160,6 +171,7 @@ class Backbone:
         pads: Tensor,  # (B,) long: slots of padding at the left
         visible: int,  # slots seen: at least base + N
         cache: TreeCache,
+        layers: list[Tensor] | None = None,  # filled with the hidden states after every layer, for the probe
     ) -> Tensor:  # (B, N, d)
         """Hidden states of all nodes in one pass: each sees the committed tokens, its ancestors and itself."""
         slots = base + torch.arange(tree.num_nodes, device=ids.device)
@@ -168,12 +180,23 @@ class Backbone:
             positions = positions.clamp(max=self.context - 1)
         cache.aim(slots, visible)
         masks = self._tree_masks(tree, base, positions, lengths, pads, visible)
-        return self._decode(ids, masks, positions, cache)
+        return self._decode(ids, masks, positions, cache, layers)
 
-    def _decode(self, ids: Tensor, masks: Masks, positions: Tensor, cache: TreeCache) -> Tensor:
-        output = self.decoder(
-            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+    def _decode(
+        self,
+        ids: Tensor | None,
+        masks: Masks,
+        positions: Tensor,
+        cache: TreeCache,
+        layers: list[Tensor] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        inputs[self._cache_name] = cache
+        if layers is not None:
+            inputs["output_hidden_states"] = True
+        output = self.decoder(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=True, **inputs)
+        if layers is not None:
+            layers += hidden_states_of(output)
         return output.last_hidden_state
 
     def _tree_masks(
@@ -209,81 +232,16 @@ class Backbone:
         return masks if len(masks) > 1 else masks[self.mask_kinds[0]]
 
     @torch.inference_mode()
-    def probe(self) -> None:
-        """Run a small tree against its chains on random ids, and the logits against the model's own.
+    def probe(self) -> float:
+        """Compare trees of random ids with their paths; see `medusa.probe`.
+
+        Returns:
+            The noise of the model's own logits, relative to their spread.
 
         Raises:
             UnsupportedBackbone: tree decoding on this model would not be exact.
         """
-        name = type(self.module).__name__
-        generator = torch.Generator().manual_seed(0)
-        tree = MedusaTree([(0,), (0, 0), (0, 0, 0), (0, 1), (1,), (1, 0), (2,)]).tensors(self.device)
-        prompt = 9
-        pads = torch.tensor([0, 4], device=self.device)
-        ids = torch.randint(self.vocab_size, (2, prompt + tree.num_nodes), generator=generator).to(self.device)
-        prompts, nodes = ids[:, :prompt], ids[:, prompt:]
-        mask = (torch.arange(prompt, device=self.device) >= pads[:, None]).long()
-        cache = self.new_cache(prompt + 2 * tree.num_nodes)
-        lengths = torch.full((2,), prompt, device=self.device)
-        path = tree.lineage[0, 4]  # nodes 0, 1 and 4: not contiguous, so that keeping it moves it
-        path = path[path >= 0]
-        try:
-            self.prefill(prompts, mask, cache)
-            first = self.verify(nodes, tree, lengths[0], lengths, pads, prompt + tree.num_nodes, cache)
-            target = lengths[:, None] + torch.arange(len(path), device=self.device)
-            cache.keep((prompt + path).expand(2, -1), target)
-            kept = lengths + len(path)
-            second = self.verify(nodes, tree, kept[0], kept, pads, prompt + len(path) + tree.num_nodes, cache)
-        except (
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-            RuntimeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            AssertionError,
-        ) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {reason}") from error
-        phases = (
-            (first, prompts, "a tree's logits differ from its paths' logits"),
-            (
-                second,
-                torch.cat([prompts, nodes[:, path]], dim=1),
-                "logits after keeping a path differ from a fresh pass",
-            ),
-        )
-        for hidden, prefix, what in phases:
-            difference = self._probe_error(hidden, prefix, pads.tolist(), nodes, tree)
-            limit = 2e-3 if self.dtype == torch.float32 else 0.1
-            if not difference < limit:  # NaN is no match either
-                raise UnsupportedBackbone(
-                    f"{name} with {self.attention} attention is not exact under Medusa: {what} by {difference:.1e} "
-                    f"(limit {limit:.0e}); try attn_implementation='eager' or float32"
-                )
-
-    def _probe_error(self, hidden: Tensor, prefix: Tensor, pads: list[int], nodes: Tensor, tree: TreeTensors) -> float:
-        """How far the logits of the tree's nodes are from the model's own on each path alone, relative to their spread."""
-        parents = set(tree.parents[0, 1:].tolist())
-        leaves = [node for node in range(tree.num_nodes) if node not in parents]
-        lineages = tree.lineage[0]
-        chains = [(row, lineages[leaf][lineages[leaf] >= 0]) for row in range(len(pads)) for leaf in leaves]
-        length = prefix.shape[1] + lineages.shape[1]
-        ids = prefix.new_zeros(len(chains), length)
-        for chain, (row, lineage) in enumerate(chains):  # padded at the right, which a causal model does not see
-            tokens = torch.cat([prefix[row, pads[row] :], nodes[row, lineage]])
-            ids[chain, : len(tokens)] = tokens
-        wanted = self.module(input_ids=ids, use_cache=False).logits.float()
-        errors = []
-        for chain, (row, lineage) in enumerate(chains):
-            start = prefix.shape[1] - pads[row]
-            own = wanted[chain, start : start + len(lineage)]
-            got = self.logits(hidden[row, lineage]).float()
-            errors.append((got - own).norm(dim=-1) / (own - own.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6))
-        error = torch.cat(errors)
-        # In low precision a few nodes may differ, where a mixture of experts routes a near-tie the other way.
-        return (error.max() if self.dtype == torch.float32 else error.quantile(0.9)).item()
+        return probe(self)
 
 
 def context_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
@@ -27,13 +28,27 @@ class TreeCacheLayer(CacheLayerMixin):
         self.cursor = cursor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.allocate(key_states, value_states, len(key_states))
+
+    def allocate(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
+        """Room for `batch` rows of keys and values like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, states in (("keys", key_states), ("values", value_states)):
-            batch, heads, _, width = states.shape
+            _, heads, _, width = states.shape
             # zeros, not empty: slots not yet written are masked, but 0 * NaN would still be NaN
-            setattr(self, name, states.new_zeros(batch, heads, self.capacity, width))
-            torch._dynamo.mark_static_address(getattr(self, name))  # CUDA graphs write in place
+            self._hold(name, states.new_zeros(batch, heads, self.capacity, width))
         self.is_initialized = True
+
+    def grow(self, capacity: int) -> None:
+        self.capacity = capacity
+        if self.is_initialized:
+            for name in ("keys", "values"):
+                states = getattr(self, name)
+                self._hold(name, pad(states, (0, 0, 0, capacity - states.shape[2])))
+
+    def _hold(self, name: str, states: Tensor) -> None:
+        setattr(self, name, states)
+        torch._dynamo.mark_static_address(states)  # CUDA graphs write in place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -81,3 +96,24 @@ class TreeCache(Cache):
             at, to = source.to(device), target.to(device)
             layer.keys[rows, :, to] = layer.keys[rows, :, at]
             layer.values[rows, :, to] = layer.values[rows, :, at]
+
+    def place(
+        self,
+        other: TreeCache,
+        rows: Tensor,  # (n,) long: where the n rows of the other cache go
+        batch: int,  # rows of this cache, should it not have been written to yet
+    ) -> None:
+        """Take over the rows of another cache, all its slots."""
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            if not source.is_initialized:
+                continue
+            if not layer.is_initialized:
+                layer.allocate(source.keys, source.values, batch)
+            layer.keys[rows.to(layer.device), :, : source.capacity] = source.keys
+            layer.values[rows.to(layer.device), :, : source.capacity] = source.values
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` slots a row; what is there stays."""
+        self.capacity = capacity
+        for layer in self.layers:
+            layer.grow(capacity)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import operator
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medusa.errors import CheckpointError, ConfigError
+from medusa.errors import CheckpointError, ConfigError, InvalidInput
 from medusa.files import read_json, write_text
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class MedusaConfig:
     medusa_num_layers: int = 1
     medusa_shared_lm_head: bool = False  # the heads predict through the backbone's LM head
     medusa_lm_head_bias: bool = False
+    medusa_draft_vocabulary: int | None = None  # tokens that heads score; None: all
     base_model_name_or_path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +68,21 @@ class MedusaConfig:
             raise CheckpointError(f"{path} lacks {', '.join(missing)}; it does not describe Medusa heads")
         known = {field.name for field in dataclasses.fields(cls)}
         return from_mapping(cls, {key: value for key, value in found.items() if key in known}, str(path))
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """An argument that is an integer of whatever kind, numpy's among them.
+
+    Raises:
+        InvalidInput: it is none, or less than `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise InvalidInput(f"{name} is {value!r}, wanted an integer{'' if least is None else f' of at least {least}'}")
+    return number
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -25,6 +25,17 @@ class Context:
     after: Tensor  # (B,) long: where the token stands that followed when the text last came to the root like this; 0: never
 
     @classmethod
+    def empty(cls, batch: int, capacity: int, device: torch.device | str | None = None) -> Context:
+        """The context of rows that have said nothing yet.
+
+        Args:
+            capacity: tokens that a row may come to hold, padding and root included.
+        """
+        zeros = torch.zeros(batch, dtype=torch.long, device=device)
+        table = zeros.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
+        return cls(table, zeros.new_zeros(batch, capacity + 1), torch.ones_like(zeros), zeros, zeros)
+
+    @classmethod
     def of(
         cls,
         prompts: Tensor,  # (B, P) long, left-padded
@@ -33,18 +44,34 @@ class Context:
         capacity: int,  # tokens that a row may come to hold, padding and root included
     ) -> Context:
         """The context at the start of a request."""
-        batch, width = prompts.shape
-        table = prompts.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
-        tokens = prompts.new_zeros(batch, capacity + 1)
-        tokens[:, :width] = prompts
-        tokens[:, width] = root
-        last = prompts[:, -1].clone(memory_format=torch.contiguous_format)
-        context = cls(table, tokens, torch.full_like(pads, width + 1), last, torch.zeros_like(pads))
-        text = pad(tokens[:, : width + 1], (1, 0))  # one more in front: three even where the prompt is a single token
-        at = torch.arange(-1, width + 1, device=prompts.device).expand(batch, -1)  # where each token stands
-        place = at - pads[:, None]  # and where in its text
-        context._remember(text, at + 1, place >= 1, place >= 2, torch.full_like(pads, width + 1))
+        context = cls.empty(len(prompts), capacity, prompts.device)
+        context.place(torch.arange(len(prompts), device=prompts.device), prompts, pads, root)
         return context
+
+    def place(
+        self,
+        rows: Tensor,  # (n,) long
+        prompts: Tensor,  # (n, P) long, left-padded
+        pads: Tensor,  # (n,) long
+        root: Tensor,  # (n,) long
+    ) -> None:
+        """Begin some rows anew, with the prompts of new requests."""
+        number, width = prompts.shape
+        text = pad(
+            torch.cat([prompts, root[:, None]], 1), (1, 0)
+        )  # one more in front: three even where the prompt is one token
+        length, last = torch.full_like(pads, width + 1), prompts[:, -1]
+        tokens = pad(text[:, 1:], (0, self.tokens.shape[1] - width - 1))
+        part = Context(self.table.new_zeros(number, self.table.shape[1]), tokens, length, last, torch.zeros_like(pads))
+        at = torch.arange(-1, width + 1, device=prompts.device).expand(number, -1)  # where each token stands
+        place = at - pads[:, None]  # and where in its text
+        part._remember(text, at + 1, place >= 1, place >= 2, length)
+        for name in ("table", "tokens", "length", "last", "after"):
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more tokens a row; the tables stay as they are, with more collisions, which cost drafts alone."""
+        self.tokens = pad(self.tokens, (0, capacity + 1 - self.tokens.shape[1]))
 
     def extend(
         self,

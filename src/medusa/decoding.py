@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
+from medusa.config import integer
 from medusa.context import Context
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
@@ -20,6 +21,7 @@ from medusa.trees import Tree
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
 CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph
+VACANT = "vacant"  # the finish reason of a row that has no request
 
 
 class RequestCache(Protocol):
@@ -29,6 +31,10 @@ class RequestCache(Protocol):
 
     def keep(self, source: Tensor, target: Tensor) -> None: ...
 
+    def place(self, other: Any, rows: Tensor, batch: int) -> None: ...
+
+    def grow(self, capacity: int) -> None: ...
+
 
 class Decodable(Protocol):
     """What the loop needs of a model; `MedusaModel` is one."""
@@ -36,6 +42,7 @@ class Decodable(Protocol):
     num_heads: int
     context: int | None
     vocab_size: int
+    scored: int  # tokens that heads score
 
     @property
     def device(self) -> torch.device: ...
@@ -85,9 +92,7 @@ class DecodingOptions:
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("seed", None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-                raise InvalidInput(f"{name} is {value!r}, wanted an integer{' of at least 1' if least else ''}")
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,14 @@ class DecodingStep:
 
 @dataclass
 class DecodingState:
-    """All there is of a request: B rows of left-padded prompts and what they have got so far."""
+    """B rows that decode together, each at its own length: left-padded prompts and what they have got so far.
 
-    prompts: Tensor  # (B, P) long
+    A row without a request, or whose request has ended, takes part in every step and gets nothing; `admit` gives it the next.
+    """
+
+    prompts: list[Tensor]  # per row (P,) long, padding included
     pads: Tensor  # (B,) long
+    starts: Tensor  # (B,) long: slots of the prompt, padding included
     lengths: Tensor  # (B,) long: committed slots, padding included
     active: Tensor  # (B,) bool
     root: Tensor  # (B,) long: decided, not in the cache
@@ -119,7 +128,7 @@ class DecodingState:
     context: Context | None  # where the drafter looks at it
     levels: list[Levels] | None  # of the tree, where it is always the same and processors look at paths
     cache: RequestCache
-    uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position
+    uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position; None: no draws
     # The same facts on the host, where a sync has brought them anyway.
     host_pads: list[int]
     host_roots: list[int]
@@ -130,9 +139,12 @@ class DecodingState:
     def finished(self) -> bool:
         return None not in self.finish_reasons
 
-    @property
-    def prompt_length(self) -> int:
-        return self.prompts.shape[1]
+    def grow(self, capacity: int) -> None:
+        """Make room for rows of so many slots."""
+        if capacity > self.cache.capacity:
+            self.cache.grow(capacity)
+            if self.context is not None:
+                self.context.grow(capacity)
 
     def prefixes(self) -> list[Tensor | None]:
         """The tokens of every unfinished row, its padding included, for processors that look at them."""
@@ -173,48 +185,94 @@ def _steps(
         start, prefill_seconds = time.perf_counter(), 0.0
 
 
-@torch.inference_mode()
 def prefill(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> DecodingState:
     """Process the prompts and decide every row's first token, the first root."""
-    batch, length = ids.shape
-    device = ids.device
-    drafter = tree.for_batch(batch).drafter(device)
-    # The tree is written behind the longest row, and a path may be moved to the end of any other.
-    capacity = length + options.max_new_tokens + drafter.num_nodes + drafter.depth + 1
-    if options.compiled:
-        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    cache = model.new_cache(capacity)
-    hidden, logits = model.prefill(ids, attention_mask, cache)
-    pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(batch)
-    state = DecodingState(
-        prompts=ids,
-        pads=pads,
-        lengths=torch.full_like(pads, length),
-        active=torch.ones_like(pads, dtype=torch.bool),
-        root=pads,
-        hidden=hidden,
-        drafter=drafter,
-        context=None,
-        levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
-        cache=cache,
-        uniforms=None,
-        host_pads=pads.tolist(),
-        host_roots=[],
-        generated=[[] for _ in range(batch)],
-        finish_reasons=[None] * batch,
-    )
-    if options.do_sample and options.typical is None:
-        state.uniforms = uniforms(options.seed, batch, options.max_new_tokens + drafter.depth + 2, device)
-    logits = logits[:, None]
-    scores = options.processors(logits, state.prefixes(), state.host_pads) if options.processors else logits
-    said = draw(scores.float(), state.uniforms[:, :1]) if state.uniforms is not None else scores.argmax(-1)
-    state.root = said[:, 0]
-    state.host_roots = state.root.tolist()
-    if drafter.reads_context:
-        state.context = Context.of(ids, pads, state.root, capacity)
+    drafter = tree.for_batch(len(ids)).drafter(ids.device)
+    state = vacant(model, len(ids), room(ids.shape[1], drafter, options), drafter, options)
+    admit(model, state, list(range(len(ids))), ids, attention_mask, [(options.seed, row) for row in range(len(ids))], options)
     return state
+
+
+def room(prompt_length: int, drafter: Drafter, options: DecodingOptions) -> int:
+    """The slots that a row may take."""
+    # The tree is written behind the longest row, and a path may be moved to the end of any other.
+    slots = prompt_length + options.max_new_tokens + drafter.num_nodes + drafter.depth + 1
+    return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if options.compiled else slots
+
+
+@torch.inference_mode()
+def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, options: DecodingOptions) -> DecodingState:
+    """Rows without requests, with room for `capacity` slots each."""
+    zeros = torch.zeros(batch, dtype=torch.long, device=model.device)
+    draws = options.do_sample and options.typical is None
+    width = options.max_new_tokens + drafter.depth + 2
+    return DecodingState(
+        prompts=[zeros[:0]] * batch,
+        pads=zeros,
+        starts=zeros,
+        lengths=zeros,
+        active=zeros.bool(),
+        root=zeros,
+        hidden=zeros[:, None],  # of a width that the first prompts say
+        drafter=drafter,
+        context=Context.empty(batch, capacity, model.device) if drafter.reads_context else None,
+        levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
+        cache=model.new_cache(capacity),
+        uniforms=uniforms([(0, row) for row in range(batch)], width, model.device) if draws else None,
+        host_pads=[0] * batch,
+        host_roots=[0] * batch,
+        generated=[[] for _ in range(batch)],
+        finish_reasons=[VACANT] * batch,
+    )
+
+
+@torch.inference_mode()
+def admit(
+    model: Decodable,
+    state: DecodingState,
+    rows: Sequence[int],  # n rows that have no request or whose request has ended
+    ids: Tensor,  # (n, P) long, left-padded
+    attention_mask: Tensor | None,  # (n, P), 1 for tokens
+    streams: Sequence[tuple[int, int]],  # of the draws of each, see `uniforms`
+    options: DecodingOptions,
+) -> None:
+    """Process the prompts of requests that join, and decide the first token of each; the other rows stay as they are."""
+    number, length = ids.shape
+    batch, device = len(state.prompts), ids.device
+    state.grow(room(length, state.drafter, options))
+    whole = number == batch
+    cache = state.cache if whole else model.new_cache(length)  # all rows at once need no copy
+    hidden, logits = model.prefill(ids, attention_mask, cache)
+    pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(number)
+    at = torch.tensor(rows, device=device)
+    if not whole:
+        state.cache.place(cache, at, batch)
+    host_pads = pads.tolist()
+    scores = logits[:, None]
+    if options.processors:
+        scores = options.processors(scores, list(ids), host_pads)
+    if state.uniforms is not None:
+        numbers = uniforms(streams, state.uniforms.shape[1], device)
+        state.uniforms = state.uniforms.index_copy(0, at, numbers)
+        root = draw(scores.float(), numbers[:, :1])[:, 0]
+    else:
+        root = scores.argmax(-1)[:, 0]
+    if state.hidden.shape[1] != hidden.shape[1]:
+        state.hidden = hidden.new_zeros(batch, hidden.shape[1])
+    start = torch.full_like(pads, length)
+    state.hidden = state.hidden.index_copy(0, at, hidden)
+    state.root = state.root.index_copy(0, at, root)
+    state.pads = state.pads.index_copy(0, at, pads)
+    state.starts = state.starts.index_copy(0, at, start)
+    state.lengths = state.lengths.index_copy(0, at, start)
+    state.active = state.active.index_fill(0, at, True)
+    if state.context is not None:
+        state.context.place(at, ids, pads, root)
+    for row, prompt, padding, first in zip(rows, ids, host_pads, root.tolist(), strict=True):
+        state.prompts[row], state.host_pads[row], state.host_roots[row] = prompt, padding, first
+        state.generated[row], state.finish_reasons[row] = [], None
 
 
 @torch.inference_mode()
@@ -222,7 +280,7 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
     """One draft, one verification, one acceptance; returns every row's new tokens."""
     if (roots := last_roots(state, options)) is not None:
         return emit(state, options, roots)
-    committed = [state.prompt_length + len(tokens) for tokens in state.generated]
+    committed = [len(prompt) + len(tokens) for prompt, tokens in zip(state.prompts, state.generated, strict=True)]
     base = max(length for length, done in zip(committed, state.finish_reasons, strict=True) if not done)
     visible = state.cache.capacity if options.compiled else base + state.drafter.num_nodes
     tokens, tree, hidden, logits = model.draft_and_verify(
@@ -272,7 +330,7 @@ def accept(state: DecodingState, options: DecodingOptions, tree: TreeTensors, to
     if state.uniforms is None:
         return accept_exact(tree, tokens, scores.argmax(-1))
     # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
-    number = (state.lengths - state.prompt_length)[:, None] + tree.depths + 1
+    number = (state.lengths - state.starts)[:, None] + tree.depths + 1
     uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
     return accept_exact(tree, tokens, draw(scores.float(), uniform))
 
@@ -306,7 +364,8 @@ def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, tok
     if token in options.eos_token_ids:
         return "eos"
     if options.stopping_criteria:
-        so_far = torch.cat([state.prompts[row], state.prompts.new_tensor(state.generated[row])])[None]
+        prompt = state.prompts[row]
+        so_far = torch.cat([prompt, prompt.new_tensor(state.generated[row])])[None]
         if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in options.stopping_criteria):
             return "stop"
     return "length" if len(state.generated[row]) >= options.max_new_tokens else None
@@ -316,6 +375,20 @@ def check_request(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
+    ids, attention_mask = check_prompts(model, ids, attention_mask)
+    tree.check(model.num_heads, model.scored)
+    longest = ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+    left = (model.context or 0) - longest
+    if model.context is not None and longest + options.max_new_tokens > model.context:
+        raise ContextOverflow(
+            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
+            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
+        )
+    return ids, attention_mask
+
+
+def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Refuse prompts that are none; returns ids and mask on the model's device, no mask where nothing is padded."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")
@@ -325,7 +398,6 @@ def check_request(
         raise InvalidInput("the prompt is empty; give at least one token, such as the bos token")
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise InvalidInput(f"input_ids go from {ids.min()} to {ids.max()}, the vocabulary has {model.vocab_size} tokens")
-    tree.check(model.num_heads, model.vocab_size)
     if attention_mask is not None:
         shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
         if shape != ids.shape:
@@ -337,11 +409,4 @@ def check_request(
             raise InvalidInput("a row of attention_mask is all padding: its prompt is empty")
         if attention_mask.all():
             attention_mask = None
-    longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
-    left = (model.context or 0) - longest
-    if model.context is not None and longest + options.max_new_tokens > model.context:
-        raise ContextOverflow(
-            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
-            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
-        )
     return ids.to(model.device), attention_mask

@@ -9,6 +9,10 @@ class InvalidInput(MedusaError, ValueError):
     """An argument, prompt or option that cannot be used."""
 
 
+class UnexpectedKeyword(InvalidInput, TypeError):
+    """A keyword that the function does not know."""
+
+
 class ContextOverflow(InvalidInput):
     """The request does not fit the backbone's context."""
 

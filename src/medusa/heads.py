@@ -31,6 +31,18 @@ class ResidualBlock(nn.Module):
         return x + F.silu(self.linear(x))
 
 
+class DraftLMHead(nn.Module):
+    """The rows of an LM head that a draft vocabulary names, where the LM head is more than a plain matrix: all are computed."""
+
+    def __init__(self, lm_head: nn.Module, tokens: Tensor):
+        super().__init__()
+        self._whole = (lm_head,)  # in a tuple, so that it is no submodule
+        self.register_buffer("tokens", tokens, persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self._whole[0](h).index_select(-1, self.get_buffer("tokens"))
+
+
 class MedusaHeads(nn.ModuleList):
     """K heads: L residual blocks each, then an LM head of the head's own or the backbone's (paper 2.1.1).
 
@@ -43,6 +55,8 @@ class MedusaHeads(nn.ModuleList):
         num_layers: L residual blocks per head, each with weights of its own.
         shared_lm_head: predict through the backbone's LM head; `share` must then be called before use.
         lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
+        draft_vocabulary: V', the tokens that heads score, where they are not all of the vocabulary; which, the buffer
+            `token_map` says (FR-Spec, 2502.14856). None: all.
 
     >>> heads = MedusaHeads(hidden_size=8, vocab_size=32, num_heads=3)
     >>> heads(torch.zeros(2, 8)).shape
@@ -57,6 +71,7 @@ class MedusaHeads(nn.ModuleList):
         num_layers: int = 1,
         shared_lm_head: bool = False,
         lm_head_bias: bool = False,
+        draft_vocabulary: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -65,14 +80,19 @@ class MedusaHeads(nn.ModuleList):
                 raise InvalidInput(f"{name} is {size}, wanted at least 1")
         if num_layers < 0:
             raise InvalidInput(f"num_layers is {num_layers}, wanted at least 0")
+        if draft_vocabulary is not None and not 1 <= draft_vocabulary <= vocab_size:
+            raise InvalidInput(f"a draft vocabulary has 1 to {vocab_size} tokens, the vocabulary's, got {draft_vocabulary}")
         factory = {"device": device, "dtype": dtype}
+        scored = draft_vocabulary or vocab_size
         heads = []
         for _ in range(num_heads):
             parts: list[nn.Module] = [ResidualBlock(hidden_size, **factory) for _ in range(num_layers)]
             if not shared_lm_head:
-                parts.append(nn.Linear(hidden_size, vocab_size, bias=lm_head_bias, **factory))
+                parts.append(nn.Linear(hidden_size, scored, bias=lm_head_bias, **factory))
             heads.append(nn.Sequential(*parts))
         super().__init__(heads)
+        if draft_vocabulary is not None:  # (V',) long, rising: the token that each score is of
+            self.register_buffer("token_map", torch.arange(draft_vocabulary, device=device))
         self.config = MedusaConfig(
             hidden_size=hidden_size,
             vocab_size=vocab_size,
@@ -80,15 +100,30 @@ class MedusaHeads(nn.ModuleList):
             medusa_num_layers=num_layers,
             medusa_shared_lm_head=shared_lm_head,
             medusa_lm_head_bias=lm_head_bias and not shared_lm_head,
+            medusa_draft_vocabulary=draft_vocabulary,
         )
+        self.token_map: Tensor
         self._shared: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule: it belongs to the backbone
 
     @classmethod
-    def for_lm_head(cls, lm_head: nn.Module, num_heads: int, num_layers: int = 1, shared: bool = False) -> MedusaHeads:
+    def for_lm_head(
+        cls,
+        lm_head: nn.Module,
+        num_heads: int,
+        num_layers: int = 1,
+        shared: bool = False,
+        token_map: Tensor | None = None,  # (V',) long, rising: the tokens that heads are to score; None: all
+    ) -> MedusaHeads:
         """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
         weight, bias = linear_map(lm_head)
         vocab_size, hidden_size = weight.shape
-        heads = cls(hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, weight.device, weight.dtype)
+        scored = len(token_map) if token_map is not None else None
+        heads = cls(
+            hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, scored, weight.device, weight.dtype
+        )
+        if token_map is not None:
+            heads.token_map = token_map.to(weight.device)
+            weight, bias = weight[heads.token_map], bias[heads.token_map] if bias is not None else None
         heads.share(lm_head)
         if not shared:
             with torch.no_grad():
@@ -113,8 +148,10 @@ class MedusaHeads(nn.ModuleList):
                 config.medusa_num_layers,
                 config.medusa_shared_lm_head,
                 config.medusa_lm_head_bias,
+                config.medusa_draft_vocabulary,
             )
-        bound.load_state_dict({name: t.to(device, dtype) for name, t in self.state_dict().items()}, assign=True)
+        held = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in self.state_dict().items()}
+        bound.load_state_dict(held, assign=True)
         bound.config = config
         bound.share(lm_head)
         return bound.requires_grad_(False).eval()
@@ -128,11 +165,46 @@ class MedusaHeads(nn.ModuleList):
         return cast(nn.Sequential, self[k])
 
     def share(self, lm_head: nn.Module) -> None:
-        """Name the backbone's LM head (d -> V), used by heads that have none of their own."""
+        """Name the backbone's LM head (d -> V), used by heads that have none of their own; of it they take the rows of their
+        draft vocabulary, if they have one."""
+        if self.config.medusa_draft_vocabulary is not None and self.config.medusa_shared_lm_head:
+            lm_head = self._rows_of(lm_head)
         self._shared = (lm_head,) if self.config.medusa_shared_lm_head else ()
 
+    def _rows_of(self, lm_head: nn.Module) -> nn.Module:
+        tokens = self.token_map.to(next(lm_head.parameters()).device)
+        if type(lm_head) is not nn.Linear or lm_head.weight.requires_grad:
+            return DraftLMHead(lm_head, tokens)
+        rows = nn.Linear(lm_head.in_features, len(tokens), lm_head.bias is not None, device="meta")
+        rows.weight = nn.Parameter(lm_head.weight.detach()[tokens], requires_grad=False)
+        if lm_head.bias is not None:
+            rows.bias = nn.Parameter(lm_head.bias.detach()[tokens], requires_grad=False)
+        return rows
+
+    @property
+    def scored(self) -> int:
+        """V': the tokens that each head scores."""
+        return self.config.medusa_draft_vocabulary or self.config.vocab_size
+
+    def tokens(
+        self,
+        places: Tensor,  # (...) long, below V': places among the scores
+    ) -> Tensor:  # (...) long
+        """The tokens that scores are of."""
+        return places if self.config.medusa_draft_vocabulary is None else self.token_map[places]
+
+    def places(
+        self,
+        tokens: Tensor,  # (...) long
+    ) -> Tensor:  # (...) long
+        """Where the tokens stand among the scores; -1 for one outside the draft vocabulary."""
+        if self.config.medusa_draft_vocabulary is None:
+            return tokens
+        at = torch.searchsorted(self.token_map, tokens).clamp(max=self.scored - 1)
+        return at.where(self.token_map[at] == tokens, -1)
+
     def lm_head(self, k: int) -> nn.Module:
-        """The (d -> V) map of head k + 1: its own or the backbone's."""
+        """The (d -> V') map of head k + 1: its own or the backbone's."""
         if not self.config.medusa_shared_lm_head:
             return self.parts(k)[self.num_layers]
         if not self._shared:
@@ -154,7 +226,8 @@ class MedusaHeads(nn.ModuleList):
         h: Tensor,  # (..., d), the dtype of the heads
         num_heads: int | None = None,
     ) -> Tensor:  # (num_heads, ..., V)
-        """Logits of the first `num_heads` heads (all by default): those a tree does not use cost nothing."""
+        """Logits of the first `num_heads` heads (all by default): those a tree does not use cost nothing. With a draft
+        vocabulary they are those of its tokens alone, V' for V."""
         states = [self.residual(h, k) for k in range(len(self) if num_heads is None else num_heads)]
         if self.config.medusa_shared_lm_head:
             return self.lm_head(0)(torch.stack(states))  # the LM head's weights are read once for all heads

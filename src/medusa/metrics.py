@@ -40,7 +40,8 @@ def rank_hits(
 def _guesses(heads: MedusaHeads, states: Tensor, k: int, ranks: int) -> Tensor:  # (n, d) -> (n, ranks) long
     """The likeliest tokens of head k + 1, in order."""
     lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
-    return lm_head(heads.residual(states, k).to(next(lm_head.parameters()).dtype)).topk(ranks, dim=-1).indices
+    dtype = next(lm_head.parameters(), states).dtype
+    return heads.tokens(lm_head(heads.residual(states, k).to(dtype)).topk(ranks, dim=-1).indices)
 
 
 def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[list[float]]:

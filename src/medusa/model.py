@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,29 +11,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.adapter import has_adapter, load_adapter
-from medusa.backbone import Backbone, token_ids
+from medusa.backbone import Backbone
 from medusa.cache import TreeCache
 from medusa.checkpoints import load_heads, push_to_hub, save_heads
 from medusa.compilation import CompiledStep
 from medusa.config import TREE_FILE
 from medusa.context import Context
-from medusa.decoding import DecodingOptions, DecodingStep, decode
+from medusa.decoding import DecodingStep, check_prompts
 from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
-from medusa.hub import find_heads, find_model
+from medusa.hub import HUB_KEYWORDS, find_heads, find_model
 from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
-from medusa.processors import check_sampling, classify, processors_for
+from medusa.preparation import OwnOptions, Prepared, handed_over, prepare
 from medusa.tree import Drafter, MedusaTree, TreeTensors
 from medusa.trees import Tree, load_tree, save_tree
-
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class MedusaModel:
@@ -78,10 +74,10 @@ class MedusaModel:
         if tree is None:
             nodes = 64 if self.device.type == "cuda" else 16
             tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
-        tree.check(self.num_heads, self.vocab_size)
+        self.scored = heads.scored if heads is not None else self.vocab_size
+        tree.check(self.num_heads, self.scored)
         self.tree = tree
-        self._compiled_step = CompiledStep(self._draft_and_verify)
-        self._backbone.probe()
+        self._compiled_step = CompiledStep(self._draft_and_verify, noise=self._backbone.probe())
 
     @classmethod
     def from_pretrained(
@@ -92,6 +88,7 @@ class MedusaModel:
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         gguf_file: str | None = None,
+        heads_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MedusaModel:
         """Load a backbone with its heads and tree.
@@ -103,14 +100,27 @@ class MedusaModel:
             tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
             dtype: of backbone and heads; None keeps the backbone's own, and unpacks a GGUF file to bfloat16.
             gguf_file: the GGUF file to take of a folder or hub id.
-            device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given).
+            heads_options: `revision`, `subfolder`, `token`, … of the heads, where theirs are not the backbone's.
+            device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given). Those that say where a
+                hub id's files are hold for backbone and heads alike: `revision` (or a hub id with @ and a revision behind it),
+                `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
             CheckpointError: something is missing, broken or unsafe.
+            InvalidInput: a keyword that cannot be followed.
             UnsupportedBackbone: see the class.
         """
-        source = find_model(backbone, gguf_file, code=bool(kwargs.get("trust_remote_code")))
-        heads_folder = find_heads(heads) if heads is not None else source.heads or source.folder
+        if kwargs.get("proxies"):
+            raise InvalidInput("proxies cannot be passed on to the hub; set HTTPS_PROXY in the environment")
+        hub = {name: kwargs[name] for name in (*HUB_KEYWORDS, "subfolder") if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}  # in the source
+        source = find_model(backbone, gguf_file, code=bool(kwargs.get("trust_remote_code")), **hub)
+        if heads is not None:
+            heads_folder = find_heads(heads, **{**hub, **(heads_options or {})})
+        elif heads_options:
+            raise InvalidInput("heads_options are for heads that lie elsewhere; pass heads=..., or leave heads_options out")
+        else:
+            heads_folder = source.heads or source.folder
         if isinstance(tree, str | Path):
             tree = load_tree(tree)
         elif tree is None and (heads_folder / TREE_FILE).is_file():
@@ -156,9 +166,11 @@ class MedusaModel:
     def new_cache(self, capacity: int) -> TreeCache:
         return self._backbone.new_cache(capacity)
 
-    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache, embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The last position's hidden state (B, d) and logits (B, V)."""
-        hidden = self._backbone.prefill(ids, attention_mask, cache)
+        hidden = self._backbone.prefill(ids, attention_mask, cache, embeds)
         return hidden, self._backbone.logits(hidden)
 
     def hidden_states(
@@ -172,9 +184,10 @@ class MedusaModel:
     def logits(
         self,
         hidden: Tensor,  # (..., d)
+        lm_head: Any = None,  # some rows of the backbone's own; None: all
     ) -> Tensor:  # (..., V)
         """The backbone's logits of hidden states."""
-        return self._backbone.logits(hidden)
+        return self._backbone.logits(hidden, lm_head)
 
     def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
         """The tree's tokens (B, N), the tree, hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
@@ -196,6 +209,7 @@ class MedusaModel:
             guesses = None
             if drafter.num_heads and self.heads is not None:
                 guesses = drafter.guess(self.heads(hidden, drafter.num_heads))
+                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens))
             tokens, tree = drafter.assemble(root, guesses, context)
         with _span("medusa.backbone"):
             states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)
@@ -204,89 +218,40 @@ class MedusaModel:
     # What a user calls.
 
     def stream(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        acceptance: Literal["exact", "typical"] = "exact",
-        epsilon: float = TypicalAcceptance.epsilon,
-        delta: float = TypicalAcceptance.delta,
-        seed: int | None = None,
-        eos_token_id: int | list[int] | Tensor | None = None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer: Any = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        tree: Tree | None = None,
-        compile: bool = False,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Iterator[DecodingStep]:
         """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
-        if tree is not None and not isinstance(tree, Tree):
-            raise InvalidInput(
-                f"tree is a {type(tree).__name__}, wanted a MedusaTree or DynamicTree; load a file with load_tree"
-            )
-        warpers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        check_sampling(**warpers, repetition_penalty=repetition_penalty)
-        if not do_sample and any(value is not None for value in warpers.values()):
-            warnings.warn("temperature, top_k, top_p and min_p do nothing without do_sample=True", stacklevel=2)
-        eos = self.eos_token_ids if eos_token_id is None else token_ids(eos_token_id)
-        changes = {**warpers, "repetition_penalty": repetition_penalty, "do_sample": do_sample, "eos_token_id": list(eos)}
-        length = input_ids.shape[-1] if isinstance(input_ids, Tensor) and input_ids.ndim else 0
-        criteria = [*(stopping_criteria or [])]
-        if stop_strings is not None:
-            given = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-            if not all(given):
-                raise InvalidInput("a stop string is empty and would end every text at once")
-            if tokenizer is None:
-                raise InvalidInput("stop_strings needs the tokenizer; pass tokenizer=...")
-            criteria.append(StopStringCriteria(tokenizer, given))
-        options = DecodingOptions(
-            max_new_tokens=self._max_new_tokens(length, attention_mask, max_new_tokens),
-            do_sample=do_sample,
-            typical=typical_thresholds(acceptance, epsilon, delta),
-            processors=processors_for(self.backbone, changes, length, logits_processor, self.device),
-            eos_token_ids=eos,
-            stopping_criteria=criteria,
-            seed=_seed(seed),
-            compiled=compile,
-        )
-        return decode(self, input_ids, attention_mask, self.tree if tree is None else tree, options)
+        return self._prepare("stream", input_ids, attention_mask, options).decode(self)
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         streamer: Any = None,
-        pad_token_id: int | None = None,
-        return_dict_in_generate: bool = False,
         **options: Any,
     ) -> Tensor | MedusaGenerateOutput:
-        """Generate in the conventions of transformers; see `docs/architecture.md` for what is exact.
+        """Generate as transformers' `generate` does, which prepares the call; see `docs/architecture.md` for what is exact.
+
+        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed or refused by name.
+        None is not given: the key is the generation config's. (Two departures: a top-k of 50 that nobody asked for is not
+        applied, and where nothing says how many, there are 256 new tokens or what the context leaves.)
 
         Args:
             input_ids: (B, P) long, left-padded.
-            attention_mask: (B, P), 1 for tokens; None where nothing is padded.
-            max_new_tokens: default: the backbone's generation config, else 256 or what its context leaves.
-            do_sample: sample from the backbone's distribution; greedy otherwise.
-            temperature, top_k, top_p, min_p, repetition_penalty: default: the backbone's generation config.
+            attention_mask: (B, P), 1 for tokens; None: transformers tells padding by the pad id.
+            streamer: gets the prompt, then tokens as they come, as in transformers; batch of one.
+            max_new_tokens, do_sample, temperature, repetition_penalty, eos_token_id, …: keys of a generation config.
+            generation_config: a whole one.
+            stop_strings: strings that end a row, with `tokenizer`.
+            stopping_criteria, logits_processor: transformers' lists. A processor that nobody knows is tried out, and refused
+                where it keeps state from call to call.
+            inputs_embeds: (B, L, d), a soft prompt to be read in the place of `input_ids`.
             acceptance: "exact" (lossless) or "typical" (paper 2.3.1; only where do_sample is set).
             epsilon, delta: thresholds of typical acceptance.
             seed: of the draws; default: drawn from torch's generator, so that `torch.manual_seed` governs it.
-            eos_token_id: one or several; default: the backbone's.
-            stop_strings: strings that end a row, with `tokenizer`.
-            stopping_criteria, logits_processor: transformers' lists.
-            streamer: gets the prompt, then tokens as they come, as in transformers; batch of one.
             tree: another tree for this call: a `MedusaTree` (`MedusaTree([])` decodes plainly), `DynamicTree` or `TreeChoice`.
             compile: run each step through `torch.compile` with static shapes.
-            pad_token_id: fills rows that finished early; default: the backbone's, else eos, else 0.
 
         Returns:
             (B, P + new) long, right-padded; or MedusaGenerateOutput where return_dict_in_generate is set.
@@ -294,12 +259,10 @@ class MedusaModel:
         Raises:
             InvalidInput, ContextOverflow, InvalidTree: before any work is done.
         """
-        if streamer is not None and len(input_ids) > 1:
-            raise InvalidInput(f"a streamer takes one row, got {len(input_ids)}; use model.stream for batches")
-        steps = self.stream(input_ids, attention_mask, **options)
-        eos = self.eos_token_ids if options.get("eos_token_id") is None else token_ids(options["eos_token_id"])
-        output = collect(steps, input_ids, self._pad(pad_token_id, eos), streamer)
-        return output if return_dict_in_generate else output.sequences  # type: ignore[return-value]
+        prepared = self._prepare("generate", input_ids, attention_mask, options)
+        if streamer is not None and len(prepared.input_ids) > 1:
+            raise InvalidInput(f"a streamer takes one row, got {len(prepared.input_ids)}; use model.stream for batches")
+        return self._collect(prepared, streamer, home=input_ids.device if input_ids is not None else None)
 
     def custom_generate(
         self,
@@ -307,64 +270,47 @@ class MedusaModel:
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
+        generation_config: GenerationConfig,
+        *,
+        acceptance: Literal["exact", "typical"] = "exact",
+        epsilon: float = TypicalAcceptance.epsilon,
+        delta: float = TypicalAcceptance.delta,
+        seed: int | None = None,
+        tree: Tree | None = None,
+        compile: bool = False,
         **model_kwargs: Any,  # transformers would give an attention_mask named here twice
     ) -> Tensor | MedusaGenerateOutput:
         """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
 
-        transformers does not hand the streamer on; use `MedusaModel.generate` to stream.
+        Takes Medusa's own keywords of `generate` besides. transformers hands neither a streamer nor a tokenizer on: use
+        `MedusaModel.generate` to stream, or for stop strings.
+
+        Raises:
+            InvalidInput: a setting, processor or model input that a tree cannot follow, by name.
         """
         if backbone is not self.backbone:
             raise InvalidInput("this Medusa model was made for another backbone object")
-        if generation_config.num_beams not in (None, 1) or generation_config.num_return_sequences not in (None, 1):
-            raise InvalidInput("Medusa decodes greedily or by sampling, one sequence a prompt; unset num_beams")
-        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-            if getattr(generation_config, name, None):
-                raise InvalidInput(f"{name} is not there under Medusa; unset it")
-        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
-        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in token_ids(c.eos_token_id)]
-        options = DecodingOptions(
-            max_new_tokens=min(limits) - input_ids.shape[1],
-            do_sample=bool(generation_config.do_sample),
-            processors=classify(logits_processor),
-            eos_token_ids=tuple(eos),
-            stopping_criteria=criteria,
-            seed=_seed(None),
+        own = OwnOptions(acceptance, epsilon, delta, seed, tree, compile)
+        return self._collect(
+            handed_over(self, own, backbone, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
         )
-        pad = next(iter(token_ids(generation_config.pad_token_id)), None)
-        steps = decode(self, input_ids, model_kwargs.get("attention_mask"), self.tree, options)
-        output = collect(steps, input_ids, self._pad(pad, options.eos_token_ids))
-        return output if generation_config.return_dict_in_generate else output.sequences  # type: ignore[return-value]
 
-    def _max_new_tokens(self, length: int, attention_mask: Tensor | None, given: int | None) -> int:
-        config = self.backbone.generation_config
-        if given is not None:
-            return given
-        if config.max_new_tokens is not None:
-            return config.max_new_tokens
-        if config.max_length is not None:
-            return config.max_length - length
-        longest = length if attention_mask is None or not length else int(attention_mask.sum(-1).amax())
-        left = DEFAULT_MAX_NEW_TOKENS if self.context is None else self.context - longest
-        return max(1, min(DEFAULT_MAX_NEW_TOKENS, left))
+    def _prepare(
+        self, method: str, input_ids: Tensor | None, attention_mask: Tensor | None, options: dict[str, Any]
+    ) -> Prepared:
+        """What transformers prepares of a call of ours, with prompts and settings checked."""
+        if input_ids is not None and "inputs_embeds" not in options:
+            input_ids, mask = check_prompts(self, input_ids, attention_mask)
+            attention_mask = mask if mask is not None or attention_mask is None else torch.ones_like(input_ids)
+        return prepare(self, method, {"input_ids": input_ids, "attention_mask": attention_mask, **options})
 
-    def _pad(self, given: int | None, eos: tuple[int, ...]) -> int:
-        """The id that fills rows which finished early."""
-        default = self.backbone.generation_config.pad_token_id
-        return next((token for token in (given, default, *eos) if token is not None), 0)
-
-
-def typical_thresholds(acceptance: str, epsilon: float, delta: float) -> TypicalAcceptance | None:
-    if acceptance not in ("exact", "typical"):
-        raise InvalidInput(f"acceptance is {acceptance!r}, wanted 'exact' or 'typical'")
-    return TypicalAcceptance(epsilon, delta) if acceptance == "typical" else None
+    def _collect(self, prepared: Prepared, streamer: Any = None, home: torch.device | None = None) -> Any:
+        """The output of a call, on the device that its ids came from."""
+        steps = prepared.decode(self)
+        output = collect(steps, prepared.input_ids.to(home or prepared.input_ids.device), prepared.pad_token_id, streamer)
+        return output if prepared.return_dict else output.sequences
 
 
 def _span(name: str) -> AbstractContextManager:
     """A named stretch for the profiler; compiled code has none."""
     return nullcontext() if torch.compiler.is_compiling() else record_function(name)
-
-
-def _seed(seed: int | None) -> int:
-    return int(torch.randint(2**62, ())) if seed is None else seed

@@ -1,69 +1,108 @@
-"""Logits processors: those transformers would apply, and what each of them may look at under a tree."""
+"""Logits processors: what each of them may look at under a tree, and whether one that nobody knows can follow it."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.generation import logits_process as hf
 
+from medusa.config import integer
 from medusa.errors import InvalidInput
-from medusa.sampling import Processors, Reads
+from medusa.sampling import LogitsProcessor, Processors, Reads
 
-# Processors that look at nothing but the scores are applied to all nodes at once.
-CONTEXT_FREE = (
-    hf.TemperatureLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.TopHLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.SuppressTokensLogitsProcessor,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-)
-# Processors that count tokens from the start of the padded batch.
-LENGTH_BASED = (
-    hf.MinLengthLogitsProcessor,
-    hf.MinNewTokensLengthLogitsProcessor,
-    hf.ForcedBOSTokenLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-)
-# Processors that carry state from call to call, or take a row of scores for a row of the batch.
-REFUSED = (
-    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    hf.ClassifierFreeGuidanceLogitsProcessor,
-    hf.SynthIDTextWatermarkLogitsProcessor,
-    hf.PrefixConstrainedLogitsProcessor,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-)
+# What those of transformers look at that are known to be right. The very class: a subclass may look at more.
+READS: dict[type, Reads] = {
+    # Nothing but the scores: applied to all nodes at once.
+    hf.TemperatureLogitsWarper: "scores",
+    hf.TopKLogitsWarper: "scores",
+    hf.TopPLogitsWarper: "scores",
+    hf.TopHLogitsWarper: "scores",
+    hf.MinPLogitsWarper: "scores",
+    hf.TypicalLogitsWarper: "scores",
+    hf.EpsilonLogitsWarper: "scores",
+    hf.EtaLogitsWarper: "scores",
+    hf.SuppressTokensLogitsProcessor: "scores",
+    hf.InfNanRemoveLogitsProcessor: "scores",
+    hf.LogitNormalization: "scores",
+    # A row's own tokens, never its padding.
+    hf.RepetitionPenaltyLogitsProcessor: "tokens",
+    hf.NoRepeatNGramLogitsProcessor: "tokens",
+    hf.SequenceBiasLogitsProcessor: "tokens",
+    hf.NoBadWordsLogitsProcessor: "tokens",
+    hf.WatermarkLogitsProcessor: "tokens",
+    hf.MinLengthLogitsProcessor: "tokens",
+    hf.ForcedBOSTokenLogitsProcessor: "tokens",
+    # How many tokens there are since the end of the padded prompts, whose length they were given.
+    hf.MinNewTokensLengthLogitsProcessor: "length",
+    hf.ForcedEOSTokenLogitsProcessor: "length",
+    hf.ExponentialDecayLengthPenalty: "length",
+    hf.SuppressTokensAtBeginLogitsProcessor: "length",
+}
+# Known not to follow a tree, by the setting that makes them.
+REFUSED: dict[type, str] = {
+    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    hf.ClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    hf.SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
+    hf.PrefixConstrainedLogitsProcessor: "prefix_allowed_tokens_fn",
+    hf.EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
+    hf.EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty",
+}
 
 
-def processors_for(
-    backbone: PreTrainedModel,
-    changes: dict[str, Any],
-    prompt_length: int,
-    given: LogitsProcessorList | None,
-    device: torch.device,
+def classify(
+    processors: Sequence[LogitsProcessor],
+    prompts: Tensor,  # (B, P) long, left-padded
+    pads: Sequence[int],  # per row, of its slots
+    vocab_size: int,
+    unseen: int = 0,  # slots before the prompts that stand for no token
+    min_length_counts_padding: bool = False,  # made of min_new_tokens and the padded length
 ) -> Processors:
-    """The processors transformers' `generate` would apply, by the generation config and what the call changes in it.
+    """Mark each processor by what it looks at.
 
-    One departure: a top-k of 50 that nobody asked for is not applied.
+    Raises:
+        InvalidInput: one that is not a function of a path's tokens and scores alone, by name.
     """
-    config = copy.deepcopy(backbone.generation_config)
-    config.update(**{name: value for name, value in changes.items() if value is not None})
-    backbone._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=device)
-    return classify(
-        backbone._get_logits_processor(
-            config, input_ids_seq_length=prompt_length, logits_processor=LogitsProcessorList(given or []), device=device
-        )
+    steps: list[tuple[LogitsProcessor, Reads]] = []
+    for processor in processors:
+        kind = type(processor)
+        for refused, setting in REFUSED.items():
+            if isinstance(processor, refused):
+                raise InvalidInput(
+                    f"{kind.__name__} ({setting}) keeps state between calls or counts rows, and cannot follow a tree of "
+                    f"candidates; leave {setting} out"
+                )
+        if kind not in READS:
+            check_follows_paths(processor, prompts[0, max(0, pads[0] - unseen) :], vocab_size)
+        reads = READS.get(kind, "tokens")
+        if kind is hf.RepetitionPenaltyLogitsProcessor:
+            processor, reads = _without_its_padding(processor, pads, unseen)
+        elif kind is hf.MinLengthLogitsProcessor and min_length_counts_padding:
+            reads = "length"
+        steps.append((processor, reads))
+    return Processors(tuple(steps))
+
+
+def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tuple[LogitsProcessor, Reads]:
+    """The repetition penalty for rows that come without their padding, which transformers has it ignore by itself."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if ignored is None:
+        return processor, "tokens"
+    if isinstance(ignored, Tensor) and ignored.flatten().tolist() == list(pads):
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = None
+        return processor, "tokens"
+    if isinstance(ignored, int) and ignored >= max(pads) - unseen:
+        return processor, "length"  # it counts the padding with the prompt that it ignores
+    raise InvalidInput(
+        f"RepetitionPenaltyLogitsProcessor has prompt_ignore_length {ignored}, the rows have {list(pads)} tokens of padding; "
+        "pass one number, of at least the padding"
     )
 
 
@@ -71,7 +110,7 @@ def check_sampling(**settings: float | None) -> None:
     """Refuse settings that make no sense, by name; None is not set."""
     ranges = {
         "temperature": (lambda v: v > 0, "more than 0; for greedy decoding pass do_sample=False"),
-        "top_k": (lambda v: v >= 0 and v == int(v), "an integer of at least 0, where 0 is off"),
+        "top_k": (lambda v: integer("top_k", v) >= 0, "an integer of at least 0, where 0 is off"),
         "top_p": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "min_p": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
         "repetition_penalty": (lambda v: v > 0, "more than 0"),
@@ -82,14 +121,110 @@ def check_sampling(**settings: float | None) -> None:
             raise InvalidInput(f"{name} is {value}, wanted {wanted}")
 
 
-def classify(processors: list) -> Processors:
-    """Mark each processor by what it looks at; refuse those that cannot follow a tree."""
-    steps: list[tuple[Any, Reads]] = []
-    for processor in processors:
-        if isinstance(processor, REFUSED):
-            name = type(processor).__name__
-            raise InvalidInput(f"{name} keeps state between calls or counts rows, and cannot follow a tree of candidates")
-        reads: Reads = "length" if isinstance(processor, LENGTH_BASED) else "tokens"
-        # The very class: a subclass may look at more.
-        steps.append((processor, "scores" if type(processor) in CONTEXT_FREE else reads))
-    return Processors(tuple(steps))
+def check_follows_paths(
+    processor: Any,
+    prompt: Tensor,  # (n,) long
+    vocab_size: int,
+) -> None:
+    """Call a processor that nobody knows as a tree would, on copies, and see whether it minds.
+
+    It may look at the tokens of a path and at the scores after it, and at nothing else: not at how often it was called, for
+    which paths before, or in which row. So two copies see three paths in different orders, alone and as rows of a batch.
+    Their scores must be the same, and so must they be afterwards: what differs by then is state.
+
+    Raises:
+        InvalidInput: it is not so, or it cannot be called or copied.
+    """
+    name = getattr(processor, "__name__", type(processor).__name__)
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d = torch.randint(vocab_size, (4,), generator=generator).to(prompt.device).split(1)
+    paths = {"short": torch.cat([prompt, a]), "long": torch.cat([prompt, a, b]), "other": torch.cat([prompt, c, d])}
+    scores = {path: torch.randn(vocab_size, generator=generator).to(prompt.device) for path in paths}
+
+    def scored(process: Any, *names: str) -> list[tuple[str, Tensor]]:
+        ids, given = torch.stack([paths[path] for path in names]), torch.stack([scores[path] for path in names])
+        output = process(ids.clone(), given.clone())
+        if not isinstance(output, Tensor) or output.shape != given.shape:
+            raise ValueError(f"it gives {getattr(output, 'shape', type(output).__name__)} for scores of {tuple(given.shape)}")
+        return list(zip(names, output, strict=True))
+
+    try:
+        one, two = _copy(processor), _copy(processor)
+        if one is two and not isinstance(processor, FunctionType):
+            raise ValueError("it gives itself for a copy")
+        before = copy.deepcopy(_shared(processor))
+        answers = [answer for path in ("short", "long", "long", "other") for answer in scored(one, path)]
+        answers += scored(one, "long", "other") + scored(two, "other", "long")
+        answers += [answer for path in ("other", "long", "short") for answer in scored(two, path)]
+        same = _same(one, two) and _same(before, _shared(processor))
+    except Exception as error:  # someone else's code: it may raise anything
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InvalidInput(
+            f"{name} cannot be called on copies for the paths of a tree, in any order and several at once: {reason}"
+        ) from error
+    first = dict(reversed(answers))
+    if not all(torch.allclose(output, first[path], rtol=1e-4, atol=1e-5, equal_nan=True) for path, output in answers):
+        raise InvalidInput(
+            f"{name} scores a path by the calls before it or by its row in the batch, and cannot follow a tree of candidates; "
+            "leave it out, or make it a function of the ids and scores that it gets"
+        )
+    if not same:
+        raise InvalidInput(
+            f"{name} keeps state from call to call, and cannot follow a tree of candidates; leave it out, or make it a "
+            "function of the ids and scores that it gets"
+        )
+
+
+def _is_constant(value: Any) -> bool:
+    """Models and tokenizers are no state, and too large to copy; functions are looked into."""
+    return isinstance(value, torch.nn.Module | PreTrainedTokenizerBase)
+
+
+def _attributes(processor: Any) -> list[Any]:
+    return list(getattr(processor, "__dict__", {}).values())
+
+
+def _copy(processor: Any) -> Any:
+    """A copy with a state of its own."""
+    return copy.deepcopy(processor, {id(value): value for value in _attributes(processor) if _is_constant(value)})
+
+
+def _shared(processor: Any) -> list[Any]:
+    """What copies share and calls may change: the variables of the functions in it, and those of its class."""
+    variables: list[Any] = []
+    for part in (processor, getattr(processor, "func", None), *_attributes(processor)):
+        if isinstance(part, FunctionType):
+            cells = [cell.cell_contents for cell in part.__closure__ or ()]
+            variables += [*cells, part.__dict__, part.__defaults__, part.__kwdefaults__]
+    data = int | float | str | list | dict | set | Tensor
+    for cls in type(processor).__mro__:
+        variables += [value for name, value in vars(cls).items() if isinstance(value, data) and not name.startswith("__")]
+    return [value for value in variables if not _is_constant(value)]
+
+
+def _same(one: Any, two: Any, seen: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Whether two objects hold the same, all the way down."""
+    if one is two or (id(one), id(two)) in seen:
+        return True
+    if type(one) is not type(two):
+        return False
+    seen |= {(id(one), id(two))}
+    if isinstance(one, Tensor):
+        return one.shape == two.shape and one.dtype == two.dtype and torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, two)
+    if isinstance(one, torch.Generator):
+        return torch.equal(one.get_state(), two.get_state())
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key], seen) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(_same(a, b, seen) for a, b in zip(one, two, strict=True))
+    if one is None or isinstance(one, int | float | complex | str | bytes | set | frozenset | type):
+        return bool(one == two)
+    # Anything else by what it would be pickled as.
+    return _same(_parts(one), _parts(two), seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    reduced = value.__reduce_ex__(4)
+    return [list(part) if isinstance(part, Iterator) else part for part in reduced] if isinstance(reduced, tuple) else [reduced]

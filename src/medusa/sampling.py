@@ -21,6 +21,7 @@ class Processors:
     """Logits processors in order, each with what it looks at besides the scores."""
 
     steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
+    unseen: int = 0  # slots at the left of the prefixes that stand for no token (soft prompts), shown to none
 
     def __bool__(self) -> bool:
         return bool(self.steps)
@@ -39,6 +40,8 @@ class Processors:
     ) -> Tensor:  # (B, N, V) float32
         """Scores of every node, each processor having seen the prefix of that node's own path."""
         scores = logits.float()
+        prefixes = [prefix if prefix is None else prefix[self.unseen :] for prefix in prefixes]
+        pads = [max(0, pad - self.unseen) for pad in pads]
         for process, reads in self.steps:
             if reads == "scores":
                 flat = scores.flatten(0, 1)
@@ -83,19 +86,18 @@ def levels_of(tree: TreeTensors) -> list[Levels]:
     ]
 
 
-def uniforms(seed: int, rows: int, length: int, device: torch.device) -> Tensor:
-    """(rows, length) float64 in [0, 1): row b is its own stream (seed, b), the same on every device and in any batch."""
-    table = torch.stack(
-        [torch.rand(length, generator=torch.Generator().manual_seed(_mix(seed, b)), dtype=torch.float64) for b in range(rows)]
-    )
+def uniforms(streams: Sequence[tuple[int, int]], length: int, device: torch.device) -> Tensor:
+    """(rows, length) float64 in [0, 1): each row its own stream (seed, number), the same on every device and in any batch."""
+    generators = [torch.Generator().manual_seed(_mix(seed, number)) for seed, number in streams]
+    table = torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
     return table.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-def _mix(seed: int, row: int) -> int:
-    """A 63-bit generator seed from (seed, row), by two rounds of splitmix64, so that near seeds share no stream."""
+def _mix(seed: int, number: int) -> int:
+    """A 63-bit generator seed from (seed, number), by two rounds of splitmix64, so that near seeds share no stream."""
     mask = (1 << 64) - 1
     state = seed & mask
-    for word in (0, row):
+    for word in (0, number):
         state = (state ^ word) + 0x9E3779B97F4A7C15 & mask
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask

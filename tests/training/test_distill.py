@@ -82,15 +82,20 @@ def test_greedy_answers_are_the_models_own_turn_by_turn(tmp_path, model, tokeniz
 
 
 def ends_after(length: int, tokenizer):
-    """A generate function of answers that end by themselves."""
+    """What decodes, with answers that end by themselves."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return lambda prompts: [[*tokenizer("ok" + " ok" * (len(p) % length))["input_ids"], end] for p in prompts]
+
+    def answers(take):
+        while request := take():
+            yield request.tag, [*tokenizer("ok" + " ok" * (len(request.ids) % length))["input_ids"], end]
+
+    return answers
 
 
 def test_replayed_conversations_have_every_turn_and_self_talk_its_rounds(tmp_path, model, tokenizer, monkeypatch):
     for self_talk, wanted in ((0, ["system", "user", "assistant", "user", "assistant"]), (2, None)):
-        answerer = ModelAnswerer(model, tokenizer, Distillation(self_talk=self_talk, batch_size=2))
-        monkeypatch.setattr(answerer, "_generate", ends_after(3, tokenizer))
+        answerer = ModelAnswerer(model, tokenizer, Distillation(self_talk=self_talk, batch_size=2, max_new_tokens=32))
+        monkeypatch.setattr(answerer, "_answers", ends_after(3, tokenizer))
         distill([Seed("a", (SYSTEM, HI, BYE))], answerer, Shards(tmp_path / str(self_talk)))
         (record,) = records(tmp_path / str(self_talk))
         roles = [message["role"] for message in record["messages"]]

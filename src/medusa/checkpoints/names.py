@@ -18,12 +18,14 @@ import re
 from dataclasses import dataclass
 
 WANTED = "0.0.linear.weight, medusa_head.0.0.linear.weight, medusa_heads.0.0.linear.weight or blocks.0.layers.0.weight"
-ONE_LM_HEAD, TOKEN_MAP = "lm_head.weight", "token_map"  # vLLM's: an LM head for all heads; a reduced vocabulary
+ONE_LM_HEAD = "lm_head.weight"  # vLLM's: an LM head for all heads
+TOKEN_MAP = "token_map"  # the tokens that heads score, where they are not all of the vocabulary; the name is vLLM's
 
 _IN_SEQUENCE = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
 _BLOCK = re.compile(r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
 _LM_HEAD = re.compile(r"(?:medusa_heads\.)?lm_heads\.(\d+)\.(weight|bias)")
 _PREFIXES = {"v0.1": "", "merged": "medusa_head.", "modelopt": "medusa_heads."}
+TOKEN_MAPS = tuple(prefix + TOKEN_MAP for prefix in _PREFIXES.values())
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def in_style(name: str, style: str) -> str:
     >>> in_style("2.0.linear.weight", "vllm"), in_style("2.1.weight", "vllm"), in_style("2.1.weight", "merged")
     ('blocks.2.layers.0.weight', 'lm_heads.2.weight', 'medusa_head.2.1.weight')
     """
-    if style != "vllm":
-        return _PREFIXES[style] + name
+    if style != "vllm" or name == TOKEN_MAP:
+        return _PREFIXES.get(style, "") + name
     head, place, *_, kind = name.split(".")
     return f"blocks.{head}.layers.{place}.{kind}" if ".linear." in name else f"lm_heads.{head}.{kind}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, WANTED, Part, belongs_to_heads, in_style, ours, parse
+from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, TOKEN_MAPS, WANTED, Part, belongs_to_heads, in_style, ours, parse
 from medusa.checkpoints.tensors import INDEX, read_tensors, tensor_names
 from medusa.config import CONFIG_FILE, HEADS_FILE, read_json_object
 from medusa.errors import CheckpointError
@@ -41,6 +41,7 @@ class Checkpoint:
     vocab_size: int | None  # None where the LM head is shared and nothing beside the file says
     shared_lm_head: bool
     lm_head_bias: bool
+    draft_vocabulary: int | None  # tokens that heads score, where they are not all of the vocabulary
     tied_blocks: bool  # the blocks of each head are one and the same: the old `[block] * L`
     base_model: str | None
     notes: tuple[str, ...]  # where config and file disagree, and what was made up
@@ -62,11 +63,19 @@ class Checkpoint:
             )
         with torch.device("meta"):
             heads = MedusaHeads(
-                self.hidden_size, vocab_size, self.num_heads, self.num_layers, self.shared_lm_head, self.lm_head_bias
+                self.hidden_size,
+                vocab_size,
+                self.num_heads,
+                self.num_layers,
+                self.shared_lm_head,
+                self.lm_head_bias,
+                self.draft_vocabulary,
             )
         # Of several dtypes the one that holds them all: nothing is rounded.
-        dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
-        heads.load_state_dict({name: tensor.to(dtype) for name, tensor in self.tensors.items()}, assign=True)
+        floats = [tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP]
+        dtype = dtype or functools.reduce(torch.promote_types, floats)
+        held = {name: tensor.to(torch.long if name == TOKEN_MAP else dtype) for name, tensor in self.tensors.items()}
+        heads.load_state_dict(held, assign=True)
         heads.config = dataclasses.replace(heads.config, base_model_name_or_path=self.base_model)
         return heads
 
@@ -96,7 +105,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         file = found
     # A model's own tensors beside the heads are its own affair.
     inside = any(map(belongs_to_heads, tensor_names(file)))
-    tensors = read_tensors(file, belongs_to_heads if inside else lambda name: name != TOKEN_MAP)
+    tensors = read_tensors(file, belongs_to_heads if inside else lambda name: True)
     # Often the backbone's own config, where heads lie beside it: only what the tensors do not say is taken from it.
     config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     return checkpoint_of(tensors, config, file)
@@ -134,6 +143,8 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
     Raises:
         CheckpointError: a tensor is unknown, missing or of another shape, or there are none.
     """
+    tensors = dict(tensors)
+    token_map = _token_map(tensors, source)
     parts = _parsed(tensors, source)
     style = next(iter(parts.values())).style
     num_heads, num_layers = _sizes(parts, source)
@@ -145,10 +156,24 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
     first = f"0.{num_layers}.weight" if own else "0.0.linear.weight"
     if first not in held or held[first].ndim != 2:
         raise CheckpointError(f"{source} has no matrix {in_style(first, style)}")
-    vocab_size, hidden_size = held[first].shape
+    rows, hidden_size = held[first].shape
+    if own and token_map is not None and int(token_map[-1]) + 1 == len(token_map) == rows:
+        token_map = None  # of all tokens
+    vocab_size = rows if own and token_map is None else _vocab_size(config)
+    draft = None
+    if token_map is not None:
+        if vocab_size is None:
+            raise CheckpointError(
+                f"{source} has a draft vocabulary and no {CONFIG_FILE} that gives vocab_size; copy it as well"
+            )
+        if not 0 <= int(token_map[0]) <= int(token_map[-1]) < vocab_size:
+            raise CheckpointError(f"{source}: {TOKEN_MAP} names tokens outside the vocabulary of {vocab_size}")
+        if len(token_map) < vocab_size:
+            held[TOKEN_MAP], draft = token_map, len(token_map)
     bias = any(part.layer is None and part.kind == "bias" for part in parts.values())
     with torch.device("meta"):
-        wanted = MedusaHeads(hidden_size, vocab_size, num_heads, num_layers, not own, bias).state_dict()
+        sizes = hidden_size, vocab_size or rows, num_heads, num_layers, not own, bias, draft
+        wanted = MedusaHeads(*sizes).state_dict()
     size = f"{num_heads} heads of {num_layers} layers"
     for name in sorted(wanted.keys() | held.keys()):
         if name not in held:
@@ -167,13 +192,25 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         num_heads=num_heads,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        vocab_size=vocab_size if own else _vocab_size(config),
+        vocab_size=vocab_size,
         shared_lm_head=not own,
+        draft_vocabulary=draft,
         lm_head_bias=bias,
         tied_blocks=num_layers > 1 and _tied(held, num_heads, num_layers),
         base_model=base_model if isinstance(base_model := config.get("base_model_name_or_path"), str) else None,
         notes=tuple(notes),
     )
+
+
+def _token_map(tensors: dict[str, Tensor], source: Path) -> Tensor | None:
+    """Take the tokens that heads score, rising, out of the tensors, where they are not all."""
+    name = next((name for name in tensors if name in TOKEN_MAPS), None)
+    if name is None:
+        return None
+    found = tensors.pop(name).long()
+    if found.ndim != 1 or len(found) == 0 or not bool((found.diff() > 0).all()):
+        raise CheckpointError(f"{source}: {name} is no list of rising token ids")
+    return found
 
 
 def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:

@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from medusa.checkpoints.names import TOKEN_MAPS
 from medusa.config import read_json_object
 from medusa.errors import CheckpointError, one_line
 
 INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64}  # of token ids
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -107,25 +109,28 @@ def _mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     with path.open("rb") as file:
         for name in filter(wanted, header):
-            dtype, (start, end) = header[name]["dtype"], header[name]["data_offsets"]
-            if dtype not in _DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} is {dtype}, wanted floats of 16 or more bits, not quantised ones")
+            start, end = header[name]["data_offsets"]
+            dtype = (_DTYPES | _INTEGERS if name in TOKEN_MAPS else _DTYPES).get(header[name]["dtype"])
+            if dtype is None:
+                kind = header[name]["dtype"]
+                raise CheckpointError(f"{path}: tensor {name} is {kind}, wanted floats of 16 or more bits, not quantised ones")
             skipped = (base + start) % mmap.ALLOCATIONGRANULARITY
             if start == end:
-                tensors[name] = torch.empty(header[name]["shape"], dtype=_DTYPES[dtype])
+                tensors[name] = torch.empty(header[name]["shape"], dtype=dtype)
                 continue
             pages = mmap.mmap(file.fileno(), end - start + skipped, access=mmap.ACCESS_COPY, offset=base + start - skipped)
             flat = torch.frombuffer(pages, dtype=torch.uint8, offset=skipped)
             # A copy where a narrower tensor before it leaves it unaligned.
-            flat = flat.clone() if skipped % _DTYPES[dtype].itemsize else flat
-            tensors[name] = flat.view(_DTYPES[dtype]).view(header[name]["shape"])
+            flat = flat.clone() if skipped % dtype.itemsize else flat
+            tensors[name] = flat.view(dtype).view(header[name]["shape"])
     return tensors
 
 
 def _pickled(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in _unpickled(path).items() if wanted(name)}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES.values():
+        floats = {*_DTYPES.values(), *(_INTEGERS.values() if name in TOKEN_MAPS else ())}
+        if not isinstance(tensor, Tensor) or tensor.dtype not in floats:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise CheckpointError(f"{path}: {name!r} is {kind}, wanted named tensors of floats of 16 or more bits")
     return tensors

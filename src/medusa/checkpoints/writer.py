@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medusa.checkpoints.names import ONE_LM_HEAD, belongs_to_heads, in_style
+from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, belongs_to_heads, in_style
 from medusa.checkpoints.reader import OLD_HEADS_FILE, SAFETENSORS, open_checkpoint
 from medusa.checkpoints.tensors import INDEX, tensor_names, tensor_sizes
 from medusa.config import CONFIG_FILE, HEADS_FILE, TREE_FILE, read_json_object
@@ -106,6 +106,12 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
     """The heads as the format has them: v0.1 with LM heads of their own, v2 with the backbone's."""
     if to == "v2" and heads.num_layers != 1:
         raise CheckpointError(f"v2 has one residual block a head, these have {heads.num_layers}; write another format")
+    if heads.config.medusa_draft_vocabulary is not None and to in ("v0.1", "v2", "vllm"):
+        if not heads.config.medusa_shared_lm_head:
+            raise CheckpointError(
+                f"{to} has no draft vocabulary, and these heads have LM heads of {heads.scored} tokens; write medusa or merged"
+            )
+        heads = _without_draft_vocabulary(heads)
     if not wants_lm_head(heads.config.medusa_shared_lm_head, to):
         if to in ("v0.1", "vllm") and heads.config.medusa_lm_head_bias:
             raise CheckpointError(f"{to} has no bias on LM heads, these have one; write medusa or merged")
@@ -131,6 +137,16 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
         fitted = MedusaHeads(config.hidden_size, config.vocab_size, len(heads), heads.num_layers, to == "v2")
     fitted.load_state_dict(held, assign=True)
     return fitted
+
+
+def _without_draft_vocabulary(heads: MedusaHeads) -> MedusaHeads:
+    """Heads that share the LM head and score all its tokens."""
+    config = heads.config
+    with torch.device("meta"):
+        whole = MedusaHeads(config.hidden_size, config.vocab_size, len(heads), heads.num_layers, True)
+    held = {name: tensor for name, tensor in heads.state_dict().items() if name != TOKEN_MAP}
+    whole.load_state_dict(held, assign=True)
+    return whole
 
 
 def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_head: nn.Module | None) -> None:

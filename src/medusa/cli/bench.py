@@ -53,6 +53,8 @@ def bench_command(
     ] = False,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -60,13 +62,15 @@ def bench_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Measure decoders on the same prompts, interleaved in one run. Killed, it goes on where it was."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     names = list(dict.fromkeys(decoder or DECODERS[:3]))
     _check(names, draft, gamma or [], rounds, max_new_tokens)
     prompts = measuring.prompts_of(model, prompts)
+    kinds = dict.fromkeys(acceptance or ["exact"])
+    thresholds = {"typical": (epsilon, delta), "exact": (0.09, 0.3) if "typical" in kinds else (epsilon, delta)}
     options = {
-        kind: common.sampling_options(temperature, None, None, None, None, kind, epsilon, delta, seed)
-        for kind in dict.fromkeys(acceptance or ["exact"])
+        kind: common.sampling_options(temperature, None, None, None, None, kind, *thresholds.get(kind, (epsilon, delta)), seed)
+        for kind in kinds
     }
     from medusa.evaluation.bench import Scorer, take
     from medusa.evaluation.decoders import MedusaDecoder

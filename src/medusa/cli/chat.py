@@ -27,12 +27,14 @@ def chat_command(
     seed: common.Seed = None,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
 ) -> None:
     """Talk to a model that has a chat template. /reset forgets the conversation, /quit or end of file leaves."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
@@ -61,7 +63,7 @@ def chat_command(
         detokenizer = Detokenizer(tokenizer, ids[0].tolist())
         answer, steps, count = "", 0, 0
         try:
-            for step in medusa.stream(ids, max_new_tokens=max_new_tokens, **options):
+            for step in medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options):
                 piece = detokenizer.put(step.tokens[0])
                 answer += piece
                 steps, count = steps + 1, count + len(step.tokens[0])

@@ -20,6 +20,10 @@ ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
 ]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file to take of a folder or hub id.")]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of the model's hub id; of others: ID@REVISION."),
+]
 HeadsOption = Annotated[
     str | None, typer.Option("--heads", help="Folder or hub id of the heads (default: the model's own folder).")
 ]
@@ -31,6 +35,15 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="bfloat16, floa
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, … (default: cuda where there is one).")]
 QuantizationOption = Annotated[
     str, typer.Option("--quantization", help="none, nf4 or int8: how the backbone's weights are held (bitsandbytes).")
+]
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="Take hub ids from the local cache and ask no network.",
+        callback=lambda offline: _go_offline(offline),
+        is_eager=True,
+    ),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
@@ -68,7 +81,9 @@ def sampling_options(
         raise InvalidInput(f"temperature is {temperature}, wanted 0 (greedy) or more")
     if acceptance == "typical" and not temperature:
         raise InvalidInput("typical acceptance needs a temperature: at 0 it is greedy decoding; pass --temperature 0.7, say")
+    sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     options: dict[str, Any] = {
+        "do_sample": bool(temperature),
         "repetition_penalty": repetition_penalty,
         "acceptance": acceptance,
         "epsilon": epsilon,
@@ -76,13 +91,33 @@ def sampling_options(
         "seed": seed,
     }
     if temperature:
-        options |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        return options | {"temperature": temperature, **sampling}
+    for name, value in sampling.items():
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise InvalidInput(f"--{flag} does nothing at temperature 0, which is greedy; pass --temperature 1, say")
     return options
 
 
-def with_file(model: str, gguf_file: str | None) -> str:
-    """The model's name with the GGUF file that is to be taken of it."""
+def with_file(model: str, gguf_file: str | None, revision: str | None = None) -> str:
+    """The model's name with the revision and the GGUF file that are to be taken of it."""
+    model = at(model, revision)
     return model if gguf_file is None else f"{model}/{gguf_file}"
+
+
+def at(name: str, revision: str | None) -> str:
+    """A hub id at a revision; what is here already has none, and an id that names its own keeps it."""
+    here = name in ("embedded", "smollm2") or Path(name).exists()
+    return name if revision is None or here or "@" in name else f"{name}@{revision}"
+
+
+def _go_offline(offline: bool) -> None:
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and handed on to worker processes
+        if "huggingface_hub" in sys.modules:
+            from huggingface_hub import constants
+
+            constants.HF_HUB_OFFLINE = True
 
 
 def dtype_named(name: str | None):

@@ -27,6 +27,8 @@ def convert_command(
         typer.Option("--push-to-hub", metavar="REPO", help="Then publish OUT as this repository, with a model card."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
@@ -37,7 +39,7 @@ def convert_command(
     common.quiet_transformers()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        written = convert(source, output, to, backbone, trust_remote_code=trust_remote_code)
+        written = convert(common.at(source, revision), output, to, backbone, trust_remote_code=trust_remote_code)
     for warning in caught:
         if warning.category is UserWarning:  # ours; libraries deprecate in other categories
             common.note(f"medusa: {warning.message}")

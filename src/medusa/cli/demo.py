@@ -25,6 +25,8 @@ def demo_command(
     max_new_tokens: common.MaxNewTokens = 192,
     prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts measured (with the embedded model).")] = 6,
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: Annotated[
@@ -38,7 +40,7 @@ def demo_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Show the same completion decoded plainly and with Medusa, and measure both against transformers' generate."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     if prompts < 1:
         raise InvalidInput(f"--prompts is {prompts}, wanted at least 1")
     own = prompt is not None or prompt_file is not None
@@ -112,7 +114,9 @@ def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tup
         start = time.perf_counter()
         steps = [
             (time.perf_counter() - start, step.tokens[0])
-            for step in model.stream(shown, max_new_tokens=max_new_tokens, tree=tree, compile=compile)
+            for step in model.stream(
+                shown, shown.new_ones(shown.shape), max_new_tokens=max_new_tokens, do_sample=False, tree=tree, compile=compile
+            )
         ]
         recorded[name] = _Recording(shown[0].tolist(), steps)
     generate, plain, medusa = (results[name] for name in decoders)

@@ -6,17 +6,25 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medusa.cli import common
 from medusa.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from medusa.model import MedusaModel
+
 
 def distill_command(
     model: common.ModelArgument,
-    data: Annotated[str, typer.Option("--data", help="Seed prompts: JSON, JSONL, Parquet, folder, or `datasets` id[:split].")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", help="Prompts: JSON, JSONL, Parquet, folder, or `datasets` id[:split]; `self`: the model writes them too."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSONL shards; a run there is gone on with.")],
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
@@ -32,11 +40,14 @@ def distill_command(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Of a plain text, before the model goes on.")] = 128,
     self_talk: Annotated[int, typer.Option("--self-talk", help="Further rounds in which the model asks itself.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Conversations at a time, or requests under way.")] = 16,
+    samples: Annotated[int, typer.Option("--samples", help="Number of conversations, with --data self.")] = 1000,
     limit: Annotated[int | None, typer.Option("--limit", help="Use the first so many seeds.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     ray: Annotated[int, typer.Option("--ray", help="Run on so many workers as a Ray Data job.")] = 0,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -44,34 +55,47 @@ def distill_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Answer seed prompts with the model itself, for `medusa train` (paper 2.3.2). Killed, it goes on where it was."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     common.quiet_transformers()
     from medusa.endpoint import Endpoint
     from medusa.samples import Skips
-    from medusa.training.distill import Distillation, EndpointAnswerer, ModelAnswerer, Shards, distill, read_seeds
+    from medusa.training.distill import Answerer, Distillation, EndpointAnswerer, ModelAnswerer, Shards, distill, read_seeds
+    from medusa.training.questions import write_questions
 
     options = Distillation(temperature, top_p, max_new_tokens, prompt_tokens, self_talk, batch_size, compile, seed)
-    skips = Skips()
-    seeds = read_seeds(data, skips)[:limit]
-    if skips:
-        common.note(f"skipped {skips}")
     made_by = {"model": model, "heads": heads, "endpoint": endpoint, **dataclasses.asdict(options)}
     for name in ("batch_size", "compile"):  # of how, not of what
         del made_by[name]
-    shards = Shards(output, made_by)
 
-    def answerer():
+    def loaded() -> tuple[MedusaModel, Any]:
+        medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
+        return medusa, common.load_tokenizer(model, trust_remote_code)
+
+    def answerer() -> Answerer:
         if endpoint is not None:
             return EndpointAnswerer(Endpoint(endpoint, model, os.environ.get(api_key_env)), options)
-        medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
-        return ModelAnswerer(medusa, common.load_tokenizer(model, trust_remote_code), options)
+        return ModelAnswerer(*loaded(), options)
 
-    if ray:
-        from medusa.training.ray import RayAnswerer
-
-        done = distill(seeds, RayAnswerer(answerer, ray, batch_size), shards)
+    skips = Skips()
+    if data == "self":
+        if endpoint is not None or ray:
+            raise InvalidInput("--data self runs here, on one machine; drop --endpoint and --ray")
+        made = ModelAnswerer(*loaded(), options)
+        shards = Shards(output, made_by)
+        questions = write_questions(made.model, made.tokenizer, output, samples, batch_size, seed, compile)
+        seeds = read_seeds(questions, skips)[:samples]
+        done = distill(seeds, made, shards)
     else:
-        done = distill(seeds, answerer(), shards)
+        seeds = read_seeds(data, skips)[:limit]
+        shards = Shards(output, made_by)
+        if ray:
+            from medusa.training.ray import RayAnswerer
+
+            done = distill(seeds, RayAnswerer(answerer, ray, batch_size), shards)
+        else:
+            done = distill(seeds, answerer(), shards)
+    if skips:
+        common.note(f"skipped {skips}")
     for reason, number in done.failed.most_common():
         common.note(f"{number} samples failed: {reason}")
     if as_json:

@@ -60,6 +60,8 @@ def experiment_command(
     max_new_tokens: common.MaxNewTokens = 128,
     rounds: measuring.RoundsOption = 1,
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -70,7 +72,7 @@ def experiment_command(
 
     Killed, it goes on where it was.
     """
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     from medusa.evaluation.bench import Scorer
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells

@@ -32,6 +32,8 @@ def generate_command(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be given several times.")] = None,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -39,7 +41,7 @@ def generate_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Continue a prompt; text is streamed to stdout, figures go to stderr."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     text = common.read_prompt(prompt, prompt_file)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
@@ -54,7 +56,13 @@ def generate_command(
     finish_reason = None
     start = time.perf_counter()
     steps = medusa.stream(
-        ids, max_new_tokens=max_new_tokens, stop_strings=stop, tokenizer=tokenizer, compile=compile, **options
+        ids,
+        ids.new_ones(ids.shape),  # a prompt on its own has no padding, whatever ids are in it
+        max_new_tokens=max_new_tokens,
+        stop_strings=stop,
+        tokenizer=tokenizer,
+        compile=compile,
+        **options,
     )
     for step in steps:
         tokens += step.tokens[0]

@@ -14,6 +14,8 @@ from medusa.cli.tree import figures, show_tree
 
 def inspect_command(
     path: Annotated[str, typer.Argument(help="A folder, file or hub id with heads of any format, a tree file, or `embedded`.")],
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Say what is there: heads, their format, sizes and parameters, and the tree."""
@@ -27,7 +29,7 @@ def inspect_command(
     if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
         tree: Tree | None = load_tree(file)
     else:
-        source = file if file.is_file() else find_heads(path)
+        source = file if file.is_file() else find_heads(common.at(path, revision))
         found = open_checkpoint(source)
         record["heads"] = {
             "format": found.format,

@@ -61,10 +61,12 @@ def simulate_command(
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Predict step time and speedup from the model's operators and the hardware (paper G)."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if measure + validate + roofline + (paper_table is not None) > 1:

@@ -54,7 +54,12 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 def train_command(
     options: dict[str, Any],
     model: common.ModelArgument,
-    data: Annotated[str, typer.Option("--data", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split].")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; may be given several times."
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for all that comes of it.")] = None,
     method: Annotated[str, typer.Option("--method", help=METHOD_HELP)] = "medusa-1",
     config: Annotated[Path | None, typer.Option("--config", help="YAML of the options below; flags win over it.")] = None,
@@ -70,13 +75,15 @@ def train_command(
         int, typer.Option("--preview", min=0, help="Show this many samples, what is learnt coloured; no training.")
     ] = 0,
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Train Medusa heads, and with medusa-2 the backbone too (paper 2.2). Runs under `accelerate launch` as well."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     if output is None and not preview:
         raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
     settings = (read_options(config) if config else {}) | options
@@ -139,7 +146,7 @@ def _describe(rows: Any, length: int) -> None:
         common.note(f"skipped {rows.skips}")
 
 
-def _preview(data: str, tokenizer: Any, recipe: TrainingConfig, count: int, length: int, vocab_size: int) -> None:
+def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int, length: int, vocab_size: int) -> None:
     """Samples as the model will see them: what is learnt in colour, the rest dim."""
     from itertools import islice
 

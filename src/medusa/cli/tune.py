@@ -61,6 +61,8 @@ def tune_command(
     rounds: Annotated[int, typer.Option("--rounds", help="Times that each tree's steps are timed, in turn.")] = 5,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
+    revision: common.RevisionOption = None,
+    offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
     compile: common.CompileOption = False,
@@ -69,7 +71,7 @@ def tune_command(
 ) -> None:
     """Record what the backbone says and its heads guess, replay trees of all kinds and sizes on it, time their steps here, and
     choose the one with the most tokens a second; plain decoding where none pays (paper 2.3.3, 2.2.3)."""
-    model = common.with_file(model, gguf_file)
+    model = common.with_file(model, gguf_file, revision)
     from medusa.tuning.tune import KINDS, SIZES, copied_nodes, room_to_time
 
     sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:3]), batch or [1]

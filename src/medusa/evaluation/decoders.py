@@ -66,12 +66,12 @@ class MedusaDecoder:
 
     def __init__(self, model: MedusaModel, max_new_tokens: int, tree: Any = None, **options: Any):
         self._model, self._prepared = model, set[tuple[int, ...]]()
-        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree, **options}
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tree": tree, "do_sample": False, **options}
 
     def prepare(self, ids: Tensor) -> None:
         if self._options.get("compile") and tuple(ids.shape) not in self._prepared:
             self._prepared.add(tuple(ids.shape))
-            steps = self._model.stream(ids, **self._options)
+            steps = self._model.stream(ids, torch.ones_like(ids), **self._options)
             for _ in zip(range(3), steps):  # the first compiles; on a GPU the second records
                 pass
 
@@ -80,7 +80,7 @@ class MedusaDecoder:
         lengths: list[list[int]] = [[] for _ in ids]
         steps, first_seconds, prefill_seconds = 0, 0.0, 0.0
         start = time.perf_counter()
-        for step in self._model.stream(ids, **self._options):
+        for step in self._model.stream(ids, torch.ones_like(ids), **self._options):
             if steps == 0:
                 first_seconds, prefill_seconds = time.perf_counter() - start, step.prefill_seconds
             steps += 1

@@ -63,8 +63,9 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        source = local_model(name) or Source(Path(name))
-        where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
+        repository, _, revision = name.partition("@")
+        source = local_model(name) or Source(Path(repository))
+        where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {"revision": revision or None}
         raw, _ = PreTrainedConfig.get_config_dict(source.folder, **where)
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # config classes, the hub and remote code raise whatever comes

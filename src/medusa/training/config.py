@@ -31,6 +31,7 @@ class TrainingConfig:
     num_heads: int = _option(5, "K")
     num_layers: int = _option(1, "residual blocks per head")
     shared_lm_head: bool = _option(False, "train the residual blocks alone, predict through the backbone's LM head")
+    draft_vocabulary: str = _option("all", "tokens that heads score: a number, or auto, the fewest that are 99 % of the text")
     # Their loss, Eq. 1.
     lambda_base: float = _option(0.8, "lambda_k = lambda_base ** k")
     targets: Literal["soft", "hard"] = _option("soft", "the backbone's distribution at t + k, or the token of the text")
@@ -81,6 +82,10 @@ class TrainingConfig:
         for name in ("seed", "num_layers", "lambda_0", "lambda_base", "warmup_steps", "weight_decay", "eval_steps"):
             if not getattr(self, name) >= 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+        if self.draft_vocabulary not in ("all", "auto") and not (
+            self.draft_vocabulary.isdecimal() and int(self.draft_vocabulary) > 0
+        ):
+            raise InvalidInput(f"draft_vocabulary is {self.draft_vocabulary!r}, wanted all, auto or a number of tokens")
         if self.loss_chunk < 0:
             raise InvalidInput(f"loss_chunk is {self.loss_chunk}, wanted at least 0")
         for name in ("max_steps", "heads_steps"):

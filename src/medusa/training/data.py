@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ class Rows:
 
 
 def load_rows(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     tokenizer: Any,
     max_length: int,
     vocab_size: int,
     packing: bool = False,
     progress: bool = False,
 ) -> Rows:
-    """Every usable sample of a data set as rows of at most `max_length` tokens.
+    """Every usable sample of one or several data sets as rows of at most `max_length` tokens.
 
     Plain text is cut into several rows; a conversation or a prompt with its completion that is longer is cut at the end.
 
@@ -88,7 +89,8 @@ def load_rows(
         InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or nothing to learn at all.
     """
     skips = Skips()
-    samples: Iterable[Sample] = read_samples(source, skips)
+    sources = [source] if isinstance(source, str | Path) else source
+    samples: Iterable[Sample] = chain.from_iterable(read_samples(one, skips) for one in sources)
     if progress:
         from tqdm.auto import tqdm
 
@@ -111,7 +113,7 @@ def load_rows(
         rows += kept
         shortened += cut < len(ids) and bool(kept)
     if not rows:
-        raise InvalidInput(f"{source} holds nothing to learn: {skips}")
+        raise InvalidInput(f"{', '.join(map(str, sources))}: nothing to learn there: {skips}")
     return Rows(pack(rows, max_length) if packing else rows, skips, shortened)
 
 
@@ -176,6 +178,28 @@ def pack(rows: list[Row], max_length: int) -> list[Row]:
         )
         for parts in bins
     ]
+
+
+COVERED = 0.99  # of the tokens to be learnt that a draft vocabulary chosen by itself has
+
+
+def draft_vocabulary(rows: Rows, wanted: str, vocab_size: int) -> Tensor | None:  # (V',) long, rising
+    """The tokens that heads are to score: the commonest of those to be learnt, as many as are wanted.
+
+    Args:
+        wanted: a number, `auto` for the fewest that make up 99 % of the text, or `all`, for which there is no list.
+    """
+    if wanted == "all":
+        return None
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for row in rows:
+        counts += torch.bincount(row.ids[row.spoken].long(), minlength=vocab_size)
+    order = counts.argsort(descending=True, stable=True)
+    if wanted == "auto":
+        number = int((counts[order].cumsum(0) < COVERED * counts.sum()).sum()) + 1
+    else:
+        number = min(int(wanted), vocab_size)
+    return order[:number].sort().values
 
 
 def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from tqdm.auto import tqdm
 
 from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
+from medusa.pool import Request, decode_queue
+from medusa.preparation import options_of_rows
 from medusa.records import append_line, claim, hold, read_lines
 from medusa.samples import Message, Skips, read_samples
 from medusa.training.templates import end_of_turn, ends_users_turns, opening
@@ -57,6 +58,8 @@ class Distillation:
         for name in ("temperature", "self_talk", "seed"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+        if self.top_p is not None and not self.temperature:
+            raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 
 
 class Answerer(Protocol):
@@ -132,7 +135,7 @@ def distill(seeds: Sequence[Seed], answerer: Answerer, shards: Shards) -> Distil
     left = [seed for seed in seeds if seed.id not in shards.done]
     already, made, tokens, failed = len(seeds) - len(left), 0, 0, Counter[str]()
     start = time.perf_counter()
-    with tqdm(total=len(seeds), initial=already, desc="Distilling", unit=" samples") as bar:
+    with tqdm(total=len(seeds), initial=already, desc="Distilling", unit=" samples", dynamic_ncols=True) as bar:
         for seed, outcome, new in answerer(left):
             tokens += new
             if isinstance(outcome, str):
@@ -146,7 +149,11 @@ def distill(seeds: Sequence[Seed], answerer: Answerer, shards: Shards) -> Distil
 
 
 class ModelAnswerer:
-    """Answers with our own engine, a batch of conversations at a time, with Medusa heads where the model has some."""
+    """Answers with our own engine, so many rows at a time, with Medusa heads where the model has some.
+
+    A row whose answer ends is given the next prompt at once. An answer depends on the options and on the seed it answers, not
+    on the rows beside it.
+    """
 
     def __init__(self, model: MedusaModel, tokenizer: Any, options: Distillation):
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -157,83 +164,71 @@ class ModelAnswerer:
                 raise InvalidInput("--self-talk needs a chat template that ends the user's turns with a special token")
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        seeds = sorted(seeds, key=lambda seed: len(seed.turns))  # conversations of as many turns end together
-        for start in range(0, len(seeds), self.options.batch_size):
-            batch = seeds[start : start + self.options.batch_size]
-            spoken = [seed for seed in batch if seed.turns]
-            if spoken:
-                yield from self._converse(spoken)
-            if plain := [seed for seed in batch if not seed.turns]:
-                yield from self._continue(plain)
+        fresh = (_Talk(seed, self.options.self_talk) if seed.turns else _Text(seed) for seed in seeds)
+        going_on: deque[_Talk | _Text] = deque()  # with a turn said and another to say
+        over: list[_Talk | _Text] = []
 
-    def _continue(self, seeds: list[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        """Plain text and the model's continuation of it, as token ids: decoded and encoded again they might differ."""
-        prompts = [self.tokenizer(seed.text, verbose=False)["input_ids"] for seed in seeds]
-        prompts = [p if seed.whole else p[: self.options.prompt_tokens] for seed, p in zip(seeds, prompts, strict=True)]
-        for seed, prompt, answer in zip(seeds, prompts, self._generate(prompts), strict=True):
-            if isinstance(answer, str):
-                yield seed, answer, 0
-            else:
-                yield seed, {"input_ids": prompt + answer, "prompt_tokens": len(prompt)}, len(answer)
-
-    def _converse(self, seeds: list[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        talks = [_Talk(seed, self.options.self_talk) for seed in seeds]
-        while active := [(talk, speaker) for talk in talks if (speaker := talk.next_speaker())]:
-            asked = [(talk, prompt) for talk, speaker in active if (prompt := self._prompt(talk, speaker)) is not None]
-            for (talk, _), answer in zip(asked, self._generate([prompt for _, prompt in asked]), strict=True):
-                talk.hear(answer if isinstance(answer, str) else None, *self._said(answer))
-        for talk in talks:
-            yield talk.seed, talk.outcome(), talk.tokens
-
-    def _prompt(self, talk: _Talk, speaker: str) -> list[int] | None:
-        """The ids up to where the speaker begins; none where the template refuses the conversation."""
-        try:
-            text = opening(self.tokenizer, talk.messages, speaker)
-        except InvalidInput as error:
-            talk.hear(str(error), "", 0, False)
+        def take() -> Request | None:
+            while job := going_on.popleft() if going_on else next(fresh, None):
+                if (prompt := self._prompt(job)) is not None:
+                    return Request(prompt, self._seed(job), job)
+                over.append(job)
             return None
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _said(self, answer: list[int] | str) -> tuple[str, int, bool]:
-        """Text, tokens, and whether the turn ended by itself."""
-        if isinstance(answer, str):
-            return "", 0, False
-        ended = bool(answer) and answer[-1] in self._ends
-        text = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
-        return text.strip(), len(answer), ended
+        for job, answer in self._answers(take):
+            text, ended = self._said(answer) if isinstance(job, _Talk) else ("", False)
+            job.hear_answer(answer, text, ended)
+            (over if job.next_speaker() is None else going_on).append(job)
+            yield from ((job.seed, job.outcome(), job.tokens) for job in over)
+            over.clear()
+        yield from ((job.seed, job.outcome(), job.tokens) for job in over)
 
-    def _generate(self, prompts: list[list[int]]) -> list[list[int] | str]:
-        """New tokens for each prompt, or why there are none."""
-        options = self.options
-        room = (self.model.context or 1 << 30) - options.max_new_tokens - len(self.model.tree)
-        short = [n for n, prompt in enumerate(prompts) if 0 < len(prompt) <= room]
-        results: list[list[int] | str] = [DOES_NOT_FIT] * len(prompts)
-        if not short:
-            return results
-        width = max(len(prompts[n]) for n in short)
-        ids, mask = torch.zeros(len(short), width, dtype=torch.long), torch.zeros(len(short), width, dtype=torch.long)
-        for row, n in enumerate(short):
-            ids[row, width - len(prompts[n]) :] = torch.tensor(prompts[n])
-            mask[row, width - len(prompts[n]) :] = 1
-        sampling: dict[str, Any] = {}
-        if options.temperature > 0:
-            # Each batch from a seed of its own, the same whenever the same prompts come together.
-            digest = hashlib.sha256(json.dumps([options.seed, prompts]).encode()).digest()
-            sampling = {"do_sample": True, "temperature": options.temperature, "seed": int.from_bytes(digest[:6], "big")}
-            if options.top_p is not None:
-                sampling["top_p"] = options.top_p
-        output: Any = self.model.generate(
-            ids,
-            attention_mask=mask,
+    def _answers(self, take: Callable[[], Request | None]) -> Iterator[tuple[Any, list[int]]]:
+        """Whoever asked, and the new tokens."""
+        model, options = self.model, self.options
+        sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
+        decoding = options_of_rows(
+            model,
+            "distill",
             max_new_tokens=options.max_new_tokens,
-            eos_token_id=sorted(self._ends) or None,
+            do_sample=bool(sampling),
+            eos_token_id=sorted(self._ends),
             compile=options.compile,
-            return_dict_in_generate=True,
             **sampling,
         )
-        for row, n in enumerate(short):
-            results[n] = output.sequences[row, width : width + sum(output.acceptance_lengths[row])].tolist()
-        return results
+        for finished in decode_queue(model, take, options.batch_size, model.tree, decoding):
+            yield finished.request.tag, finished.tokens
+
+    def _prompt(self, job: _Talk | _Text) -> list[int] | None:
+        """The ids up to where the model is to go on; none where they do not fit or the template refuses the conversation."""
+        if isinstance(job, _Text):
+            # Token ids: decoded and encoded again they might differ.
+            job.ids = list(self.tokenizer(job.seed.text, verbose=False)["input_ids"])
+            if not job.seed.whole:
+                job.ids = job.ids[: self.options.prompt_tokens]
+            ids = job.ids
+        else:
+            try:
+                text = opening(self.tokenizer, job.messages, job.next_speaker() or "")
+            except InvalidInput as error:
+                job.fail(str(error))
+                return None
+            ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        room = (self.model.context or 1 << 30) - self.options.max_new_tokens - len(self.model.tree)
+        if not 0 < len(ids) <= room:
+            job.fail(DOES_NOT_FIT)
+            return None
+        return ids
+
+    def _said(self, answer: list[int]) -> tuple[str, bool]:
+        """The text, and whether the turn ended by itself."""
+        ended = bool(answer) and answer[-1] in self._ends
+        return self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True).strip(), ended
+
+    def _seed(self, job: _Talk | _Text) -> int:
+        """Of a turn's draws: its own, and the same in every run."""
+        digest = hashlib.sha256(json.dumps([self.options.seed, job.seed.id, job.turns_said]).encode()).digest()
+        return int.from_bytes(digest[:6], "big")
 
 
 class EndpointAnswerer:
@@ -261,13 +256,39 @@ class EndpointAnswerer:
             except EndpointRefused:
                 raise  # the next would be refused as well
             except EndpointError as error:
-                talk.hear(str(error), "", 0, False)
+                talk.fail(str(error))
                 continue
             if answer.finished is None:
-                talk.hear(f"whose answer ended by {answer.ended_by!r}, neither by itself nor at the limit", "", 0, False)
+                talk.fail(f"whose answer ended by {answer.ended_by!r}, neither by itself nor at the limit of tokens")
             else:
-                talk.hear(None, answer.text.strip(), answer.completion_tokens, answer.finished)
+                talk.hear(answer.text.strip(), answer.completion_tokens, answer.finished)
         return seed, talk.outcome(), talk.tokens
+
+
+class _Text:
+    """A plain text and its continuation."""
+
+    turns_said = 0
+
+    def __init__(self, seed: Seed):
+        self.seed, self.tokens = seed, 0
+        self.ids: list[int] = []
+        self._answer: list[int] | None = None
+        self._failure = ""
+
+    def next_speaker(self) -> None:
+        return None  # it is continued once
+
+    def hear_answer(self, answer: list[int], text: str, ended: bool) -> None:
+        self._answer, self.tokens = answer, len(answer)
+
+    def fail(self, reason: str) -> None:
+        self._failure = reason
+
+    def outcome(self) -> dict[str, Any] | str:
+        if self._answer is None:
+            return self._failure
+        return {"input_ids": self.ids + self._answer, "prompt_tokens": len(self.ids)}
 
 
 class _Talk:
@@ -296,17 +317,23 @@ class _Talk:
             return "assistant"
         return "user" if self._rounds_left else None
 
-    def hear(self, failure: str | None, text: str, tokens: int, ended: bool) -> None:
+    @property
+    def turns_said(self) -> int:
+        return len(self.messages)
+
+    def fail(self, reason: str) -> None:
+        """The turn that `next_speaker` asked for cannot be had."""
+        if reason == DOES_NOT_FIT and any(message["role"] == "assistant" for message in self.messages):
+            self._over = True  # it outgrew the context: its whole rounds are good
+        else:
+            self._failure = reason
+
+    def hear(self, text: str, tokens: int, ended: bool) -> None:
         """Take in the turn that `next_speaker` asked for. A turn cut at the limit of tokens is the last."""
         speaker = self.next_speaker()
         self.tokens += tokens
-        if failure is None and not text and speaker == "assistant":
-            failure = "to which the model said nothing"
-        if failure == DOES_NOT_FIT and any(message["role"] == "assistant" for message in self.messages):
-            self._over = True  # it outgrew the context: its whole rounds are good
-            return
-        if failure is not None:
-            self._failure = failure
+        if not text and speaker == "assistant":
+            self._failure = "to which the model said nothing"
             return
         if speaker == "user":
             self._rounds_left -= 1
@@ -319,6 +346,9 @@ class _Talk:
                 self._over = self._cut = True
             else:
                 self._take_seed_turns()
+
+    def hear_answer(self, answer: list[int], text: str, ended: bool) -> None:
+        self.hear(text, len(answer), ended)
 
     def outcome(self) -> dict[str, Any] | str:
         """The record, or why there is none: of a conversation that failed nothing is kept."""

@@ -28,9 +28,9 @@ class Targets:
 
 
 def hard_targets(
-    labels: Tensor,  # (n,) long
+    labels: Tensor,  # (n,) long; negative where nothing can be said
 ) -> Targets:
-    return Targets(labels[:, None], torch.ones(len(labels), 1, device=labels.device))
+    return Targets(labels[:, None].clamp(min=0), (labels[:, None] >= 0).float())
 
 
 def _loss_and_gradients(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -135,7 +137,7 @@ class Objective(nn.Module):
             shift = k + 2
             counted = asked(labels, segments, shift)
             if soft is None:
-                targets = hard_targets(labels[:, shift:][counted])
+                targets = hard_targets(self.heads.places(labels[:, shift:][counted]))
             else:
                 at = place[:, k + 1 : k + 1 + counted.shape[1]][counted]
                 targets = Targets(soft.tokens[at], soft.weights[at])
@@ -146,8 +148,20 @@ class Objective(nn.Module):
         return torch.stack(losses)
 
     def _soft_targets(self, original: Tensor, distill: bool) -> Targets:
+        """What the backbone says, of the tokens that heads score."""
+        heads, model = self.heads, self._model[0]
+        logits_of: Callable[[Tensor], Tensor] = model.logits
+        if heads.config.medusa_draft_vocabulary is not None:
+            # The LM head's rows that heads share are all it takes, where they are a matrix of their own.
+            rows = heads.lm_head(0) if heads.config.medusa_shared_lm_head else None
+            if type(rows) is nn.Linear:
+                logits_of = functools.partial(model.logits, lm_head=rows)
+            else:
+                tokens = heads.token_map
+                logits_of = lambda states: model.logits(states).index_select(-1, tokens)  # noqa: E731
+
         with without_adapter(self.backbone) if distill else nullcontext():
-            return soft_targets(original, self._model[0].logits, self.recipe.soft_top, self.chunk)
+            return soft_targets(original, logits_of, self.recipe.soft_top, self.chunk)
 
     def _distillation(self, states: Tensor, original: Tensor) -> Tensor:
         """sum KL(p_original || p) over rows of hidden states (paper 2.3.2)."""

@@ -33,7 +33,7 @@ from medusa.quantization import make_differentiable
 from medusa.records import hold, make_folder, refuse_other
 from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
-from medusa.training.data import Rows, collate
+from medusa.training.data import Rows, collate, draft_vocabulary
 from medusa.training.hidden_states import keep
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
@@ -105,7 +105,7 @@ def _train(
         # Paper 2.3.2
         warnings.warn("the teacher is the quantised model; without quantization the result may be better", stacklevel=2)
     base_model = model.backbone.config._name_or_path or None
-    heads = _new_heads(model, config)
+    heads = _new_heads(model, config, rows)
     model = _trainable(model, config)
     heads.share(model.backbone.get_output_embeddings())  # with the adapter that it may have now
     objective = Objective(model, heads, config)
@@ -172,10 +172,13 @@ def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
     return dataclasses.replace(rows, rows=kept), Rows(held)
 
 
-def _new_heads(model: MedusaModel, config: TrainingConfig) -> MedusaHeads:
+def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> MedusaHeads:
     """Heads in float32, ready to be trained: those the model has, or new ones."""
     lm_head = model.backbone.get_output_embeddings()
-    heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head)
+    tokens = draft_vocabulary(rows, config.draft_vocabulary, model.vocab_size)
+    if model.heads is not None and model.heads.config.medusa_draft_vocabulary is not None:
+        tokens = model.heads.token_map  # those they know
+    heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head, tokens)
     if model.heads is not None:
         wanted = {name: tensor.shape for name, tensor in heads.state_dict().items()}
         if {name: tensor.shape for name, tensor in model.heads.state_dict().items()} != wanted:
@@ -253,7 +256,8 @@ def _save(output: Path, objective: Objective, trained: dict[str, Tensor], base_m
     """Heads, and the adapter or the backbone where it was trained, from tensors that are whole whatever was sharded."""
     backbone, config = objective.backbone, objective.recipe
     dtype = torch.float32 if config.backbone == "full" else objective.compute
-    heads = heads_from_tensors(_below("heads.", trained), objective.heads.config.to_dict(), "the trained heads", dtype)
+    tensors = _below("heads.", trained) | dict(objective.heads.named_buffers())
+    heads = heads_from_tensors(tensors, objective.heads.config.to_dict(), "the trained heads", dtype)
     if config.backbone == "full":
         # One folder of backbone and heads: what the heads are stands in the backbone's own config.
         for name, value in heads.config.to_dict().items():

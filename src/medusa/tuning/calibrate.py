@@ -150,7 +150,7 @@ def record(
     """
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
-    ranks = min(ranks, model.vocab_size)
+    ranks = min(ranks, model.scored)
     if folder is not None:
         told = [prompt.tolist() for prompt in prompts]
         made_with = {
@@ -188,7 +188,7 @@ def _record(
     model: MedusaModel, prompts: Sequence[Tensor], max_new_tokens: int, ranks: int, temperature: float, seed: int
 ) -> Iterator[Recorded]:
     assert model.heads is not None
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     width, beyond = max(map(len, prompts)), model.num_heads + 1
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -209,7 +209,7 @@ def _record(
         tokens, log_p = [], []
         for part in hidden.split(256):  # logits of a chunk at a time
             top = model.heads(part).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
-            tokens.append(top.indices.transpose(0, 1).int().cpu())
+            tokens.append(model.heads.tokens(top.indices).transpose(0, 1).int().cpu())
             log_p.append(top.values.transpose(0, 1).cpu())
         yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p))
 

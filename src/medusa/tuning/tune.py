@@ -136,7 +136,8 @@ def measure_steps(
             number = (turn + round_) % len(trees)
             taken: list[float] = []
             while len(taken) < steps:  # a tree that accepts much comes to the end of its stream before
-                stream = model.stream(prompts, max_new_tokens=limit, eos_token_id=[], tree=trees[number], **options)
+                greedy = {"do_sample": False, "eos_token_id": [], **options}
+                stream = model.stream(prompts, torch.ones_like(prompts), max_new_tokens=limit, tree=trees[number], **greedy)
                 run = [step.seconds for step in itertools.islice(stream, steps - len(taken) + 2)]
                 taken += run[1:-1]  # the first has the prefill, and the last of a stream may verify nothing
             if round_:

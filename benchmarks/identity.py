@@ -1,0 +1,96 @@
+"""Is greedy Medusa output the backbone's own? Compares it with transformers' generate, alone and in ragged batches.
+
+    python benchmarks/identity.py smollm2 --prompts mt_bench.jsonl alpaca_eval.json --limit 100 --dtype float32
+
+In float32 every answer should be the same. In bfloat16 a pass over many tokens rounds differently from a pass over one; at the
+first token that differs the gap between the backbone's two likeliest tokens is printed, in units of the logits' spread, beside
+the model's own noise there: the difference between its reading of the text in one pass and token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from medusa import MedusaModel
+from medusa.cli.common import dtype_named, quiet_transformers
+from medusa.evaluation.bench import Asking
+from medusa.evaluation.prompts import read_questions
+from medusa.hub import find_model
+from medusa.loading import load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--heads")
+    parser.add_argument("--prompts", nargs="+", required=True, help="files of prompts, in any format")
+    parser.add_argument("--limit", type=int, default=100, help="number of prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args()
+    quiet_transformers()
+    model = MedusaModel.from_pretrained(args.model, args.heads, dtype=dtype_named(args.dtype))
+    tokenizer = load_tokenizer(find_model(args.model))
+    asking = Asking(tokenizer, model.eos_token_ids)
+    questions = [question for file in args.prompts for question in read_questions(file)]
+    prompts = [asking.prompt(question, []) for question in questions][: args.limit]
+    eos = list(model.eos_token_ids)
+    own = []
+    for ids in tqdm(prompts, desc="transformers", dynamic_ncols=True):
+        out = model.backbone.generate(
+            torch.tensor([ids]), max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos[0]
+        )
+        own.append(out[0, len(ids) :].tolist())
+    record: dict = {"model": args.model, "dtype": args.dtype, "prompts": len(prompts), "same": {}, "differences": []}
+    for size in args.batch_sizes:
+        same = 0
+        for first in tqdm(range(0, len(prompts), size), desc=f"Medusa, {size} at a time", dynamic_ncols=True):
+            batch = prompts[first : first + size]
+            width = max(map(len, batch))
+            ids = torch.tensor([[eos[0]] * (width - len(prompt)) + prompt for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            out = model.generate(
+                ids,
+                mask,
+                max_new_tokens=args.max_new_tokens,
+                eos_token_id=eos,
+                compile=args.compile,
+                return_dict_in_generate=True,
+            )
+            for row, lengths in enumerate(out.acceptance_lengths):
+                got, wanted = out.sequences[row, width : width + sum(lengths)].tolist(), own[first + row]
+                same += got == wanted
+                if got != wanted:
+                    record["differences"].append({"batch": size, "prompt": first + row, **tie(model, batch[row], got, wanted)})
+        record["same"][str(size)] = same
+        print(f"{size} at a time: {same} of {len(prompts)} the same")
+    for found in record["differences"]:
+        where = f"batch {found['batch']}, prompt {found['prompt']}, token {found['at']}"
+        print(f"{where}: gap {found['gap']:.4f}, noise {found['noise']:.4f}")
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.inference_mode()
+def tie(model: MedusaModel, prompt: list[int], got: list[int], wanted: list[int]) -> dict[str, float]:
+    """Where two answers part: the gap between the two tokens, and the model's own noise, relative to the logits' spread."""
+    at = next((n for n, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)) - 1)
+    text = torch.tensor([prompt + wanted[:at]])
+    whole = model.backbone(text).logits[0, -1].float()
+    past = model.backbone(text[:, :-1], use_cache=True).past_key_values
+    alone = model.backbone(text[:, -1:], past_key_values=past).logits[0, -1].float()
+    spread = (whole - whole.mean()).std()
+    gap = (whole[got[at]] - whole[wanted[at]]).abs() / spread
+    return {"at": at, "gap": float(gap), "noise": float((whole - alone).abs().max() / spread)}
+
+
+if __name__ == "__main__":
+    main()

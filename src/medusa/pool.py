@@ -1,0 +1,87 @@
+"""The pool: rows that decode together, where a request that ends is replaced at once by the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from medusa.decoding import Decodable, DecodingOptions, DecodingState, admit, check_request, room, step, vacant
+from medusa.trees import Tree
+
+JOIN_SHARE = 16  # of this many rows one may wait for others to join with: a pass over several prompts costs little more
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be continued. Its output depends on its seed, never on the rows beside it."""
+
+    ids: list[int]
+    seed: int = 0
+    tag: Any = None  # whatever the caller knows it by
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of a request."""
+
+    request: Request
+    tokens: list[int]
+    finish_reason: str  # eos, stop or length
+
+
+def decode_queue(
+    model: Decodable,
+    take: Callable[[], Request | None],
+    rows: int,
+    tree: Tree,
+    options: DecodingOptions,
+) -> Iterator[Finished]:
+    """Decode requests, so many rows at a time, as `decode` would each of them alone with its seed.
+
+    Args:
+        take: the next request; None while there is none. It is asked again after every request that ends, which may have
+            brought others about, and when nothing is left to decode it is over.
+        rows: requests that decode at a time.
+
+    Raises:
+        InvalidInput, ContextOverflow, InvalidTree: a request cannot be decoded (see `decode`).
+    """
+    state: DecodingState | None = None
+    requests: list[Request | None] = [None] * rows
+    while True:
+        free = [row for row in range(rows) if requests[row] is None]
+        joining = {}
+        if len(free) * JOIN_SHARE >= rows:
+            for row in free:
+                if (request := take()) is None:
+                    break
+                requests[row] = joining[row] = request
+        if joining:
+            if state is None:
+                drafter = tree.for_batch(rows).drafter(model.device)
+                longest = max(len(request.ids) for request in joining.values())
+                state = vacant(model, rows, room(longest, drafter, options), drafter, options)
+            _join(model, state, joining, tree, options)
+        if state is None or state.finished:
+            return
+        step(model, state, options)
+        for row, request in enumerate(requests):
+            reason = state.finish_reasons[row]
+            if request is not None and reason is not None:
+                requests[row] = None
+                yield Finished(request, state.generated[row], reason)
+
+
+def _join(model: Decodable, state: DecodingState, joining: dict[int, Request], tree: Tree, options: DecodingOptions) -> None:
+    """Admit requests to rows, left-padded to the longest of them."""
+    width = max(len(request.ids) for request in joining.values())
+    ids = torch.zeros(len(joining), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, request in enumerate(joining.values()):
+        ids[place, width - len(request.ids) :] = torch.tensor(request.ids)
+        mask[place, width - len(request.ids) :] = 1
+    ids, checked = check_request(model, ids, mask, tree, options)
+    admit(model, state, list(joining), ids, checked, [(request.seed, 0) for request in joining.values()], options)

@@ -1,0 +1,126 @@
+"""Questions from nothing: the model writes the user's turns itself, after its own template's header (Magpie, 2406.08464)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medusa.errors import InvalidInput
+from medusa.model import MedusaModel
+from medusa.pool import Request, decode_queue
+from medusa.preparation import options_of_rows
+from medusa.records import Journal
+from medusa.training.templates import ends_users_turns, opening
+from medusa.tree import MedusaTree
+
+QUESTIONS = Path("self") / "questions.jsonl"  # within the folder of the samples
+LONGEST = 256  # tokens of a question
+LEAST_WORDS, MOST_CHARACTERS = 3, 1500
+LEAST_LETTERS = 0.7  # share of letters, digits and spaces
+LEAST_DISTINCT = 0.4  # share of distinct words, of questions long enough for it to tell
+SHINGLE = 5  # words
+MOST_SEEN = 0.4  # share of a question's runs of words that other questions have
+TEMPERATURE, MIN_P = 1.0, 0.05
+MOST_TRIES = 4  # times the questions wanted
+
+
+class Filter:
+    """Keeps questions worth answering: whole, of a sensible length, in words, and unlike those kept before."""
+
+    def __init__(self) -> None:
+        self.refused = Counter[str]()
+        self._seen: set[tuple[str, ...]] = set()
+
+    def takes(self, text: str) -> bool:
+        """Whether a question is kept; why not is counted."""
+        words = re.findall(r"\w+", text.lower())
+        if len(words) < LEAST_WORDS or len(text) > MOST_CHARACTERS:
+            return self._refuse("too short or too long")
+        letters = sum(character.isalnum() or character.isspace() for character in text)
+        if letters < LEAST_LETTERS * len(text) or "\ufffd" in text:
+            return self._refuse("not in words")
+        if len(words) >= 2 * SHINGLE and len(set(words)) < LEAST_DISTINCT * len(words):
+            return self._refuse("repeating itself")
+        size = min(SHINGLE, len(words))
+        shingles = {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+        if len(shingles & self._seen) > MOST_SEEN * len(shingles):
+            return self._refuse("much like another")
+        self._seen |= shingles
+        return True
+
+    def _refuse(self, reason: str) -> bool:
+        self.refused[reason] += 1
+        return False
+
+
+def write_questions(
+    model: MedusaModel, tokenizer: Any, folder: Path, count: int, rows: int, seed: int = 0, compiled: bool = False
+) -> Path:
+    """Have the model write the first turns of `count` conversations, and return their file; what is there already is kept.
+
+    If interrupted, the same call goes on: question n depends on the seed and on n alone, and the filter on the order.
+
+    Raises:
+        InvalidInput: the model has no chat template, or one that does not end the user's turns with a special token; or it
+            writes too few questions that pass the filter.
+    """
+    if not tokenizer.chat_template or not ends_users_turns(tokenizer):
+        raise InvalidInput("--data self needs a chat template that ends the user's turns with a special token")
+    prompt = list(tokenizer(opening(tokenizer, [], "user"), add_special_tokens=False)["input_ids"])
+    journal, keeps = Journal(folder / QUESTIONS, "question of a model"), Filter()
+    asked = 0
+    for record in journal.records.values():
+        asked = max(asked, record["number"] + 1)
+        keeps.takes(record["messages"][0]["content"])
+    if len(journal.records) >= count:
+        return journal.path
+
+    from tqdm.auto import tqdm
+
+    numbers = iter(range(asked, asked + MOST_TRIES * count))
+    with tqdm(
+        total=count, initial=len(journal.records), desc="Writing questions", unit=" questions", dynamic_ncols=True
+    ) as bar:
+        for number, text in _in_order(_written(model, tokenizer, prompt, numbers, rows, seed, compiled), asked):
+            if text is None:
+                keeps.refused["unfinished"] += 1
+            elif keeps.takes(text):
+                journal.add({"id": str(number), "number": number, "messages": [{"role": "user", "content": text}]})
+                bar.update()
+            bar.set_postfix(refused=keeps.refused.total(), refresh=False)
+            if len(journal.records) >= count:
+                return journal.path
+    reasons = "; ".join(f"{number} {reason}" for reason, number in keeps.refused.most_common())
+    raise InvalidInput(f"of {MOST_TRIES * count} questions {len(journal.records)} were kept, wanted {count}: {reasons}")
+
+
+def _written(
+    model: MedusaModel, tokenizer: Any, prompt: list[int], numbers: Iterator[int], rows: int, seed: int, compiled: bool
+) -> Iterator[tuple[int, str | None]]:
+    """Questions by their numbers as they come; None for one that did not end."""
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
+    options = options_of_rows(
+        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(model.eos_token_ids), compile=compiled, **sampling
+    )
+
+    def take() -> Request | None:
+        number = next(numbers, None)
+        return None if number is None else Request(prompt, seed * 1_000_003 + number, number)
+
+    for finished in decode_queue(model, take, rows, MedusaTree([]), options):
+        ended = finished.finish_reason == "eos"
+        text = tokenizer.decode(finished.tokens[:-1], skip_special_tokens=True).strip() if ended else None
+        yield finished.request.tag, text
+
+
+def _in_order(found: Iterator[tuple[int, str | None]], first: int) -> Iterator[tuple[int, str | None]]:
+    """The same by rising number, so that which of two alike is kept does not depend on which was done first."""
+    waiting: dict[int, str | None] = {}
+    for number, text in found:
+        waiting[number] = text
+        while first in waiting:
+            yield first, waiting.pop(first)
+            first += 1
