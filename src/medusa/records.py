@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from medusa.errors import InvalidInput
-from medusa.files import write_text
+from medusa.files import is_unicode, read_yaml, write_text
 
 
 def make_folder(folder: Path) -> None:
@@ -59,10 +59,10 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
     """
     made_by = json.loads(json.dumps(made_by))  # as it will be read again: tuples are lists
     make_folder(path.parent)
-    if not path.is_file():
+    if not path.exists():
         write_text(path, yaml.safe_dump(made_by, sort_keys=False))
         return
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = read_yaml(path, InvalidInput)
     refuse_other(path.parent, found if isinstance(found, dict) else {}, made_by)
 
 
@@ -84,22 +84,27 @@ def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
         what: the name of a record, for errors.
 
     Raises:
-        InvalidInput: a line is no record.
+        InvalidInput: a line is no record; the file is left as it is.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
     records = {}
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
             records[record["id"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InvalidInput(f"{path}:{number} is no {what}; give another folder") from None
+    if whole < len(content):
+        if not content.startswith(b"{", whole):
+            raise InvalidInput(f"{path} ends in something that is no {what}; give another folder")
+        with path.open("r+b") as file:
+            file.truncate(whole)
     return records
 
 
@@ -110,6 +115,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         InvalidInput: it cannot be written (the disk is full); what was written before is kept.
     """
     line = json.dumps(record, ensure_ascii=False) + "\n"
+    if not is_unicode(line):
+        line = json.dumps(record) + "\n"  # escaped, as it came
     try:
         with path.open("ab") as file:
             file.write(line.encode("utf-8"))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
+from medusa.files import is_unicode, read_text
 
 if TYPE_CHECKING:
     from medusa.model import MedusaModel
@@ -171,7 +172,7 @@ def load_model(
     from medusa.quantization import quantized
 
     quiet_transformers()
-    source = find_model(model)
+    source = find_model(model, code=trust_remote_code)
     options: dict[str, Any] = {
         "dtype": dtype_named(dtype),
         "device_map": default_device(device),
@@ -188,7 +189,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     from medusa.hub import find_model
     from medusa.loading import load_tokenizer as load
 
-    return load(find_model(model), trust_remote_code=trust_remote_code)
+    return load(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code)
 
 
 def quiet_transformers() -> None:
@@ -207,16 +208,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise InvalidInput("give a prompt or --prompt-file, not both")
     if file is not None:
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"cannot read {file}: {error}") from None
+        return read_text(file, InvalidInput)
     if prompt is not None:
         return prompt
     if sys.stdin.isatty():
         raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
 
@@ -225,11 +223,13 @@ def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = No
     """Token ids (1, P) of a text, or of a conversation under the tokenizer's chat template."""
     import torch
 
+    if not all(map(is_unicode, [text, *(message["content"] for message in messages or ())])):
+        raise InvalidInput("the prompt is no valid Unicode: bytes that are not UTF-8, or half of a surrogate pair")
     if messages is not None:
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # jinja2's, which templates raise on roles they do not take
-            raise InvalidInput(f"the model's chat template refuses the conversation: {error}") from None
+            raise InvalidInput(f"the model's chat template refuses the conversation: {one_line(error)}") from None
     else:
         ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids and tokenizer.bos_token_id is not None:

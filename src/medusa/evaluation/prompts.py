@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medusa import EMBEDDED
 from medusa.errors import InvalidInput
+from medusa.files import is_unicode, read_text
 from medusa.samples import conversation, read_records
 
 HELD_OUT = "held-out"
@@ -114,10 +115,7 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
     if not source.endswith(".txt"):
         yield from read_records(HUB_SETS.get(source, source))
         return
-    try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read {source}: {error}") from None
+    lines = read_text(source, InvalidInput).splitlines()
     yield from ((f"{source}:{n}", {"text": line}) for n, line in enumerate(lines, 1) if line.strip())
 
 
@@ -156,6 +154,8 @@ def _question(where: str, number: int, record: Any) -> Question:
     for name, texts in (("turns", turns), ("reference", references)):
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise InvalidInput(f"{where}: its {name} are {str(texts)[:60]!r}, wanted a list of strings")
+        if not all(map(is_unicode, texts)):
+            raise InvalidInput(f"{where}: its {name} are no valid Unicode: half of a surrogate pair is in them")
     if not turns or not all(text.strip() for text in turns):
         raise InvalidInput(f"{where} has an empty prompt")
     return Question(str(given), category, tuple(turns), system, tuple(references))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from medusa.placement import is_offloaded
+
 IGNORED = -100
 LARGE = 1 << 25  # weights of an LM head whose gradient is not to wait beside those of other heads: 128 MiB
 
@@ -108,7 +110,7 @@ def linear_cross_entropy(
     Args:
         compute: dtype of the matrix products; softmax, loss and accumulation are float32 in any case.
     """
-    if type(lm_head) is torch.nn.Linear:
+    if type(lm_head) is torch.nn.Linear and not is_offloaded(lm_head):
         inputs: list[Tensor | None] = [states, lm_head.weight, lm_head.bias]
         if not torch.is_grad_enabled():  # within the function nothing tells
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
