@@ -55,12 +55,13 @@ def _loss_and_gradients(
         logits = (x @ matrix.T).float()
         if bias is not None:
             logits += bias.float()
-        log_z = logits.logsumexp(-1, keepdim=True)
-        total += (w * (log_z - logits.gather(1, tokens[part]))).sum()
+        log_p = logits.log_softmax(-1)  # in one pass, where logsumexp takes several
+        del logits
+        total -= (w * log_p.gather(1, tokens[part])).sum()
         if not any(wanted):
             continue
-        # d loss / d logits = softmax * sum(w) - w, made in place of the logits
-        gradient = logits.sub_(log_z).exp_().mul_(w.sum(-1, keepdim=True))
+        # d loss / d logits = softmax * sum(w) - w, made in place of the log-probabilities
+        gradient = log_p.exp_().mul_(w.sum(-1, keepdim=True))
         gradient.scatter_add_(1, tokens[part], -w)
         if of_bias is not None:
             of_bias += gradient.sum(0)
