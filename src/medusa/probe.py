@@ -21,7 +21,7 @@ CHUNKS = (5, 4, 4, 4)  # the model's second reading: every tree ends with a chun
 
 NOISE_MULTIPLE = 4.0  # how far from its own pass a right model may be, in differences between its own passes
 TELLING = 1.0  # a mistake is looked for where it is at least so many times as large as the noise
-NEARER = 0.5  # of the way from right to a mistake: a right model stays this side of it
+NEARER = 0.25  # of the way from right to a mistake, or away from it: right models are within 0.01
 LOGITS_LIMIT = 1e-5  # of the logits' spread, where rounding is less
 ATTEMPTS = 3
 
@@ -232,7 +232,7 @@ def _part_of_mistake(right: Layers, mistake: Layers, whole: Layers, chunks: Laye
         size = ((wrong - one) * (wrong - two)).sum(-1)  # (2, 2, N)
         along = ((got - one) * (wrong - two)).sum(-1)
         telling = ~(size <= TELLING**2 * noise)  # NaN tells
-        parts.append((along / size)[telling].cpu())
+        parts.append((along / size)[telling].abs().cpu())
         places += size.numel()
     part = torch.cat(parts)
     return part.quantile(0.25).item() if len(part) > places / 20 else 0.0
