@@ -57,13 +57,27 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
     Raises:
         InvalidInput: the folder cannot be written, or something else makes its records; what differs is named.
     """
-    made_by = json.loads(json.dumps(made_by))  # as it will be read again: tuples are lists
     make_folder(path.parent)
-    if not path.exists():
-        write_text(path, yaml.safe_dump(made_by, sort_keys=False))
-        return
-    found = read_yaml(path, InvalidInput)
-    refuse_other(path.parent, found if isinstance(found, dict) else {}, made_by)
+    if path.exists():
+        refuse_claimed(path, made_by)
+    else:
+        write_text(path, yaml.safe_dump(_as_read(made_by), sort_keys=False))
+
+
+def refuse_claimed(path: Path, made_by: dict[str, Any]) -> None:
+    """Refuse a folder that something else has claimed; of what makes the records some will do, so that this can be known early.
+
+    Raises:
+        InvalidInput: it has; what differs is named.
+    """
+    if path.exists():
+        found = read_yaml(path, InvalidInput)
+        refuse_other(path.parent, found if isinstance(found, dict) else {}, _as_read(made_by))
+
+
+def _as_read(made_by: dict[str, Any]) -> dict[str, Any]:
+    """As it will be read again: tuples are lists."""
+    return json.loads(json.dumps(made_by))
 
 
 def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Samples: conversations and texts read from the formats that data sets come in."""
+"""Samples and prompts: conversations and texts read from the formats that data sets come in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import InvalidInput, one_line
-from medusa.files import is_unicode, read_json
+from medusa.files import is_unicode, read_json, read_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
@@ -103,6 +103,91 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
         raise InvalidInput(f"{source} holds no records")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One record as what a model is asked: `turns` or `ids`.
+
+    Attributes:
+        source: where it stands, for errors.
+        record: all of it.
+        turns: the user's, each to be answered before the next; a bare prompt is one.
+        system: said before the first turn.
+        text: the turn is not only a question: what is here may be continued as it stands.
+        whole: of the text nothing may be cut: it is a prompt, not the beginning of a document.
+    """
+
+    source: str
+    record: dict[str, Any]
+    turns: tuple[str, ...] = ()
+    system: str = ""
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    whole: bool = True
+
+
+ASKED = "turns, instruction, messages, conversations, prompt, text or input_ids"
+
+
+def read_prompts(source: str | Path, skips: Skips | None = None) -> Iterator[Asked]:
+    """What every command that takes prompts takes: a `.txt` file, a prompt a line, or the records of what `read_samples` reads.
+
+    A record is `{"messages"}` or `{"conversations"}`, of which the assistant's turns are left out, `{"turns": [text, …]}` as
+    MT-Bench has them, `{"instruction"}` and perhaps `{"input"}` (AlpacaEval), `{"prompt"}` (a text, texts, or messages),
+    `{"text"}`, or `{"input_ids"}` and perhaps `{"prompt_tokens"}`.
+
+    Args:
+        skips: counts records that ask nothing and conversations that are broken; without it they are errors.
+
+    Raises:
+        InvalidInput: no such data, a broken file, or a record that is no prompt; file and line are named.
+    """
+    for where, record in read_records(source):
+        try:
+            asked = _asked(where, record)
+        except _Unusable as error:
+            if skips is None:
+                raise InvalidInput(f"{where} is a record {error}") from None
+            skips.add(str(error), where)
+            continue
+        if asked.ids or (asked.turns and all(text.strip() for text in asked.turns)):
+            yield asked
+        elif skips is None:
+            raise InvalidInput(f"{where} has an empty prompt")
+        else:
+            skips.add("with nothing to answer", where)
+
+
+def _asked(where: str, record: Any) -> Asked:
+    if not isinstance(record, dict):
+        raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object with {ASKED}")
+    if isinstance(talk := record.get("messages", record.get("conversations")), list):
+        return _asked_in(where, record, talk)
+    if isinstance(ids := record.get("input_ids"), list):
+        ids = ids[: record.get("prompt_tokens") or None]
+        if not ids or not all(type(token) is int for token in ids):
+            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
+        return Asked(where, record, ids=tuple(ids))
+    key = next((key for key in ("turns", "instruction", "prompt", "text") if record.get(key) is not None), None)
+    if key is None:
+        raise InvalidInput(f"{where} has keys {sorted(record)}, wanted {ASKED}")
+    value = record[key]
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # a prompt that is messages
+        return _asked_in(where, record, value)
+    turns = [value] if isinstance(value, str) else value
+    if not isinstance(turns, list | tuple) or not all(isinstance(text, str) for text in turns):
+        raise InvalidInput(f"{where}: its turns are {str(turns)[:60]!r}, wanted a list of strings")
+    turns = tuple(_string(where, key, text) for text in turns)
+    if key == "instruction" and record.get("input"):
+        turns = (f"{value}\n\n{record['input']}",)
+    return Asked(where, record, turns, text=turns[0] if len(turns) == 1 else "", whole=key != "text")
+
+
+def _asked_in(where: str, record: dict[str, Any], talk: list[Any]) -> Asked:
+    messages = _messages(where, talk)
+    system = "\n".join(message["content"] for message in messages if message["role"] == "system")
+    return Asked(where, record, tuple(message["content"] for message in messages if message["role"] == "user"), system)
+
+
 class _Unusable(Exception):
     """A sample that nothing can be learnt from; the reason is the message."""
 
@@ -123,7 +208,7 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
         if isinstance(value, list) and isinstance(completion, list):
             return Sample(where, messages=_messages(where, value + completion))
         if completion is None:
-            raise InvalidInput(f"{where} has a 'prompt' and no 'completion'")
+            raise InvalidInput(f"{where} has a 'prompt' and no 'completion'; have the model answer it first: medusa distill")
         return Sample(where, text=_string(where, "completion", completion), prompt=_string(where, "prompt", value))
     if not isinstance(value, list):
         raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, wanted a list of turns")
@@ -136,18 +221,6 @@ def _string(where: str, key: str, value: Any) -> str:
     if not is_unicode(value):
         raise _Unusable("with text that is no valid Unicode")
     return value
-
-
-def conversation(where: str, turns: list[Any]) -> tuple[Message, ...]:
-    """The turns of a `messages` or ShareGPT record as role and content.
-
-    Raises:
-        InvalidInput: it is no conversation, is empty, or its turns do not alternate.
-    """
-    try:
-        return _messages(where, turns)
-    except _Unusable as error:
-        raise InvalidInput(f"{where} is a record {error}") from None
 
 
 def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
@@ -173,7 +246,7 @@ def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
 
 
 def read_records(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """The raw records of a file, folder or hub id, each with where it stands."""
+    """The raw records of a file, folder or hub id, each with where it stands; of a `.txt` file a line is a prompt."""
     path = Path(source)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -186,14 +259,16 @@ def read_records(source: str | Path) -> Iterator[tuple[str, Any]]:
             yield from _records_of_file(file)
     elif path.is_file():
         yield from _records_of_file(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith("."):
+    elif path.suffix in (*SUFFIXES, ".txt") or path.is_absolute() or str(source).startswith("."):
         raise InvalidInput(f"no data file {path}")
     else:
         yield from _records_of_dataset(str(source))
 
 
 def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
+    if path.suffix == ".txt":
+        yield from _records_of_text(path)
+    elif path.suffix == ".parquet":
         yield from _records_of_parquet(path)
     elif path.suffix == ".json" and _first_character(path) == "[":
         records = read_json(path, InvalidInput)
@@ -217,6 +292,12 @@ def _records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", record
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
+
+
+def _records_of_text(path: Path) -> Iterator[tuple[str, Any]]:
+    """A prompt a line; an empty line is none."""
+    lines = read_text(path, InvalidInput).splitlines()
+    yield from ((f"{path}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _first_character(path: Path) -> str:

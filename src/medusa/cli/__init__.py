@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 for _verb in VERBS:  # the verbs' modules import torch only when they run
     _module = import_module(f"medusa.cli.{_verb}")
-    app.command(_verb)(getattr(_module, f"{_verb}_command"))
+    app.command(_verb, cls=getattr(_module, "COMMAND", None))(getattr(_module, f"{_verb}_command"))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common, measuring
+from medusa.cli import common, measuring, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -72,21 +72,38 @@ def bench_command(
         kind: common.sampling_options(temperature, None, None, None, None, kind, *thresholds.get(kind, (epsilon, delta)), seed)
         for kind in kinds
     }
-    from medusa.evaluation.bench import Scorer, take
+    from medusa.evaluation.bench import CLAIM, Scorer, take
     from medusa.evaluation.decoders import MedusaDecoder
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import TERSE, cells, summarise
     from medusa.provenance import fingerprint
+    from medusa.records import refuse_claimed
 
     questions = select(read_questions(prompts, references), category or (), limit)
+    trees = {_stem(name, tree or []): given for name in tree or [] if (given := common.load_tree(name)) is not None}
+    asked = {
+        "model": model,
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "categories": category or [],
+        "limit": limit,
+        "temperature": temperature,
+        "seed": seed,
+        "epsilon": epsilon,
+        "delta": delta,
+        "quantization": quantization,
+        "compile": compile,
+    }
+    refuse_claimed(output / CLAIM, asked)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     measuring.check_tokens(model, prompts, tokenizer)
     medusa = common.load_model(
         model, heads, None, dtype, device, trust_remote_code, quantization, heads_wanted="medusa" in names
     )
     drafting = common.load_model(draft, None, None, dtype, device, trust_remote_code, heads_wanted=False) if draft else None
+    if not trees:
+        common.note_tree(medusa, model, heads, None)
     exam = measuring.exam_of(medusa, tokenizer, questions, max_new_tokens)
-    trees = {_stem(name, tree or []): given for name in tree or [] if (given := common.load_tree(name)) is not None}
     decoders: dict[str, Decoder] = {}
     for name in names:
         decoders |= _decoders(name, medusa, trees, options, drafting, gamma or [4], compile, exam.limits)
@@ -130,7 +147,7 @@ def bench_command(
     if as_json:
         print(json.dumps(record))
     else:
-        measuring.show(*cells(record["decoders"], OVERALL, TERSE))
+        showing.print_table(*cells(record["decoders"], OVERALL, TERSE))
     common.note(f"the whole report, by category, and the answers are in {output}")
 
 

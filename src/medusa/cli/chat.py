@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, showing
 from medusa.errors import ContextOverflow, InvalidInput
+
+COMMANDS = "/reset forgets the conversation, /help shows this, /quit or end of file leaves; Ctrl-C ends an answer"
 
 
 def chat_command(
@@ -33,20 +36,25 @@ def chat_command(
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
 ) -> None:
-    """Talk to a model that has a chat template. /reset forgets the conversation, /quit or end of file leaves."""
+    """Talk to a model that has a chat template. /help in it lists its commands: /reset, /quit."""
+    common.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
     model = common.with_file(model, gguf_file, revision)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
+    common.note_tree(medusa, model, heads, tree)
     from medusa.text import Detokenizer
 
+    terminal = sys.stdin.isatty()
+    if terminal:
+        common.note(f"{model} is listening. {COMMANDS}")
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:
         try:
-            said = input("> " if sys.stdin.isatty() else "").strip()
+            said = input("> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
@@ -56,26 +64,32 @@ def chat_command(
         if said == "/reset":
             messages = list(opening)
             continue
+        if said.startswith("/") and " " not in said and "/" not in said[1:]:  # a path is something to talk about
+            common.note(COMMANDS if said == "/help" else f"{said} is no command: {COMMANDS}")
+            continue
         if not said:
             continue
         messages.append({"role": "user", "content": said})
         ids = common.encode(tokenizer, "", messages)
         detokenizer = Detokenizer(tokenizer, ids[0].tolist())
-        answer, steps, count = "", 0, 0
+        answer, steps, count, words = "", 0, 0, showing.Words(showing.console())
+        start = time.perf_counter()
         try:
             for step in medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options):
                 piece = detokenizer.put(step.tokens[0])
                 answer += piece
                 steps, count = steps + 1, count + len(step.tokens[0])
-                print(piece, end="", flush=True)
+                words.put(piece)
         except KeyboardInterrupt:
             pass  # the answer ends here, the conversation goes on
         except ContextOverflow as error:
             common.note(f"medusa: {error}; /reset begins anew")
             messages.pop()
             continue
+        seconds = time.perf_counter() - start
         rest = detokenizer.end()
-        print(rest)
+        words.put(rest)
+        words.end()
         messages.append({"role": "assistant", "content": answer + rest})
         if steps:
-            common.note(f"[{count / steps:.2f} tokens a step]")
+            common.note(f"[{common.speed(count, steps, seconds)}]")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +51,14 @@ OfflineOption = Annotated[
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (a slow first step).")]
+ChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Ask the prompt under the model's chat template, or continue it as it stands (default: ask where there is one).",
+        show_default=False,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 is greedy; more samples from the model's own distribution.")
@@ -166,13 +177,15 @@ def load_model(
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
     from medusa.checkpoints import has_heads
-    from medusa.hub import find_model
+    from medusa.hub import find_heads, find_model
     from medusa.loading import load_backbone
     from medusa.model import MedusaModel
     from medusa.quantization import quantized
 
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
+    its_heads = find_heads(heads) if heads is not None else source.heads or source.folder
+    given = load_tree(tree)
     options: dict[str, Any] = {
         "dtype": dtype_named(dtype),
         "device_map": default_device(device),
@@ -180,16 +193,114 @@ def load_model(
         **quantized(quantization, dtype_named(dtype)),
     }
     plain = tree == "root" or not heads_wanted
-    if plain and heads is None and not has_heads(source.heads or source.folder):
-        return MedusaModel(load_backbone(source, **options))
-    return MedusaModel.from_pretrained(model, heads=heads, tree=load_tree(tree), **options)
+    with waiting(f"loading {model}"):
+        if has_heads(its_heads):
+            return MedusaModel.from_pretrained(model, heads=heads, tree=given, **options)
+        if plain and heads is None:
+            return MedusaModel(load_backbone(source, **options))
+    raise InvalidInput(
+        f"{heads or model} has no Medusa heads; give some with --heads FOLDER, train some (medusa train {model}), or decode "
+        "plainly with --tree root"
+    )
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     from medusa.hub import find_model
     from medusa.loading import load_tokenizer as load
 
-    return load(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code)
+    quiet_transformers()
+    source = find_model(model, code=trust_remote_code)
+    with waiting(f"loading the tokenizer of {model}"):
+        return load(source, trust_remote_code=trust_remote_code)
+
+
+def check_room(model: str, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a prompt that is too long before the model is loaded, where the config beside it says how long it may be.
+
+    Raises:
+        ContextOverflow: prompt and new tokens do not fit.
+    """
+    from medusa.errors import ContextOverflow
+    from medusa.hub import find_model
+
+    source = find_model(model)
+    try:
+        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # in a GGUF file, or broken: loading says more
+    context = config.get("text_config", config).get("max_position_embeddings") if source.gguf_file is None else None
+    if isinstance(context, int) and prompt_tokens + max_new_tokens > context:
+        left = context - prompt_tokens
+        remedy = f"lower --max-new-tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt"
+        raise ContextOverflow(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {context}; {remedy}"
+        )
+
+
+def note_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:
+    """Say which tree decodes, where nobody asked for it and it may be slower than plain decoding, or is plain decoding."""
+    from medusa.config import TREE_FILE
+    from medusa.hub import find_heads
+
+    if medusa.heads is None or tree is not None:
+        return
+    folder, nodes = find_heads(heads if heads is not None else model), len(medusa.tree)
+    tuned = _tuned(folder / "tuning.json")
+    dtype = str(medusa.backbone.dtype).removeprefix("torch.")
+    command = "`medusa tune` finds the fastest on this machine"
+    if nodes == 1:
+        why = ", as medusa tune chose: no tree paid" if tuned else ""
+        note(f"the tree of these heads is the root alone{why}. This is plain decoding; heads trained for longer may pay")
+    elif not (folder / TREE_FILE).is_file():
+        note(f"these heads have no tree file: a dynamic tree of {nodes} nodes, maybe slower than --tree root; {command}")
+    elif tuned and tuned.get("dtype") not in (None, dtype):
+        note(f"the tree of these heads was tuned in {tuned['dtype']} and runs in {dtype} now, maybe slower than --tree root")
+    elif not tuned and heads is not None:
+        note(f"the tree of these heads, {nodes} nodes, is not tuned, maybe slower than --tree root; {command}")
+
+
+def _tuned(file: Path) -> dict[str, Any]:
+    """What `medusa tune` says it was run with; nothing where it was not."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["made_with"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+WORTH = 1.2  # tokens a step; trees that accept less are seldom faster than plain decoding
+STEPS_TO_TELL = 8
+
+
+def speed(tokens: int, steps: int, seconds: float) -> str:
+    """How fast an answer came, in words."""
+    return f"{tokens / seconds:.1f} tokens/s, {tokens / steps:.2f} tokens a step"
+
+
+def note_low_rate(medusa: MedusaModel, tokens: int, steps: int) -> None:
+    """Say so where a tree was hardly right: its steps cost more than plain ones."""
+    nodes = len(medusa.tree)
+    if nodes > 1 and steps >= STEPS_TO_TELL and tokens / steps < WORTH:
+        note(f"a tree of {nodes} nodes that is right so seldom is likely slower than --tree root; train the heads for longer")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """On a terminal, a line on stderr that says what takes its time, gone at the end."""
+    from rich.console import Console
+
+    out = Console(stderr=True)
+    with out.status(what) if out.is_terminal else nullcontext():
+        yield
+
+
+def refuse_prompt_as_model(model: str, remedy: str) -> None:
+    """Refuse a text where the model is named.
+
+    Args:
+        remedy: how a prompt is given.
+    """
+    if any(character.isspace() for character in model.strip()) and not Path(model).exists():
+        raise InvalidInput(f"{model[:60]!r} is given as the model, and looks like a prompt; {remedy}")
 
 
 def quiet_transformers() -> None:
@@ -207,16 +318,20 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt given, a file's text, or stdin where neither is named."""
     if prompt is not None and file is not None:
         raise InvalidInput("give a prompt or --prompt-file, not both")
-    if file is not None:
-        return read_text(file, InvalidInput)
     if prompt is not None:
         return prompt
-    if sys.stdin.isatty():
+    if file is not None:
+        text = read_text(file, InvalidInput)
+    elif sys.stdin.isatty():
         raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
+    else:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
+    if not text.strip():
+        raise InvalidInput(f"{file or 'stdin'} holds no prompt; give one as an argument, with --prompt-file, or on stdin")
+    return text
 
 
 def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = None):
@@ -235,6 +350,18 @@ def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = No
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]  # an empty prompt starts a text
     return torch.tensor([ids], dtype=torch.long)
+
+
+def as_asked(tokenizer: Any, text: str, chat: bool | None, model: str) -> list[dict[str, str]] | None:
+    """A prompt as a conversation; None where it is a text to be continued.
+
+    Args:
+        chat: whether it is one; None: it is where the tokenizer has a chat template.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise InvalidInput(f"{model} has no chat template: it continues text; drop --chat or take a chat model")
+    return [{"role": "user", "content": text.strip("\n")}] if has_template and chat is not False else None
 
 
 def integers(name: str, text: str, least: int = 1) -> list[int]:

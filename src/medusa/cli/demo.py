@@ -1,29 +1,54 @@
-"""medusa demo: plain decoding and Medusa side by side, then the figures."""
+"""medusa demo: one answer, decoded plainly and then with Medusa as you watch; then the figures."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, showing
 from medusa.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from medusa.model import MedusaModel
 
 # One colour a step, in turn: a run of one colour is what one step emitted.
 COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
+QUESTIONS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "What are the steps to bake a simple loaf of bread?",
+    "Write a polite email that asks a colleague to move a meeting to Friday.",
+    "Give me five tips for learning a new language.",
+    "Tell me a short story about a lighthouse keeper who finds a message in a bottle.",
+)
+SHOWN_LINES = 6  # of code that is continued
 
 
 def demo_command(
-    model: common.ModelArgument = "embedded",
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: held-out code).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="The backbone: a folder, GGUF file or hub id, `smollm2` (default where it is installed) or `embedded`.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: questions, or held-out code).")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
+    chat: common.ChatOption = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
-    prompts: Annotated[int, typer.Option("--prompts", help="Held-out prompts measured (with the embedded model).")] = 6,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompts measured, where none is given.")] = 3,
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
@@ -39,43 +64,116 @@ def demo_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Show the same completion decoded plainly and with Medusa, and measure both against transformers' generate."""
-    model = common.with_file(model, gguf_file, revision)
+    """Answer a question plainly and then with Medusa as you watch, and measure both against transformers' generate."""
+    if model is not None:
+        common.refuse_prompt_as_model(model, "give it with --prompt")
     if prompts < 1:
         raise InvalidInput(f"--prompts is {prompts}, wanted at least 1")
-    own = prompt is not None or prompt_file is not None
-    if not own and model != "embedded":
-        raise InvalidInput("no prompt; pass --prompt or --prompt-file (held-out prompts ship with `embedded` alone)")
-    from rich.console import Console
+    given = common.read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
+    model = common.with_file(model or _default_model(heads), gguf_file, revision)
 
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    if own:
-        batches = [common.encode(tokenizer, common.read_prompt(prompt, prompt_file))]
-    else:
-        from medusa.evaluation.prompts import held_out_prompts
-
-        found = held_out_prompts()
-        batches = [found[i * len(found) // prompts].ids[None] for i in range(min(prompts, len(found)))]
+    asks = common.as_asked(tokenizer, "", chat, model) is not None
+    texts, batches = _prompts(model, tokenizer, given, asks, prompts)
+    common.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens)
     loaded = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
-    console = Console(stderr=as_json)
-    record, recorded = _measure(loaded, batches, max_new_tokens, compile, console)
+    common.note_tree(loaded, model, heads, tree)
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    if asks:
+        limits["eos_token_id"] = sorted({*loaded.eos_token_ids, tokenizer.eos_token_id} - {None})
+    out = showing.console(stderr=as_json)
+    recorded = _watch(loaded, tokenizer, texts[0], asks, batches[0], limits, compile, out)
+    record = _measure(loaded, batches, limits, compile, out)
+    record["model"] = model
     if check_float32:
-        record["identical_float32"] = _identical_in_float32(
-            model, heads, tree, device, trust_remote_code, loaded, record["identical"], batches, max_new_tokens
-        )
-    text = tokenizer.decode(recorded["medusa"].tokens())
-    record["text"] = text
-    table = _table(record, len(batches), max_new_tokens, loaded)
+        with common.waiting("comparing the three in float32"):
+            record["identical_float32"] = _identical_in_float32(
+                model, heads, tree, device, trust_remote_code, loaded, record["identical"], batches[0], limits
+            )
+    record["text"] = tokenizer.decode(recorded["medusa"].tokens(), skip_special_tokens=True)
+    header, rows, title, caption = _table(record, len(batches), max_new_tokens, loaded)
     if svg is not None:
-        _save_picture(svg, tokenizer, recorded, table)
+        _save_picture(svg, tokenizer, recorded, showing.tables(150, header, rows, title, caption))
     if as_json:
         print(json.dumps(record))
         return
-    if console.is_terminal:
-        _replay(console, tokenizer, recorded)
-    else:
-        console.print(_side_by_side(tokenizer, recorded, None))
-    console.print(table)
+    out.print(title)
+    showing.print_table(header, rows)
+    out.print(caption)
+
+
+def _default_model(heads: str | None) -> str:
+    """SmolLM2 where it is installed and has heads, else the embedded model, saying why."""
+    from medusa.checkpoints import has_heads
+    from medusa.hub import local_model
+
+    found = local_model("smollm2") if importlib.util.find_spec("gguf") is not None else None
+    if found is not None and (heads is not None or (found.heads is not None and has_heads(found.heads))):
+        return "smollm2"
+    missing = "heads of smollm2 are" if found is not None else "smollm2 is"
+    common.note(f"{missing} not installed here: the demo is of `embedded`, a small code model")
+    return "embedded"
+
+
+def _prompts(model: str, tokenizer: Any, given: str | None, asks: bool, number: int) -> tuple[list[str], list[Tensor]]:
+    """The prompts as texts, and as ids (1, P) each: the one given, our questions, or held-out code."""
+    if given is None and model == "embedded":
+        from medusa.evaluation.prompts import held_out_prompts
+
+        found = held_out_prompts()
+        chosen = [found[(FIRST_SHOWN + i * len(found) // number) % len(found)] for i in range(min(number, len(found)))]
+        return [tokenizer.decode(each.ids) for each in chosen], [each.ids[None] for each in chosen]
+    if given is None and not asks:
+        raise InvalidInput(f"{model} is no chat model, to which our questions could be put; pass --prompt or --prompt-file")
+    texts = list(QUESTIONS[:number]) if given is None else [given]
+    return texts, [common.encode(tokenizer, text, common.as_asked(tokenizer, text, asks, model)) for text in texts]
+
+
+FIRST_SHOWN = 12  # of the held-out prompts: a text that repeats itself little
+
+
+def _watch(
+    model: MedusaModel,
+    tokenizer: Any,
+    text: str,
+    asks: bool,
+    ids: Tensor,
+    limits: dict[str, Any],
+    compile: bool,
+    out: Console,
+) -> dict[str, _Recording]:
+    """Decode one prompt plainly and then with Medusa, showing the text as it comes."""
+    from rich.text import Text
+
+    from medusa.evaluation.decoders import MedusaDecoder
+    from medusa.text import Detokenizer
+    from medusa.tree import MedusaTree
+
+    trees = {"plain": MedusaTree([]), "medusa": model.tree}
+    if compile:
+        with common.waiting("compiling, once: a minute or two"):
+            for tree in trees.values():
+                MedusaDecoder(model, tree=tree, compile=True, **limits).prepare(ids)
+    asked = text if asks else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
+    out.print(Text(f"> {asked}" if asks else asked, style="bold" if asks else "dim"))
+    titles = {"plain": "plainly: a token a step", "medusa": "with Medusa: what one step emits has one colour"}
+    recorded = {}
+    for name, tree in trees.items():
+        out.print(Text(f"\n{titles[name]}\n", style="dim"))
+        steps: list[tuple[float, list[int]]] = []
+        detokenizer, words = Detokenizer(tokenizer, ids[0].tolist()), showing.Words(out)
+        start = time.perf_counter()
+        for step in model.stream(ids, ids.new_ones(ids.shape), do_sample=False, tree=tree, compile=compile, **limits):
+            steps.append((time.perf_counter() - start, step.tokens[0]))
+            colour = COLOURS[len(steps) % len(COLOURS)] if name == "medusa" else None
+            words.put(detokenizer.put(step.tokens[0]), colour)
+        words.put(detokenizer.end())
+        words.end()
+        recorded[name] = _Recording(ids[0].tolist(), steps)
+        tokens, seconds = len(recorded[name].tokens()), time.perf_counter() - start
+        out.print(Text(f"\n{tokens} tokens in {seconds:.1f} s: {common.speed(tokens, len(steps), seconds)}", style="bold"))
+    out.print()
+    return recorded
 
 
 class _Recording:
@@ -89,38 +187,26 @@ class _Recording:
         return [token for _, tokens in self.steps for token in tokens]
 
 
-def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tuple[dict[str, Any], dict[str, _Recording]]:
+def _measure(
+    model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], compile: bool, console: Console
+) -> dict[str, Any]:
     from rich.progress import Progress
 
     from medusa.evaluation.compare import compare, overhead
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
-    from medusa.evaluation.quality import repeated_ngrams
     from medusa.tree import MedusaTree
 
-    root = MedusaTree([])
     decoders: dict[str, Decoder] = {
-        "generate": TransformersDecoder(model, max_new_tokens),
-        "plain": MedusaDecoder(model, max_new_tokens, root, compile=compile),
-        "medusa": MedusaDecoder(model, max_new_tokens, compile=compile),
+        "generate": TransformersDecoder(model, **limits),
+        "plain": MedusaDecoder(model, tree=MedusaTree([]), compile=compile, **limits),
+        "medusa": MedusaDecoder(model, compile=compile, **limits),
     }
+    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run already
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("compiling, then measuring" if compile else "measuring", total=len(batches) * len(decoders))
-        results = compare(decoders, batches, on_progress=lambda: progress.advance(task))
-    # The text shown is the one that repeats itself least: repetition flatters every speculative method.
-    outputs = [rows[0] for rows in results["generate"].outputs]
-    shown = batches[min(range(len(batches)), key=lambda i: repeated_ngrams(outputs[i]))]
-    recorded = {}
-    for name, tree in (("plain", root), ("medusa", None)):
-        start = time.perf_counter()
-        steps = [
-            (time.perf_counter() - start, step.tokens[0])
-            for step in model.stream(
-                shown, shown.new_ones(shown.shape), max_new_tokens=max_new_tokens, do_sample=False, tree=tree, compile=compile
-            )
-        ]
-        recorded[name] = _Recording(shown[0].tolist(), steps)
+        task = progress.add_task("measuring", total=len(batches) * len(decoders))
+        results = compare(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
     generate, plain, medusa = (results[name] for name in decoders)
-    record: dict[str, Any] = {
+    return {
         "generate": {"tokens_per_second": generate.tokens_per_second},
         "plain": {"tokens_per_second": plain.tokens_per_second},
         "medusa": {
@@ -133,13 +219,20 @@ def _measure(model, batches, max_new_tokens: int, compile: bool, console) -> tup
         "identical": generate.outputs == plain.outputs == medusa.outputs,
         "compiled": compile,
     }
-    return record, recorded
 
 
 def _identical_in_float32(
-    name, heads, tree, device, trust_remote_code, loaded, identical: bool, batches, max_new_tokens: int
+    name: str,
+    heads: str | None,
+    tree: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    loaded: MedusaModel,
+    identical: bool,
+    batch: Tensor,
+    limits: dict[str, Any],
 ) -> bool:
-    """Whether generate, the plain loop and Medusa say the same on these prompts in float32, where they must."""
+    """Whether generate, the plain loop and Medusa say the same on the prompt shown in float32, where they must."""
     import torch
 
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
@@ -149,15 +242,15 @@ def _identical_in_float32(
         return identical
     exact = common.load_model(name, heads, tree, "float32", device, trust_remote_code)
     decoders: list[Decoder] = [
-        TransformersDecoder(exact, max_new_tokens),
-        MedusaDecoder(exact, max_new_tokens, MedusaTree([])),
-        MedusaDecoder(exact, max_new_tokens),
+        TransformersDecoder(exact, **limits),
+        MedusaDecoder(exact, tree=MedusaTree([]), **limits),
+        MedusaDecoder(exact, **limits),
     ]
-    return all(len({str(decode(batch).tokens) for decode in decoders}) == 1 for batch in batches)
+    return len({str(decode(batch).tokens) for decode in decoders}) == 1
 
 
-def _panel(tokenizer, name: str, recording: _Recording, at: float | None):
-    """The text that a run had emitted at a time (None: at its end), coloured by step."""
+def _panel(tokenizer, name: str, recording: _Recording, at: float):
+    """The text that a run had emitted at a time, coloured by step."""
     from rich.panel import Panel
     from rich.text import Text
 
@@ -166,14 +259,14 @@ def _panel(tokenizer, name: str, recording: _Recording, at: float | None):
     detokenizer = Detokenizer(tokenizer, recording.prompt)
     text, shown, tokens = Text(), 0, 0
     for number, (when, step) in enumerate(recording.steps):
-        if at is not None and when > at:
+        if when > at:
             break
         text.append(detokenizer.put(step), style=COLOURS[number % len(COLOURS)])
         shown, tokens = number + 1, tokens + len(step)
     return Panel(text, title=name, subtitle=f"{tokens} tokens in {shown} steps", height=None)
 
 
-def _side_by_side(tokenizer, recorded: dict[str, _Recording], at: float | None):
+def _side_by_side(tokenizer, recorded: dict[str, _Recording], at: float):
     from rich.table import Table
 
     grid = Table.grid(expand=True)
@@ -183,21 +276,7 @@ def _side_by_side(tokenizer, recorded: dict[str, _Recording], at: float | None):
     return grid
 
 
-def _replay(console, tokenizer, recorded: dict[str, _Recording]) -> None:
-    """Show both runs at once, each at the pace at which it ran alone."""
-    from rich.live import Live
-
-    end = max(recording.steps[-1][0] for recording in recorded.values())
-    with Live(console=console, refresh_per_second=20, vertical_overflow="crop") as live:
-        start = time.perf_counter()
-        while (at := time.perf_counter() - start) < end:
-            live.update(_side_by_side(tokenizer, recorded, at))
-            time.sleep(0.05)
-        live.vertical_overflow = "visible"
-        live.update(_side_by_side(tokenizer, recorded, None), refresh=True)
-
-
-def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], table) -> None:
+def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables: list[Any]) -> None:
     """Both runs at the moment when Medusa had finished, and the figures, as SVG."""
     import io
 
@@ -205,32 +284,34 @@ def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], table)
 
     screen = Console(record=True, width=150, file=io.StringIO())
     screen.print(_side_by_side(tokenizer, recorded, recorded["medusa"].steps[-1][0]))
-    screen.print(table)
+    screen.print(*tables)
     path.parent.mkdir(parents=True, exist_ok=True)
     screen.save_svg(str(path), title="medusa demo")
 
 
-def _table(record: dict[str, Any], prompts: int, max_new_tokens: int, model):
-    from rich.table import Table
-
+def _table(
+    record: dict[str, Any], prompts: int, max_new_tokens: int, model: MedusaModel
+) -> tuple[list[str], list[list[str]], str, str]:
+    """Header and rows, what is above them and what below."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
-    compiled = ", ours compiled" if record["compiled"] else ""
-    title = f"{prompts} prompts, {max_new_tokens} new tokens, greedy, {dtype}, {len(model.tree)} nodes{compiled}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "tokens/s", "tokens a step", "overhead", "speedup"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = (
+        f"{prompts} prompt{'s' if prompts > 1 else ''}, at most {max_new_tokens} new tokens, greedy, {dtype}, "
+        f"{len(model.tree)} nodes{', ours compiled' if record['compiled'] else ''}"
+    )
+    rows = []
     base = record["generate"]["tokens_per_second"]
     for name, label in (("generate", "transformers generate"), ("plain", "our plain loop"), ("medusa", "Medusa")):
         part = record[name]
-        table.add_row(
-            label,
-            f"{part['tokens_per_second']:.1f}",
-            f"{part['acceleration_rate']:.2f}" if "acceleration_rate" in part else "1.00",
-            f"{part['overhead']:.2f}" if "overhead" in part else "",
-            f"{part['tokens_per_second'] / base:.2f}x",
+        rows.append(
+            [
+                label,
+                f"{part['tokens_per_second']:.1f}",
+                f"{part['acceleration_rate']:.2f}" if "acceleration_rate" in part else "1.00",
+                f"{part['overhead']:.2f}" if "overhead" in part else "",
+                f"{part['tokens_per_second'] / base:.2f}x",
+            ]
         )
-    same = "yes" if record["identical"] else "no: rounding in this dtype breaks ties differently"
-    table.caption = f"identical output: {same}"
+    caption = f"identical output: {'yes' if record['identical'] else 'no: rounding in this dtype breaks ties differently'}"
     if "identical_float32" in record:
-        table.caption += f"\nidentical output in float32: {'yes' if record['identical_float32'] else 'NO'}"
-    return table
+        caption += f"\nidentical output in float32: {'yes' if record['identical_float32'] else 'NO'}"
+    return ["", "tokens/s", "tokens a step", "overhead", "speedup"], rows, title, caption

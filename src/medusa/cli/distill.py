@@ -22,7 +22,8 @@ def distill_command(
     data: Annotated[
         str,
         typer.Option(
-            "--data", help="Prompts: JSON, JSONL, Parquet, folder, or `datasets` id[:split]; `self`: the model writes them too."
+            "--data",
+            help="Prompts: .txt, JSON, JSONL, Parquet, folder, `datasets` id[:split]; `self`: the model writes them.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSONL shards; a run there is gone on with.")],
@@ -62,10 +63,14 @@ def distill_command(
     from medusa.training.distill import Answerer, Distillation, EndpointAnswerer, ModelAnswerer, Shards, distill, read_seeds
     from medusa.training.questions import write_questions
 
+    if samples < 1 or (limit is not None and limit < 1) or ray < 0:
+        raise InvalidInput(f"--samples is {samples}, --limit {limit}, --ray {ray}: wanted at least 1, and 0 for --ray")
     options = Distillation(temperature, top_p, max_new_tokens, prompt_tokens, self_talk, batch_size, compile, seed)
     made_by = {"model": model, "heads": heads, "endpoint": endpoint, **dataclasses.asdict(options)}
     for name in ("batch_size", "compile"):  # of how, not of what
         del made_by[name]
+
+    Shards.refuse_other(output, made_by)
 
     def loaded() -> tuple[MedusaModel, Any]:
         medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
@@ -87,13 +92,15 @@ def distill_command(
         done = distill(seeds, made, shards)
     else:
         seeds = read_seeds(data, skips)[:limit]
-        shards = Shards(output, made_by)
+        if not seeds:
+            raise InvalidInput(f"{data} holds no prompts: {skips or 'it is empty'}")
         if ray:
             from medusa.training.ray import RayAnswerer
 
-            done = distill(seeds, RayAnswerer(answerer, ray, batch_size), shards)
+            made_of: Answerer = RayAnswerer(answerer, ray, batch_size)
         else:
-            done = distill(seeds, answerer(), shards)
+            made_of = answerer()
+        done = distill(seeds, made_of, Shards(output, made_by))  # claimed only now: a run that cannot load leaves nothing
     if skips:
         common.note(f"skipped {skips}")
     for reason, number in done.failed.most_common():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common, measuring
+from medusa.cli import common, measuring, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def experiment_command(
             f"{name} searches trees; pass --calibration-prompts FILE with text like the prompts, none of it theirs"
         )
     questions = select(read_questions(prompts), category or (), limit)
+    calibrating = measuring.calibration_questions(calibration_prompts)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     measuring.check_tokens(model, prompts, tokenizer)
 
@@ -106,7 +107,7 @@ def experiment_command(
 
     def recorded(which: MedusaModel) -> list[Recorded]:
         texts = measuring.calibration_prompts(
-            model, calibration_prompts, which, CALIBRATED_ON, PROMPT_TOKENS, max_new_tokens, trust_remote_code
+            model, calibration_prompts, calibrating, which, CALIBRATED_ON, PROMPT_TOKENS, max_new_tokens, trust_remote_code
         )
         folder = output / ("recorded" if which is medusa else "recorded-medusa-2")
         with measuring.progress("calibrating", len(texts)) as advance:
@@ -149,7 +150,7 @@ def experiment_command(
     if as_json:
         print(json.dumps(found))
     else:
-        measuring.show(*cells(found["decoders"], OVERALL, experiment.columns))
+        showing.print_table(*cells(found["decoders"], OVERALL, experiment.columns))
     common.note(f"the paper's figures beside these, and the whole record, are in {output}")
 
 

@@ -17,6 +17,7 @@ def generate_command(
     model: common.ModelArgument = "embedded",
     prompt: Annotated[str | None, typer.Argument(help="The prompt (default: stdin).", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
+    chat: common.ChatOption = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 256,
@@ -40,15 +41,19 @@ def generate_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Continue a prompt; text is streamed to stdout, figures go to stderr."""
+    """Answer a prompt: a chat model is asked it, any other continues it. Text is streamed to stdout, figures go to stderr."""
+    if prompt is None and prompt_file is None:
+        common.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
     model = common.with_file(model, gguf_file, revision)
     text = common.read_prompt(prompt, prompt_file)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
-    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
+    ids = common.encode(tokenizer, text, common.as_asked(tokenizer, text, chat, model))
+    common.check_room(model, ids.shape[1], max_new_tokens)
+    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
+    common.note_tree(medusa, model, heads, tree)
     from medusa.text import Detokenizer
 
-    ids = common.encode(tokenizer, text)
     detokenizer = Detokenizer(tokenizer, ids[0].tolist())
     tokens: list[int] = []
     lengths: list[int] = []
@@ -91,6 +96,6 @@ def generate_command(
         return
     print(pieces[-1])
     common.note(
-        f"{record['new_tokens']} tokens in {seconds:.2f} s: {record['tokens_per_second']:.1f} tokens/s, "
-        f"{record['acceleration_rate']:.2f} a step ({finish_reason})"
+        f"{len(tokens)} tokens in {seconds:.2f} s: {common.speed(len(tokens), len(lengths), seconds)} ({finish_reason})"
     )
+    common.note_low_rate(medusa, len(tokens), len(lengths))

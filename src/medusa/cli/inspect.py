@@ -1,59 +1,188 @@
-"""medusa inspect: what a model folder, heads or a tree file holds."""
+"""medusa inspect: what a model folder, a GGUF file, heads or a tree file holds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, showing
 from medusa.cli.tree import figures, show_tree
+
+if TYPE_CHECKING:
+    from medusa.hub import Source
+
+FORMATS = {
+    "medusa": "ours, as medusa train writes them",
+    "v0.1": "v0.1 (FasterDecoding)",
+    "v2": "v2: the LM head is shared (TGI's, and ours of --shared-lm-head)",
+    "vllm": "vLLM's",
+    "merged": "merged: a backbone and its heads in one model",
+    "modelopt": "ModelOpt's",
+}
 
 
 def inspect_command(
-    path: Annotated[str, typer.Argument(help="A folder, file or hub id with heads of any format, a tree file, or `embedded`.")],
+    path: Annotated[
+        str,
+        typer.Argument(help="A folder, GGUF file or hub id of a model or heads, a tree file, `smollm2` or `embedded`."),
+    ],
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Say what is there: heads, their format, sizes and parameters, and the tree."""
-    from medusa.checkpoints import open_checkpoint
+    """Say what is there: the backbone, heads, their format, sizes and parameters, and the tree."""
+    from medusa.checkpoints import has_heads, open_checkpoint
     from medusa.config import TREE_FILE
-    from medusa.hub import find_heads
+    from medusa.hub import GGUF, SMOLLM2_HEADS, find_model
     from medusa.trees import Tree, load_tree
 
-    file = Path(path)
-    record: dict = {}
+    file, record = Path(path), dict[str, Any]()
+    tree: Tree | None = None
     if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
-        tree: Tree | None = load_tree(file)
+        tree = load_tree(file)
     else:
-        source = file if file.is_file() else find_heads(common.at(path, revision))
-        found = open_checkpoint(source)
-        record["heads"] = {
-            "format": found.format,
-            "file": found.source.name,
-            "num_heads": found.num_heads,
-            "num_layers": found.num_layers,
-            "hidden_size": found.hidden_size,
-            "vocab_size": found.vocab_size,
-            "shared_lm_head": found.shared_lm_head,
-            "lm_head_bias": found.lm_head_bias,
-            "tied_blocks": found.tied_blocks,
-            "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
-            "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),
-            "base_model": found.base_model,
-            "notes": list(found.notes),
-        }
-        beside = found.source.parent / TREE_FILE
-        tree = load_tree(beside) if beside.is_file() else None
+        if file.is_file() and file.suffix != GGUF:
+            source, its_heads = None, file
+        elif path in SMOLLM2_HEADS:
+            source, its_heads = None, SMOLLM2_HEADS[path]
+        else:
+            found: Source = find_model(common.at(path, revision))
+            source, its_heads = found, found.heads or found.folder
+        backbone = backbone_facts(source) if source is not None else None
+        if backbone is not None:
+            record["backbone"] = backbone
+        if backbone is None or its_heads.is_file() or has_heads(its_heads):
+            heads = open_checkpoint(its_heads)
+            record["heads"] = heads_facts(heads)
+            beside = heads.source.parent / TREE_FILE
+            tree = load_tree(beside) if beside.is_file() else None
     if tree is not None:
         record["tree"] = figures(tree)
     if as_json:
         print(json.dumps(record))
         return
     for part, facts in record.items():
-        print(f"{part}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+        known = {name: value for name, value in facts.items() if value is not False}
+        if part == "heads":
+            known["format"] = FORMATS.get(known["format"], known["format"])
+        showing.print_facts(part, known)
+    if "heads" not in record and tree is None:
+        print("no heads here: medusa train makes some, and --heads gives them")
+    elif tree is None:
+        print("no tree file beside the heads: a dynamic tree decodes; medusa tune finds the fastest")
     if tree is not None:
         show_tree(tree)
+
+
+def heads_facts(found: Any) -> dict[str, Any]:
+    """What heads are, of an open checkpoint."""
+    return {
+        "format": found.format,
+        "file": found.source.name,
+        "num_heads": found.num_heads,
+        "num_layers": found.num_layers,
+        "hidden_size": found.hidden_size,
+        "vocab_size": found.vocab_size,
+        "shared_lm_head": found.shared_lm_head,
+        "draft_vocabulary": found.draft_vocabulary,
+        "lm_head_bias": found.lm_head_bias,
+        "tied_blocks": found.tied_blocks,
+        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
+        "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),
+        "base_model": found.base_model,
+        "notes": list(found.notes),
+    }
+
+
+def backbone_facts(source: Source) -> dict[str, Any] | None:
+    """What the model of a folder or a GGUF file is, as its files say; None where there is no model but heads."""
+    if source.gguf_file is not None:
+        return {"model": str(source), **gguf_facts(source.folder / source.gguf_file)}
+    from transformers import AutoConfig
+
+    from medusa.checkpoints.names import belongs_to_heads
+    from medusa.config import CONFIG_FILE, read_json_object
+
+    file, weights = source.folder / CONFIG_FILE, sorted(source.folder.glob("*.safetensors"))
+    kind = read_json_object(file).get("model_type") if file.is_file() else None
+    if kind in (None, "medusa") or not any(source.folder.glob("*model*")):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(source.folder).get_text_config()
+    except (OSError, ValueError, KeyError):  # of a model with code of its own, which is not run here
+        return {"model": str(source), "architecture": kind}
+    said = source.folder / "tokenizer_config.json"
+    return {
+        "model": str(source),
+        "architecture": kind,
+        "num_layers": getattr(config, "num_hidden_layers", None),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "attention_heads": getattr(config, "num_attention_heads", None),
+        "key_value_heads": getattr(config, "num_key_value_heads", None),
+        "vocab_size": getattr(config, "vocab_size", None),
+        "context": getattr(config, "max_position_embeddings", None),
+        "parameters": sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights) or None,
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        "chat_template": (source.folder / "chat_template.jinja").is_file()
+        or (said.is_file() and "chat_template" in read_json_object(said)),
+    }
+
+
+def _sizes(file: Path, counts: Any) -> int:
+    """Numbers in the tensors of a safetensors file whose names count; only its header is read."""
+    import math
+
+    from safetensors import safe_open
+
+    from medusa.errors import CheckpointError
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys() if counts(name))  # noqa: SIM118
+    except Exception as error:  # safetensors' own, which it does not export everywhere
+        raise CheckpointError(f"{file} is broken or no safetensors file: {error}") from None
+
+
+def gguf_facts(file: Path) -> dict[str, Any]:
+    """What a GGUF file says of its model.
+
+    Raises:
+        InvalidInput: the package that reads it is missing.
+        CheckpointError: it is broken.
+    """
+    from medusa.errors import CheckpointError, InvalidInput
+
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise InvalidInput(
+            f"{file} is a GGUF file, which needs the package gguf: pip install 'medusa-decoding[gguf]'"
+        ) from None
+    try:
+        reader = GGUFReader(file)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{file} is broken or no GGUF file: {error}") from None
+
+    def said(name: str) -> Any:
+        field = reader.get_field(name)
+        return None if field is None else field.contents()
+
+    kind = said("general.architecture")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    types = sorted({tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1})
+    return {
+        "file": f"{file.name}, {file.stat().st_size / 1e6:.0f} MB",
+        "architecture": kind,
+        "num_layers": said(f"{kind}.block_count"),
+        "hidden_size": said(f"{kind}.embedding_length"),
+        "attention_heads": said(f"{kind}.attention.head_count"),
+        "key_value_heads": said(f"{kind}.attention.head_count_kv"),
+        "vocab_size": None if tokens is None else len(tokens.data),
+        "context": said(f"{kind}.context_length"),
+        "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
+        "dtype": f"{', '.join(types)}, unpacked when loaded (bfloat16, unless --dtype says otherwise)",
+        "chat_template": reader.get_field("tokenizer.chat_template") is not None,
+    }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, showing
 from medusa.errors import InvalidInput
 
 
@@ -40,7 +40,6 @@ def judge_command(
             raise InvalidInput(f"--{name} is {price}, wanted at least 0")
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-    from rich.table import Table
 
     from medusa.endpoint import Endpoint
     from medusa.evaluation.judge import CLAIM, GRADES, SYSTEM, grades, is_graded, judge, read_tasks, spent
@@ -58,7 +57,7 @@ def judge_command(
         bar = progress.add_task("judging", total=len(tasks), completed=already)
         failed = judge(tasks, asked, journal, batch_size, tries, lambda: progress.advance(bar))
     used = spent(journal)
-    record = {
+    record: dict[str, Any] = {
         "judge_model": judge_model,
         "answers": answers,
         "prompt_tokens": used.prompt_tokens,
@@ -70,8 +69,8 @@ def judge_command(
     write_text(folder / "judge.json", json.dumps(record, indent=2) + "\n")
     if as_json:
         print(json.dumps(record))
-    else:
-        Console(width=100).print(_table(record, Table(title=f"Grades by {judge_model}", title_justify="left")))
+    elif any(part["grade"] is not None for parts in record["decoders"].values() for part in parts.values()):
+        showing.print_table(*_table(record), title=f"Grades by {judge_model}")
     common.note(f"{used.prompt_tokens} tokens read, {used.completion_tokens} written, cost {record['cost']:.4f}; in {folder}")
     for reason, number in failed.most_common():
         common.note(f"{number} answers have no grade: {reason}")
@@ -79,15 +78,12 @@ def judge_command(
         raise InvalidInput(f"{failed.total()} answers have no grade; the same command tries them again")
 
 
-def _table(record, table):
+def _table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Mean grades, a row per category and a column per decoder; in brackets those by turn, and what has no grade."""
     found = record["decoders"]
-    table.add_column("")
-    for name in found:
-        table.add_column(name, justify="right")
-    for category in dict.fromkeys(category for parts in found.values() for category in parts):
-        table.add_row(category, *(_cell(parts.get(category)) for parts in found.values()))
-    return table
+    categories = dict.fromkeys(category for parts in found.values() for category in parts)
+    rows = [[category, *(_cell(parts.get(category)) for parts in found.values())] for category in categories]
+    return ["category", *found], rows
 
 
 def _cell(part) -> str:

@@ -26,7 +26,7 @@ PromptsOption = Annotated[
     str | None,
     typer.Option(
         "--prompts",
-        help="held-out (default for `embedded`), mt-bench, humaneval, or a file, folder or hub id[:split] of prompts.",
+        help="held-out (default for `embedded`), mt-bench, humaneval, or your own: .txt, JSON, JSONL, Parquet, folder, hub id.",
     ),
 ]
 CategoryOption = Annotated[list[str] | None, typer.Option("--category", help="Only of this category; repeatable.")]
@@ -74,9 +74,17 @@ def original_of(medusa: MedusaModel, heads: str | None, load: Callable[[], Medus
     return load() if heads is not None and has_adapter(find_heads(heads)) else medusa
 
 
+def calibration_questions(prompts: str | None) -> list[Question]:
+    """The prompts that trees are chosen on; none where they are the embedded model's own. No model is needed to refuse them."""
+    from medusa.evaluation.prompts import read_questions
+
+    return [] if prompts is None else read_questions(prompts)
+
+
 def calibration_prompts(
     model: str,
     prompts: str | None,
+    questions: list[Question],
     medusa: MedusaModel,
     max_prompts: int,
     prompt_tokens: int,
@@ -87,12 +95,11 @@ def calibration_prompts(
     import torch
 
     from medusa.evaluation.bench import Asking
-    from medusa.evaluation.prompts import held_out_prompts, read_questions, select
+    from medusa.evaluation.prompts import held_out_prompts
 
     if prompts is None:
         return [prompt.ids[:prompt_tokens] for prompt in held_out_prompts("calibration")[:max_prompts]]
     asking = Asking(common.load_tokenizer(model, trust_remote_code), medusa.eos_token_ids)
-    questions = select(read_questions(prompts), (), None)
     found = [asking.prompt(question, []) for question in questions]
     if not asking.chat:
         found = [ids[:prompt_tokens] for ids in found]
@@ -114,17 +121,6 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda by=1: bar.advance(task, by)
-
-
-def show(header: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(Column(header[0], no_wrap=True), *header[1:])
-    for row in rows:
-        table.add_row(*row)
-    Console(width=130).print(table)
 
 
 def made_with(medusa: MedusaModel, model: str, exam: Exam, prompts: str, compile: bool, **more: Any) -> dict[str, Any]:

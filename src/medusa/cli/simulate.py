@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -123,9 +123,6 @@ def predictions(
     as_json: bool,
 ) -> None:
     """Print the speedup of every setting, the best tree size of each, and where trees stop paying."""
-    from rich.console import Console
-    from rich.table import Table
-
     from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
 
@@ -147,14 +144,13 @@ def predictions(
         }
         print(json.dumps(record))
         return
-    table = Table(title=f"{model} on {hardware}: speedup by tree size; tokens a step: {source}", title_justify="left")
-    for column in ("batch", "length", "plain ms", *map(str, sizes), "best"):
-        table.add_column(column, justify="right")
+    rows = []
     for top in bests:
         speedups = [f"{p.speedup:.2f}" for p in points if (p.batch, p.length) == (top.batch, top.length)]
         plain = f"{1e3 * top.seconds / top.overhead:.2f}"
-        table.add_row(str(top.batch), str(top.length), plain, *speedups, f"{top.candidates} ({top.speedup:.2f})")
-    Console(width=None if Console().is_terminal else 160).print(table)
+        rows.append([str(top.batch), str(top.length), plain, f"{top.candidates} ({top.speedup:.2f})", *speedups])
+    title = f"{model} on {hardware}: speedup by tree size; tokens a step: {source}"
+    showing.print_table(["batch", "length", "plain ms", "best size", *map(str, sizes)], rows, title, keys=2)
     for s, stop in stops.items():
         print(f"length {s}: " + ("trees pay at every batch tried" if stop is None else f"no tree pays from batch {stop} on"))
 
@@ -223,12 +219,5 @@ def show(rows: list[dict], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=None if Console().is_terminal else 160).print(table)
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    showing.print_table([key.replace("_", " ") for key in rows[0]], cells)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def tree_command(
         print(json.dumps({**tree.to_dict(), "expected_acceptance_length": expected}))
         return
     show_tree(tree, chances, marked)
-    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items())
+    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items() if value is not None)
     print(told if expected is None else f"{told}: {expected:.3f} tokens a step expected")
 
 
@@ -116,6 +116,8 @@ def statistics(
     if calibration is not None:
         from medusa.simulation.prediction import read_calibration
 
+        if calibration.is_dir():  # that of a run of medusa tune
+            calibration /= "calibration.json"
         paths, positions = read_calibration(calibration)
         shares = {path: count / positions for path, count in paths}
         return lambda nodes: search_joint_tree(paths, nodes), lambda tree: {p: shares.get(p, 0.0) for p in tree.paths}
@@ -156,26 +158,22 @@ def figures(tree: Tree) -> dict[str, Any]:
     if not isinstance(tree, MedusaTree):
         return {"nodes": len(tree), "depth": tree.depth}
     leaves = len(tree) - len(set(tree.parents) - {-1})
-    return {"nodes": len(tree), "depth": tree.depth, "leaves": leaves, "max_rank": tree.max_rank}
+    return {"nodes": len(tree), "depth": tree.depth, "leaves": leaves, "max_rank": tree.max_rank if len(tree) > 1 else None}
 
 
 def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] = ()) -> None:
     """Print a tree: a level a head, nodes by rank, leaves of one parent on a line; a dynamic one's settings."""
-    from rich.console import Console
-
     from medusa.tree import MedusaTree
     from medusa.trees import TreeChoice
 
-    console = Console(width=None if Console().is_terminal else 160)
     if isinstance(tree, MedusaTree):
-        console.print(_drawn(tree, chances or {}, {tuple(marked[:depth]) for depth in range(1, len(marked) + 1)}))
+        showing.console().print(_drawn(tree, chances or {}, {tuple(marked[:depth]) for depth in range(1, len(marked) + 1)}))
     elif isinstance(tree, TreeChoice):
         for batch, inner in sorted(tree.trees.items()):
             print(f"from batch {batch} on:")
             show_tree(inner)
     else:
-        settings = tree.to_dict()["dynamic"]
-        print("dynamic: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
+        showing.print_facts("built anew at every step", tree.to_dict()["dynamic"])
 
 
 def _drawn(tree: MedusaTree, chances: Chances, marked: set[tuple[int, ...]]) -> Any:
@@ -187,7 +185,9 @@ def _drawn(tree: MedusaTree, chances: Chances, marked: set[tuple[int, ...]]) -> 
         return Text.assemble(rank, (f" {chances[path]:.3f}", "dim")) if chances else rank
 
     parents = {path[:-1] for path in tree.paths}
-    root = Text.assemble("root", (" (rank, how often its path comes true)", "dim")) if chances else Text("root")
+    legend = ["rank, how often its path comes true"] if chances else []
+    legend += ["red: the marked path, by default all first guesses"] if marked else []
+    root = Text.assemble("root", (f" ({'; '.join(legend)})" if legend else "", "dim"))
     branches: dict[tuple[int, ...], Tree] = {(): Tree(root)}
     for (above, inner), group in groupby(tree.paths, key=lambda path: (path[:-1], path in parents)):
         if inner:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common, measuring
+from medusa.cli import common, measuring, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def tune_command(
     _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
     if prompts is None and model != "embedded":
         raise InvalidInput("no prompts; pass --prompts FILE with text like the model will see")
+    questions = measuring.calibration_questions(prompts)
+    if len(questions) == 1:
+        raise InvalidInput(f"{prompts} holds one prompt, which cannot both choose trees and judge them; give more prompts")
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
@@ -90,7 +93,7 @@ def tune_command(
     room = room_to_time(medusa.num_heads, max(medusa.num_heads, copied))
     _check_room(medusa, context or [], room)
     chosen_prompts = measuring.calibration_prompts(
-        model, prompts, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code
+        model, prompts, questions, medusa, max_prompts, prompt_tokens, max_new_tokens, trust_remote_code
     )
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -220,38 +223,37 @@ def _made_with(medusa: MedusaModel, prompts: str | None, lengths: list[int], com
 
 
 def _show(tuned: Tuned, accuracies: list[list[float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    ranks = min(8, max(map(len, accuracies)))
+    showing.print_table(
+        ["head", *(f"guess {rank + 1}" for rank in range(ranks))],
+        [[str(k), *(f"{accuracy:.3f}" for accuracy in row[:ranks])] for k, row in enumerate(accuracies, 1)],
+        title="how often each guess is right",
+    )
 
-    console = Console()
-    for k, row in enumerate(accuracies, 1):
-        console.print(f"head {k}: " + "  ".join(f"{accuracy:.3f}" for accuracy in row[:8]))
-
-    def add(table: Table, option: Option, marked: bool) -> None:
+    def row(option: Option) -> list[str]:
         low, high = option.interval
         cells = [option.name, f"{option.acceleration_rate:.2f} ({low:.2f}-{high:.2f})"]
         for batch, seconds in option.step_seconds.items():
             speedup = option.tokens_per_second(batch) / tuned.plain.tokens_per_second(batch)
             cells += [f"{1e3 * seconds:.2f}", f"{seconds / tuned.plain.step_seconds[batch]:.2f}", f"{speedup:.2f}"]
-        table.add_row(*cells, style="bold" if marked else None)
+        return cells
 
     picked = [option.tree for option in tuned.chosen.values()]
     for title, options in (("kinds and sizes", [tuned.plain, *tuned.options]), ("what each head adds", tuned.by_depth)):
         if options:
             of = [f"{what}{f', batch {b}' if len(tuned.chosen) > 1 else ''}" for b in tuned.chosen for what in FIGURES]
-            table = Table("tree", "tokens a step", *of, title=title)
-            for option in options:
-                add(table, option, option.tree in picked)
-            console.print(table)
+            chosen = {number for number, option in enumerate(options) if option.tree in picked}
+            showing.print_table(["tree", "tokens a step", *of], [row(option) for option in options], title, bold=chosen)
     static = [(option.if_independent, option) for option in tuned.options if option.if_independent is not None]
     if static:
         expected, option = max(static, key=lambda each: each[0])
         errs = 100 * (expected / option.acceleration_rate - 1)
-        console.print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens a step: {errs:+.0f} %")
+        print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens a step: {errs:+.0f} %")
     for batch, option in tuned.chosen.items():
         speedup = option.tokens_per_second(batch) / tuned.plain.tokens_per_second(batch)
-        console.print(f"batch {batch}: {option.name}, {speedup:.2f} times plain decoding")
-    console.print(f"heads worth having: {tuned.recommended_heads}")
+        why = ": no tree pays here, so the heads are left unused; train them for longer" if option.kind == "plain" else ""
+        print(f"batch {batch}: {option.name}, {speedup:.2f} times plain decoding{why}")
+    print(f"heads worth having: {tuned.recommended_heads}")
 
 
 FIGURES = ("ms", "overhead", "speedup")

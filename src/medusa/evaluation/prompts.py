@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from medusa import EMBEDDED
 from medusa.errors import InvalidInput
-from medusa.files import is_unicode, read_text
-from medusa.samples import conversation, read_records
+from medusa.files import is_unicode
+from medusa.samples import Asked, read_prompts, read_records
 
 HELD_OUT = "held-out"
 HELD_OUT_FILE = EMBEDDED / "held_out.jsonl"
 HUB_SETS = {"mt-bench": "HuggingFaceH4/mt_bench_prompts", "humaneval": "openai/openai_humaneval:test"}
 CODE = "code"  # the category of sets that are code alone
 NO_CATEGORY, OVERALL = "all", "overall"
-KINDS = "turns, instruction, messages, conversations, prompt, text or input_ids"
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,8 @@ class Question:
 def read_questions(source: str | Path, references: str | Path | None = None) -> list[Question]:
     """The questions of a set, in its order.
 
-    A record is MT-Bench's or Spec-Bench's (`turns`, `category`, perhaps `reference`), AlpacaEval's (`instruction`, its
-    `dataset` being the category), HumanEval's (`task_id`, `prompt`), or any of those of `read_samples`, whose assistant's
-    turns are left out. In a `.txt` file every line is a prompt.
+    Prompts of every kind that `read_prompts` knows; besides them, MT-Bench's and Spec-Bench's records have a `category` and
+    perhaps a `reference`, AlpacaEval's `dataset` is its category, and HumanEval's have a `task_id` and are code.
 
     Args:
         source: `held-out`, `mt-bench`, `humaneval`, a file or folder, or a hub id.
@@ -84,7 +81,8 @@ def read_questions(source: str | Path, references: str | Path | None = None) -> 
             identifier = f"{prompt.source}:{seen[prompt.source]}"
             questions.append(Question(identifier, CODE, ids=tuple(prompt.ids.tolist())))
     else:
-        questions = [_question(where, n, record) for n, (where, record) in enumerate(_records(str(source)), 1)]
+        found = read_prompts(HUB_SETS.get(str(source), source))
+        questions = [_question(number, asked) for number, asked in enumerate(found, 1)]
     if not questions:
         raise InvalidInput(f"{source} holds no prompts")
     twice = [identifier for identifier, times in Counter(q.id for q in questions).items() if times > 1]
@@ -111,54 +109,22 @@ def select(questions: Sequence[Question], categories: Sequence[str] = (), limit:
     return [chosen[n * len(chosen) // limit] for n in range(limit)]
 
 
-def _records(source: str) -> Iterator[tuple[str, Any]]:
-    if not source.endswith(".txt"):
-        yield from read_records(HUB_SETS.get(source, source))
-        return
-    lines = read_text(source, InvalidInput).splitlines()
-    yield from ((f"{source}:{n}", {"text": line}) for n, line in enumerate(lines, 1) if line.strip())
-
-
-def _question(where: str, number: int, record: Any) -> Question:
-    if not isinstance(record, dict):
-        raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object with {KINDS}")
+def _question(number: int, asked: Asked) -> Question:
+    where, record = asked.source, asked.record
     given = next((record[key] for key in ("question_id", "task_id", "prompt_id", "id") if record.get(key) is not None), number)
     category = next((record[key] for key in ("category", "dataset") if key in record), None)
     if category is None:
         category = CODE if "task_id" in record else NO_CATEGORY
     if not isinstance(category, str) or not category.strip() or category == OVERALL:
         raise InvalidInput(f"{where} has the category {category!r}, wanted a name; leave the key out where there is none")
-    system, turns, references = "", [], record.get("reference") or ()
+    references = record.get("reference") or (record.get("canonical_solution") if "task_id" in record else None) or ()
     if isinstance(references, str):
         references = [references]
-    if isinstance(talk := record.get("messages", record.get("conversations")), list):
-        messages = conversation(where, talk)
-        system = "\n".join(message["content"] for message in messages if message["role"] == "system")
-        turns = [message["content"] for message in messages if message["role"] == "user"]
-    elif isinstance(record.get("input_ids"), list):
-        ids = record["input_ids"][: record.get("prompt_tokens") or None]
-        if not ids or not all(type(token) is int for token in ids):
-            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
-        return Question(str(given), category, ids=tuple(ids))
-    else:
-        asked = next((record[key] for key in ("turns", "instruction", "prompt", "text") if record.get(key) is not None), None)
-        if asked is None:
-            raise InvalidInput(f"{where} has keys {sorted(record)}, wanted {KINDS}")
-        if isinstance(asked, list) and asked and isinstance(asked[0], dict):  # a prompt that is messages
-            return _question(where, number, {**record, "messages": asked})
-        turns = [asked] if isinstance(asked, str) else asked
-        if record.get("instruction") is not None and record.get("input"):
-            turns = [f"{asked}\n\n{record['input']}"]
-        if "task_id" in record and not references and record.get("canonical_solution"):
-            references = [record["canonical_solution"]]
-    for name, texts in (("turns", turns), ("reference", references)):
-        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise InvalidInput(f"{where}: its {name} are {str(texts)[:60]!r}, wanted a list of strings")
-        if not all(map(is_unicode, texts)):
-            raise InvalidInput(f"{where}: its {name} are no valid Unicode: half of a surrogate pair is in them")
-    if not turns or not all(text.strip() for text in turns):
-        raise InvalidInput(f"{where} has an empty prompt")
-    return Question(str(given), category, tuple(turns), system, tuple(references))
+    if not isinstance(references, list | tuple) or not all(isinstance(text, str) for text in references):
+        raise InvalidInput(f"{where}: its reference are {str(references)[:60]!r}, wanted a list of strings")
+    if not all(map(is_unicode, references)):
+        raise InvalidInput(f"{where}: its reference are no valid Unicode: half of a surrogate pair is in them")
+    return Question(str(given), category, asked.turns, asked.system, tuple(references), asked.ids)
 
 
 def _with_references(questions: list[Question], source: str | Path) -> list[Question]:

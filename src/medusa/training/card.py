@@ -16,8 +16,8 @@ MEASURED = """\
 |---|---|{rule}|
 {accuracies}
 
-Accuracy on {asked:,} held-out tokens. The tree here ({nodes} nodes) should accept {rate:.2f} tokens a step from them, if heads
-err independently. Trained on {tokens:,} tokens, {labelled:,} of them labelled. Options, log and fingerprint of the data:
+Accuracy on {asked:,} tokens {measured_on}. The tree here ({nodes} nodes) should accept {rate:.2f} tokens a step from them, if
+heads err independently. Trained on {tokens:,} tokens, {labelled:,} of them labelled. Options, log and fingerprint of the data:
 `training.json`.
 """
 BACKBONE_NOTES = {
@@ -36,6 +36,7 @@ def write_card(
     nodes: int,
     tokens: int,
     labelled: int,
+    held_out: bool,
 ) -> None:
     """Write `README.md`."""
     ranks = sorted({int(name.rpartition("top")[2]) for name in metrics if "_top" in name})
@@ -52,6 +53,7 @@ def write_card(
         rule="|".join("---" for _ in ranks),
         accuracies="\n".join(lines),
         asked=asked,
+        measured_on="held out" if held_out else "of rows that were learnt, which flatters the heads",
         nodes=nodes,
         rate=metrics.get("eval_acceleration_rate", 1.0),
         tokens=tokens,

@@ -94,7 +94,7 @@ def load_rows(
     if progress:
         from tqdm.auto import tqdm
 
-        samples = tqdm(samples, desc="Reading", unit=" samples", delay=1)
+        samples = tqdm(samples, desc="Reading", unit=" samples", delay=1, dynamic_ncols=True)
     rows, shortened = [], 0
     for sample in samples:
         ids, spoken = _encode(sample, tokenizer)

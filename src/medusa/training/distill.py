@@ -18,8 +18,8 @@ from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
-from medusa.records import append_line, claim, hold, read_lines
-from medusa.samples import Message, Skips, read_samples
+from medusa.records import append_line, claim, hold, read_lines, refuse_claimed
+from medusa.samples import Message, Skips, read_prompts
 from medusa.training.templates import end_of_turn, ends_users_turns, opening
 
 SHARD = "samples-{:05d}.jsonl"
@@ -30,12 +30,16 @@ SAMPLES_PER_SHARD = 1000
 
 @dataclass(frozen=True)
 class Seed:
-    """What a sample begins with: the user's turns of a conversation, perhaps after a system turn, or plain text."""
+    """What a sample begins with: the user's turns of a conversation, perhaps after a system turn; plain text; or token ids.
+
+    A bare prompt is both a turn and a text: a model with a chat template is asked it, any other continues it.
+    """
 
     id: str
     turns: tuple[Message, ...] = ()
     text: str = ""
     whole: bool = False  # the text is a prompt, of which nothing may be cut
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,40 +73,59 @@ class Answerer(Protocol):
 
 
 def read_seeds(source: str | Path, skips: Skips) -> list[Seed]:
-    """The seeds of a data set in any of our formats; the assistant's turns in it are dropped.
+    """The seeds of a set of prompts (`read_prompts`).
 
-    A seed's id is a hash of what it asks, so that a file may be reordered or added to between runs.
+    What has a completion beside it, and a document (`{"text"}`), is text to every model. A seed's id is a hash of what it asks,
+    so that a file may be reordered or added to between runs.
     """
     seeds, seen = [], Counter[str]()
-    for sample in read_samples(source, skips):
-        turns = tuple(message for message in sample.messages or () if message["role"] != "assistant")
-        text = "" if sample.messages is not None else sample.prompt or sample.text or ""
-        if not text and not any(message["role"] == "user" for message in turns):
-            skips.add("with nothing to answer", sample.source)
-            continue
-        digest = hashlib.sha256(json.dumps([turns, text]).encode()).hexdigest()[:16]
-        seeds.append(Seed(f"{digest}-{seen[digest]}", turns, text, whole=sample.prompt is not None))
+    for asked in read_prompts(source, skips):
+        system = ({"role": "system", "content": asked.system},) if asked.system else ()
+        turns = (*system, *({"role": "user", "content": text} for text in asked.turns))
+        text = asked.text
+        if text and (not asked.whole or isinstance(asked.record.get("completion"), str)):
+            turns = ()
+        digest = _digest(turns, text, asked.ids)
+        seeds.append(Seed(f"{digest}-{seen[digest]}", turns, text, asked.whole and bool(text), asked.ids))
         seen[digest] += 1
     return seeds
+
+
+def _digest(turns: tuple[Message, ...], text: str, ids: tuple[int, ...]) -> str:
+    """A hash of what is asked."""
+    asked = [turns, text, ids] if ids else [turns, text]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 class Shards:
     """A folder of JSONL shards that a run adds to, alone: every sample whole and on the disk, or not there at all.
 
     Args:
-        made_by: what makes the samples, noted in the folder; a folder of another maker is refused.
+        made_by: what makes the samples, noted in the folder; a folder with samples of another maker is refused.
     """
 
     def __init__(self, folder: str | Path, made_by: dict[str, Any] | None = None, per_shard: int = SAMPLES_PER_SHARD):
         self.folder, self._per_shard = Path(folder), per_shard
         self._held = hold(self.folder / "samples")
         if made_by is not None:
+            if not any(self.folder.rglob("*.jsonl")):  # a run that made nothing holds nothing
+                (self.folder / MADE_BY).unlink(missing_ok=True)
             claim(self.folder / MADE_BY, made_by)
         paths = sorted(self.folder.glob("samples-*.jsonl"))
         found = [set(read_lines(path, "sample of a distillation")) for path in paths]
         self.done = set().union(*found)
         self._number = max(0, len(paths) - 1)
         self._in_shard = len(found[-1]) if found else 0
+
+    @staticmethod
+    def refuse_other(folder: Path, made_by: dict[str, Any]) -> None:
+        """Refuse a folder with samples of another maker, before anything is loaded or written.
+
+        Raises:
+            InvalidInput: it has such; what differs is named.
+        """
+        if any(folder.rglob("*.jsonl")):
+            refuse_claimed(folder / MADE_BY, made_by)
 
     def add(self, identifier: str, record: dict[str, Any]) -> None:
         """Write one sample; when this returns it is on the disk.
@@ -144,7 +167,8 @@ def distill(seeds: Sequence[Seed], answerer: Answerer, shards: Shards) -> Distil
                 shards.add(seed.id, outcome)
                 made += 1
                 bar.update()
-            bar.set_postfix(tokens_per_second=f"{tokens / (time.perf_counter() - start):.0f}", failed=failed.total())
+            told = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
+            bar.set_postfix_str(f"{told}, {failed.total()} failed" if failed else told)
     return Distilled(made, already, failed, tokens, time.perf_counter() - start)
 
 
@@ -164,7 +188,7 @@ class ModelAnswerer:
                 raise InvalidInput("--self-talk needs a chat template that ends the user's turns with a special token")
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        fresh = (_Talk(seed, self.options.self_talk) if seed.turns else _Text(seed) for seed in seeds)
+        fresh = (_Talk(seed, self.options.self_talk) if self._asks(seed) else _Text(seed) for seed in seeds)
         going_on: deque[_Talk | _Text] = deque()  # with a turn said and another to say
         over: list[_Talk | _Text] = []
 
@@ -182,6 +206,10 @@ class ModelAnswerer:
             yield from ((job.seed, job.outcome(), job.tokens) for job in over)
             over.clear()
         yield from ((job.seed, job.outcome(), job.tokens) for job in over)
+
+    def _asks(self, seed: Seed) -> bool:
+        """Whether a seed is a conversation to this model, and no text to continue."""
+        return bool(seed.turns) and (bool(self.tokenizer.chat_template) or not seed.text)
 
     def _answers(self, take: Callable[[], Request | None]) -> Iterator[tuple[Any, list[int]]]:
         """Whoever asked, and the new tokens."""
@@ -203,8 +231,8 @@ class ModelAnswerer:
         """The ids up to where the model is to go on; none where they do not fit or the template refuses the conversation."""
         if isinstance(job, _Text):
             # Token ids: decoded and encoded again they might differ.
-            job.ids = list(self.tokenizer(job.seed.text, verbose=False)["input_ids"])
-            if not job.seed.whole:
+            job.ids = list(job.seed.ids or self.tokenizer(job.seed.text, verbose=False)["input_ids"])
+            if not job.seed.whole and not job.seed.ids:
                 job.ids = job.ids[: self.options.prompt_tokens]
             ids = job.ids
         else:

@@ -66,7 +66,7 @@ def keep(
         if tokens >= shard_tokens or number == len(rows):
             shards.append((first, number))
             first, tokens = number, 0
-    with tqdm(total=rows.tokens, desc="Hidden states", unit=" tokens", unit_scale=True) as bar:
+    with tqdm(total=rows.tokens, desc="Hidden states", unit=" tokens", unit_scale=True, dynamic_ncols=True) as bar:
         for shard, (first, last) in enumerate(shards):
             part = rows.rows[first:last]
             if not _is_whole(_shard(folder, shard), sum(map(len, part))):

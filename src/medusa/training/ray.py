@@ -42,7 +42,10 @@ class RayAnswerer:
 
             def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
                 outcomes: dict[str, list] = {"id": [], "outcome": [], "tokens": []}
-                handed = [Seed(s["id"], tuple(s["turns"]), s["text"], s["whole"]) for s in map(json.loads, batch["seed"])]
+                handed = [
+                    Seed(s["id"], tuple(s["turns"]), s["text"], s["whole"], tuple(s["ids"]))
+                    for s in map(json.loads, batch["seed"])
+                ]
                 for seed, outcome, tokens in self.answerer(handed):
                     outcomes["id"].append(seed.id)
                     outcomes["outcome"].append(json.dumps(outcome))

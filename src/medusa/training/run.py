@@ -61,7 +61,8 @@ def train(
 
     Args:
         model: the backbone; heads it has already are the starting point, else new ones are made.
-        eval_rows: to measure on; None holds out `config.held_out` of the rows.
+        eval_rows: to measure on; None holds out `config.held_out` of the rows, and where that is none measures on some that
+            were learnt, which flatters the heads.
         resume: go on from the newest whole checkpoint in `output`; without one, start.
         hidden_states: a folder to keep the frozen backbone's hidden states in, and train from them (offline mode).
         callbacks: of transformers' Trainer; what one raises ends the run, which can be resumed from its last checkpoint.
@@ -91,6 +92,7 @@ def _train(
 ) -> dict[str, float]:
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
+        eval_rows = eval_rows or Rows(rows.rows[:FEWEST_TO_HOLD_OUT_OF])  # of its own rows: a flattering measure, and said so
     if config.heads_steps and model.heads is None:
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
             raise InvalidInput("under FSDP the two stages are two runs: train medusa-1 first, then give its folder as --heads")
@@ -109,11 +111,11 @@ def _train(
     model = _trainable(model, config)
     heads.share(model.backbone.get_output_embeddings())  # with the adapter that it may have now
     objective = Objective(model, heads, config)
-    arguments = _arguments(model, output, config, evaluate=eval_rows is not None)  # sets up the processes
+    arguments = _arguments(model, output, config)  # sets up the processes
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
     if hidden_states is not None:
         with PartialState().main_process_first():
-            kept = {name: keep(model, part, Path(hidden_states) / name) for name, part in data.items() if part is not None}
+            kept = {name: keep(model, part, Path(hidden_states) / name) for name, part in data.items()}
         data |= kept
     trainer = MedusaTrainer(
         model=objective,
@@ -130,9 +132,9 @@ def _train(
     trained = trainer.trained()  # of all processes together
     if trainer.is_world_process_zero():
         _save(output, objective, trained, base_model)
-    metrics = trainer.evaluate() if eval_rows is not None else {}
+    metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        _report(output, trainer, rows, metrics, base_model)
+        _report(output, trainer, rows, metrics, base_model, held_out=all(row is not eval_rows.rows[0] for row in rows))
     trainer.accelerator.wait_for_everyone()
     objective.eval()  # no dropout in what the caller still holds
     return metrics
@@ -148,9 +150,8 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
     wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
     wanted |= {"data": rows.fingerprint(), "backbone weights": fingerprint(model)}
     path = output / IDENTITY
+    refuse_begun(output, resume)
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if not resume:
-            raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
         refuse_other(output, read_json_object(path), wanted)
     if _writes():
         write_text(path, json.dumps(wanted, indent=2) + "\n")
@@ -159,11 +160,25 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
                 (output / name).unlink(missing_ok=True)
 
 
+def refuse_begun(output: Path, resume: bool) -> None:
+    """Refuse a folder in which a run would be begun anew unasked.
+
+    Raises:
+        InvalidInput: it holds checkpoints of a run, and none is resumed.
+    """
+    if not resume and (output / IDENTITY).is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
+
+
+def number_to_hold_out(rows: Rows, share: float) -> int:
+    """How many rows are held out; 0 where the data is too small to spare any."""
+    number = min(MOST_HELD_OUT, round(share * len(rows)))
+    return max(number, 1) if share > 0 and len(rows) >= FEWEST_TO_HOLD_OUT_OF else number
+
+
 def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
     """The rows to train on and those to measure on; none of the latter where the data is too small to spare any."""
-    number = min(MOST_HELD_OUT, round(share * len(rows)))
-    if share > 0 and len(rows) >= FEWEST_TO_HOLD_OUT_OF:
-        number = max(number, 1)
+    number = number_to_hold_out(rows, share)
     if number == 0:
         return rows, None
     chosen = set(random.Random(seed).sample(range(len(rows)), number))
@@ -203,7 +218,7 @@ def _trainable(model: MedusaModel, config: TrainingConfig) -> MedusaModel:
     return MedusaModel(backbone, None)
 
 
-def _arguments(model: MedusaModel, output: Path, config: TrainingConfig, evaluate: bool) -> TrainingArguments:
+def _arguments(model: MedusaModel, output: Path, config: TrainingConfig) -> TrainingArguments:
     on_gpu = model.device.type == "cuda"
     small = config.optimizer == "adamw-8bit" or (
         config.optimizer == "auto" and on_gpu and importlib.util.find_spec("bitsandbytes") is not None
@@ -223,7 +238,7 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig, evaluat
         adam_beta2=0.95,
         max_grad_norm=1.0,
         logging_steps=config.logging_steps,
-        eval_strategy="steps" if evaluate and config.eval_steps else "no",
+        eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
         save_steps=config.save_steps,
         save_total_limit=2,
@@ -275,13 +290,16 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _report(output: Path, trainer: MedusaTrainer, rows: Rows, metrics: dict[str, float], base_model: str | None) -> None:
-    """What the run was and what came of it: the record, and where it was measured the tree and the model card."""
+def _report(
+    output: Path, trainer: MedusaTrainer, rows: Rows, metrics: dict[str, float], base_model: str | None, held_out: bool
+) -> None:
+    """What the run was and what came of it: the record, the tree and the model card."""
     config, evaluated = trainer.model.recipe, trainer.evaluated
-    if evaluated is not None:
-        tree = evaluated.tree(config.tree_nodes)
-        tree.save(output / TREE_FILE)
-        write_card(output, config, base_model, metrics, max(evaluated.asked), len(tree), rows.tokens, rows.labelled)
+    assert evaluated is not None
+    tree = evaluated.tree(config.tree_nodes)
+    tree.save(output / TREE_FILE)
+    asked = max(evaluated.asked)
+    write_card(output, config, base_model, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
     record = {
         "config": dataclasses.asdict(config),
         "base_model": base_model,
@@ -289,7 +307,8 @@ def _report(output: Path, trainer: MedusaTrainer, rows: Rows, metrics: dict[str,
         "skipped": dict(rows.skips.reasons),
         "cut": rows.cut,
         "metrics": metrics,
-        "accuracies": evaluated.to_dict() if evaluated is not None else None,
+        "measured_on": "rows held out" if held_out else "rows that were learnt",
+        "accuracies": evaluated.to_dict(),
         "log": trainer.state.log_history,
         "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
         "versions": {"medusa": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class MedusaTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluated: Evaluated | None = None
+        self._right: dict[str, float] = {}  # the share of tokens that each head's first guess is right on, of a batch
+        self._measured_at = -1  # the step that this batch is of
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `_get_num_items_in_batch` gives
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -77,12 +80,27 @@ class MedusaTrainer(Trainer):
             self.model.lambda_0 = config.lambda_0 * math.sin(math.pi / 2 * done)
         output = model(**inputs, counts=num_items_in_batch)
         loss = output["loss"]
+        if self.state.global_step != self._measured_at and logs_at(self.state.global_step + 1, self.args.logging_steps):
+            self._measured_at = self.state.global_step
+            self._right = self._accuracies(inputs, output["hidden"])
         # Of a step cut into batches each has its share of the loss.
         shares = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps * self.accelerator.num_processes
         self._check(loss.item() * shares, inputs)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, ours are shares of a sum
         return (loss, output) if return_outputs else loss
+
+    def _accuracies(self, inputs: dict[str, Tensor], hidden: Tensor) -> dict[str, float]:
+        """How often each head's first guess is right on a batch; not told of sharded heads, which are whole in a step alone."""
+        if self.is_fsdp_enabled:
+            return {}
+        heads, counted = self.model.heads, inputs["labels"] != IGNORED
+        hits, asked = rank_hits(heads, hidden.to(heads.dtype), inputs["input_ids"], counted, 1, inputs["segments"])
+        return {f"head{k}_top1": row[0] for k, row in enumerate(accuracies_of(hits.tolist(), asked.tolist()), 1)}
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """The losses of some steps, with the heads' accuracies on one batch of the last of them."""
+        super().log(logs | self._right if "loss" in logs else logs, *args, **kwargs)
 
     def _check(self, loss: float, inputs: dict[str, Tensor]) -> None:
         """Stop when the loss is no number or explodes: going on would only overwrite good checkpoints."""
@@ -190,11 +208,32 @@ class MedusaTrainer(Trainer):
                 parameters[name].copy_(tensor)
 
 
+FIRST_STEPS = (1, 2, 5, 10)  # that are logged besides those asked for: whether a run goes well shows early
+
+
+def logs_at(step: int, every: int) -> bool:
+    """Whether a step is logged."""
+    return step in FIRST_STEPS or step % every == 0
+
+
 class Progress(ProgressCallback):
-    """A bar on stderr with the newest figures beside it; stdout is for results."""
+    """A bar on stderr with the newest figures beside it, above it a line a log; stdout is for results."""
 
     SHOWN = ("loss", "eval_loss", "eval_head1_top1", "eval_acceleration_rate")
 
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_log = control.should_log or logs_at(state.global_step, args.logging_steps)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs:
-            self.training_bar.set_postfix({key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs})
+        if self.training_bar is None or not logs:
+            return
+        self.training_bar.set_postfix({key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs})
+        for loss, head, what in (("loss", "head", ""), ("eval_loss", "eval_head", ", measured")):
+            if loss in logs:
+                right = [
+                    f"{100 * value:.0f}" for name, value in logs.items() if name.startswith(head) and name.endswith("_top1")
+                ]
+                told = f", heads right {' '.join(right)} %" if right else ""
+                line = f"step {state.global_step} of {state.max_steps}{what}: loss {logs[loss]:.3f}{told}"
+                self.training_bar.write(line, file=sys.stderr)
