@@ -77,7 +77,8 @@ def test_inspect_says_what_is_there():
     record = json.loads(medusa("inspect", "embedded", "--json").stdout)
     assert record["heads"]["num_heads"] == 5 and record["heads"]["hidden_size"] == 384
     assert record["tree"]["nodes"] > 1
-    assert "dynamic: num nodes" in medusa("inspect", "embedded").stdout
+    shown = medusa("inspect", "embedded").stdout
+    assert "num nodes" in shown and "num heads" in shown and "context" in shown and "None" not in shown
 
 
 def test_train_tune_generate_on_ones_own_model(tmp_path, embedded_tokenizer):
@@ -127,6 +128,9 @@ def tiny_folder(tmp_path):
         (["generate", "embedded", "x", "--prompt-file", "y"], "not both"),
         (["generate", "embedded", "--prompt-file", "no.txt"], "cannot read no.txt"),
         (["chat", "embedded"], "no chat template"),
+        (["generate", "embedded", "x", "--chat"], "no chat template"),
+        (["generate", "embedded"], "stdin holds no prompt"),
+        (["generate", "Once upon a time"], "looks like a prompt; name the model first"),
         (["inspect", "no-such-folder/at-all"], "is no folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
         (["tune", "some/model"], "no prompts"),
@@ -176,9 +180,12 @@ def test_chat_answers_under_the_models_own_template(tmp_path, embedded_tokenizer
     embedded_tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     embedded_tokenizer.save_pretrained(tmp_path)
     embedded_tokenizer.chat_template = None
-    done = medusa("chat", str(tmp_path), "--heads", str(tmp_path / "heads"), "-n", "8", stdin="hello\n/reset\nagain\n/quit\n")
+    done = medusa(
+        "chat", str(tmp_path), "--heads", str(tmp_path / "heads"), "-n", "8", stdin="hello\n/reset\n/nonsense\nagain\n/quit\n"
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("tokens a step") == 2
+    assert done.stderr.count("tokens a step") == 2 and done.stderr.count("tokens/s") == 2
+    assert "/nonsense is no command: /reset forgets" in done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

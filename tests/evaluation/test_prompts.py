@@ -126,7 +126,7 @@ def test_what_is_no_prompt_set_is_named(tmp_path, records, message):
 def test_a_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InvalidInput, match=r"no data file nothing.jsonl"):
         read_questions("nothing.jsonl")
-    with pytest.raises(InvalidInput, match=r"cannot read nothing.txt"):
+    with pytest.raises(InvalidInput, match=r"no data file nothing.txt"):
         read_questions("nothing.txt")
     (tmp_path / "set.jsonl").write_text("{broken\n")
     with pytest.raises(InvalidInput, match=r"set.jsonl:1 is not valid JSON"):

@@ -61,6 +61,31 @@ def test_seeds_are_the_users_turns_with_ids_that_survive_reordering(tmp_path):
     assert text.text == "1 +" and not text.turns
 
 
+PROMPTS = [{"prompt": "Hi"}, {"instruction": "Hi"}, {"turns": ["Hi"]}, {"messages": [HI]}, {"text": "Hi"}]
+
+
+@pytest.mark.parametrize("record", PROMPTS, ids=lambda record: next(iter(record)))
+def test_prompts_of_every_format_are_answered(tmp_path, model, tokenizer, embedded_tokenizer, record):
+    (seed,) = read_seeds(write(tmp_path / "a.jsonl", [record]), Skips())
+    options = Distillation(temperature=0.0, max_new_tokens=4)
+    distill([seed], ModelAnswerer(model, tokenizer, options), Shards(tmp_path / "chat"))
+    (made,) = records(tmp_path / "chat")
+    assert "text" in record or made["messages"][0] == HI  # a chat model is asked; a document is continued
+    if "messages" not in record:  # a model without a template continues
+        distill([seed], ModelAnswerer(model, embedded_tokenizer, options), Shards(tmp_path / "plain"))
+        (made,) = records(tmp_path / "plain")
+        assert made["input_ids"][: made["prompt_tokens"]] == embedded_tokenizer("Hi")["input_ids"]
+
+
+def test_a_line_of_a_text_file_is_a_prompt_and_token_ids_are_continued(tmp_path, model, tokenizer):
+    (tmp_path / "a.txt").write_text("Hi\n\nBye\n")
+    assert [seed.turns for seed in read_seeds(tmp_path / "a.txt", Skips())] == [(HI,), (BYE,)]
+    (seed,) = read_seeds(write(tmp_path / "b.jsonl", [{"input_ids": [5, 6, 7, 8], "prompt_tokens": 3}]), Skips())
+    distill([seed], ModelAnswerer(model, tokenizer, Distillation(temperature=0.0, max_new_tokens=4)), Shards(tmp_path / "ids"))
+    (made,) = records(tmp_path / "ids")
+    assert made["input_ids"][:3] == [5, 6, 7] and made["prompt_tokens"] == 3
+
+
 def test_greedy_answers_are_the_models_own_turn_by_turn(tmp_path, model, tokenizer):
     seeds = [Seed("a", (SYSTEM, HI, BYE)), Seed("b", (HI,)), Seed("c", (BYE, HI))]
     options = Distillation(temperature=0.0, max_new_tokens=12, batch_size=8)
@@ -143,7 +168,8 @@ def test_self_talk_needs_turns_that_end(model):
 
 
 def test_a_folder_made_otherwise_is_refused(tmp_path):
-    Shards(tmp_path, {"model": "m", "temperature": 0.3})
+    Shards(tmp_path, {"model": "m", "temperature": 0.1})  # which made nothing, and so holds nothing
+    Shards(tmp_path, {"model": "m", "temperature": 0.3}).add("a", {"text": "x"})
     Shards(tmp_path, {"model": "m", "temperature": 0.3})
     with pytest.raises(InvalidInput, match=r"was made with temperature 0\.3, not 0\.7"):
         Shards(tmp_path, {"model": "m", "temperature": 0.7})

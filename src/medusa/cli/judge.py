@@ -25,7 +25,7 @@ def judge_command(
         str, typer.Option("--api-key-env", help="Environment variable with the endpoint's key.")
     ] = "OPENAI_API_KEY",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Requests under way.")] = 8,
-    tries: Annotated[int, typer.Option("--tries", help="How often the judge is asked where it gives no grade.")] = 3,
+    tries: Annotated[int, typer.Option("--tries", help="How often the judge is asked where its answer has no grade.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one request.")] = 120.0,
     price_in: Annotated[float, typer.Option("--price-in", help="Of a million tokens that the judge reads.")] = 0.0,
     price_out: Annotated[float, typer.Option("--price-out", help="Of a million tokens that the judge writes.")] = 0.0,

@@ -161,7 +161,9 @@ class Words:
             self._column = 0
         for part, style in self._word:
             self._write(part, style)
-        self._column = (self._column + width) % self._width
+        self._column += width
+        if self._column > self._width:  # a word longer than a line, which the terminal breaks
+            self._column %= self._width
         self._word = []
 
     def _write(self, text: str, style: str | None) -> None:

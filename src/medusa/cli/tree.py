@@ -167,7 +167,9 @@ def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] 
     from medusa.trees import TreeChoice
 
     if isinstance(tree, MedusaTree):
-        showing.console().print(_drawn(tree, chances or {}, {tuple(marked[:depth]) for depth in range(1, len(marked) + 1)}))
+        out = showing.console()
+        path = {tuple(marked[:depth]) for depth in range(1, len(marked) + 1)}
+        out.print(_drawn(tree, chances or {}, path, coloured=out.is_terminal))
     elif isinstance(tree, TreeChoice):
         for batch, inner in sorted(tree.trees.items()):
             print(f"from batch {batch} on:")
@@ -176,7 +178,7 @@ def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] 
         showing.print_facts("built anew at every step", tree.to_dict()["dynamic"])
 
 
-def _drawn(tree: MedusaTree, chances: Chances, marked: set[tuple[int, ...]]) -> Any:
+def _drawn(tree: MedusaTree, chances: Chances, marked: set[tuple[int, ...]], coloured: bool) -> Any:
     from rich.text import Text
     from rich.tree import Tree
 
@@ -186,7 +188,7 @@ def _drawn(tree: MedusaTree, chances: Chances, marked: set[tuple[int, ...]]) -> 
 
     parents = {path[:-1] for path in tree.paths}
     legend = ["rank, how often its path comes true"] if chances else []
-    legend += ["red: the marked path, by default all first guesses"] if marked else []
+    legend += ["red: the marked path, by default all first guesses"] if marked and coloured else []
     root = Text.assemble("root", (f" ({'; '.join(legend)})" if legend else "", "dim"))
     branches: dict[tuple[int, ...], Tree] = {(): Tree(root)}
     for (above, inner), group in groupby(tree.paths, key=lambda path: (path[:-1], path in parents)):
