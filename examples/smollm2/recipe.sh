@@ -27,7 +27,7 @@ answer --data "$work/alpaca-train.jsonl" --temperature 0.7 --output "$work/alpac
 answer --data "$work/alpaca-train.jsonl" --temperature 0 --output "$work/alpaca-0"
 
 resume=()
-[ -e "$work/heads/config.json" ] || [ -d "$work/heads" ] && resume=(--resume)
+[ -d "$work/heads" ] && resume=(--resume)
 medusa train smollm2 --config "$(dirname "$0")/heads.yaml" --output "$work/heads" --hidden-states "$work/hidden" "${resume[@]}" \
     --data "$work/self-0.7" --data "$work/self-1.0" --data "$work/alpaca-0.7" --data "$work/alpaca-0"
 medusa tune smollm2 --heads "$work/heads" --prompts "$work/alpaca-train.jsonl" --temperature 0.7 --compile \
