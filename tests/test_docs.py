@@ -18,7 +18,7 @@ def blocks(document: str, language: str) -> list[str]:
 def test_readmes_python_runs(capsys):
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
-    assert "def walk(top)" in capsys.readouterr().out
+    assert "class TestStack" in capsys.readouterr().out
 
 
 def test_the_evaluation_pages_python_runs(capsys):

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -312,6 +312,10 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     getLogger("bitsandbytes").setLevel(CRITICAL)  # says at import which kernels it has not
+    with suppress(ImportError, AttributeError):  # the bar over a GGUF file's tensors has no switch
+        from transformers import modeling_gguf_pytorch_utils as gguf
+
+        gguf.tqdm = lambda tensors, **_: tensors
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -183,6 +183,7 @@ def gguf_facts(file: Path) -> dict[str, Any]:
         "vocab_size": None if tokens is None else len(tokens.data),
         "context": said(f"{kind}.context_length"),
         "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
-        "dtype": f"{', '.join(types)}, unpacked when loaded (bfloat16, unless --dtype says otherwise)",
+        "dtype": ", ".join(types),
+        "unpacked_to": "bfloat16, unless --dtype says otherwise",
         "chat_template": reader.get_field("tokenizer.chat_template") is not None,
     }
