@@ -39,12 +39,13 @@ for _verb in VERBS:  # the verbs' modules import torch only when they run
 
 def main() -> None:
     """Entry point of `medusa`."""
+    from medusa.cli import common
     from medusa.errors import MedusaError
 
     try:
         app()
     except MedusaError as error:
-        print(f"medusa: {error}", file=sys.stderr)
+        common.note(f"medusa: {error}")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)

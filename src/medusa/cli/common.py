@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -175,15 +177,13 @@ def load_model(
     heads_wanted: bool = True,
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
-    from medusa.checkpoints import has_heads
-    from medusa.hub import find_heads, find_model
+    from medusa.hub import find_model
     from medusa.loading import load_backbone
     from medusa.model import MedusaModel
     from medusa.quantization import quantized
 
     quiet_transformers()
     source = find_model(model)
-    its_heads = find_heads(heads) if heads is not None else source.heads or source.folder
     given = load_tree(tree)
     options: dict[str, Any] = {
         "dtype": dtype_named(dtype),
@@ -191,12 +191,29 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         **quantized(quantization, dtype_named(dtype)),
     }
-    plain = tree == "root" or not heads_wanted
+    plain = require_heads(model, heads, tree == "root" or not heads_wanted)
     with waiting(f"loading {model}"):
-        if has_heads(its_heads):
-            return MedusaModel.from_pretrained(model, heads=heads, tree=given, **options)
-        if plain and heads is None:
+        if plain:
             return MedusaModel(load_backbone(source, **options))
+        return MedusaModel.from_pretrained(model, heads=heads, tree=given, **options)
+
+
+def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
+    """Whether decoding does without heads; before anything is loaded.
+
+    Args:
+        plainly: decoding may do without them.
+
+    Raises:
+        InvalidInput: there are none where they are named or needed.
+    """
+    from medusa.checkpoints import has_heads
+    from medusa.hub import find_heads
+
+    if has_heads(find_heads(heads if heads is not None else model)):
+        return False
+    if plainly and heads is None:
+        return True
     raise InvalidInput(
         f"{heads or model} has no Medusa heads; give some with --heads FOLDER, train some (medusa train {model}), or decode "
         "plainly with --tree root"
@@ -380,5 +397,8 @@ def integers(name: str, text: str, least: int = 1) -> list[int]:
 
 
 def note(message: str) -> None:
-    """A line of progress on stderr."""
+    """A line on stderr; on a terminal it is broken between words."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        message = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
     print(message, file=sys.stderr, flush=True)

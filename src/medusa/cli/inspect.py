@@ -70,9 +70,9 @@ def inspect_command(
             known["format"] = FORMATS.get(known["format"], known["format"])
         showing.print_facts(part, known)
     if "heads" not in record and tree is None:
-        print("no heads here: medusa train makes some, and --heads gives them")
+        common.note("no heads here: medusa train makes some, and --heads gives them")
     elif tree is None:
-        print("no tree file beside the heads: a dynamic tree decodes; medusa tune finds the fastest")
+        common.note("no tree file beside the heads: a dynamic tree decodes; medusa tune finds the fastest")
     if tree is not None:
         show_tree(tree)
 
