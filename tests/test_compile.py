@@ -1,14 +1,17 @@
 """Claims about compiled decoding: the same output, one graph for many steps, and a fallback that says so."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel
+from medusa.backbone import Backbone
+from medusa.compilation import _check
 from medusa.decoding import DecodingOptions, prefill, step
 from medusa.trees import Tree
-from tiny import plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
+from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 TREES = [random_tree(seed=1, nodes=24), DynamicTree(24, 3, copied=5)]
 
@@ -114,3 +117,13 @@ def test_compiled_step_that_computes_something_else_is_not_used(monkeypatch):
     with pytest.warns(RuntimeWarning, match="differ from the uncompiled one's"):
         output = model.generate(prompt, max_new_tokens=20, compile=True)
     assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 20)
+
+
+@pytest.mark.parametrize(("dtype", "used"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
+def test_compiled_step_may_differ_by_the_noise_of_the_model(dtype, used):
+    tree = TREES[0].tensors()
+    tokens, logits = torch.zeros(1, tree.num_nodes), torch.randn(1, tree.num_nodes, VOCAB)
+    with nullcontext() if used else pytest.raises(RuntimeError, match="differ from the uncompiled one's by 4"):
+        _check(
+            (tokens, tree, logits, 1.04 * logits), (tokens, tree, logits, logits), Backbone(tiny_backbone(dtype=dtype)).probe()
+        )

@@ -147,3 +147,39 @@ def test_a_server_that_stays_away_is_given_up_on():
         Endpoint(closed.url, "m", tries=2, sleep=lambda _: None).chat(ASKED)
     with pytest.raises(InvalidInput, match="wanted an address"):
         Endpoint("localhost:8000", "m")
+
+
+def answered(server, content="Hello", tokens=None, **choice):
+    usage = None if tokens is None else {"prompt_tokens": 1, "completion_tokens": tokens}
+    server.script = [(200, {}, {"choices": [{"message": {"content": content}, **choice}], "usage": usage})]
+    return Endpoint(server.url, "m").chat(ASKED, max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("finished", "reasons"),
+    [
+        (
+            True,
+            ["stop", "eos_token", "eos", "end_turn", "stop_sequence", "STOP", "COMPLETE"],
+        ),  # OpenAI, TGI, Together, Anthropic, …
+        (False, ["length", "max_tokens", "MAX_TOKENS", "model_length"]),
+        (None, ["content_filter", "tool_calls", "abort", "error", "SAFETY", "something new", 7]),
+    ],
+)
+def test_endings_are_known_by_what_endpoints_really_say(server, finished, reasons):
+    assert {reason: answered(server, finish_reason=reason).finished for reason in reasons} == dict.fromkeys(reasons, finished)
+
+
+def test_ending_that_is_not_said_is_told_by_the_tokens(server):
+    assert [answered(server, tokens=tokens, finish_reason=None).finished for tokens in (3, 8, None)] == [True, False, None]
+
+
+def test_answer_is_checked_for_what_a_seed_is(server):
+    with pytest.raises(EndpointError, match="no valid Unicode"):
+        answered(server, "Hello \ud83d", finish_reason="stop")
+
+
+def test_key_that_no_header_takes_is_refused_without_being_shown():
+    with pytest.raises(InvalidInput, match="the endpoint's key holds characters that no key has") as refused:
+        Endpoint("http://localhost:1/v1", "m", api_key="schlüssel\n")
+    assert "schl" not in str(refused.value)

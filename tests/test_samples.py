@@ -120,3 +120,17 @@ def test_a_data_set_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(InvalidInput, match=r"nobody/nothing-2\.5 is no file here and cannot be read as a data set"):
         list(read_samples("nobody/nothing-2.5"))
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_byte_order_mark_before_the_data_is_passed_over(tmp_path, name):
+    records = [{"text": "naïve"}, {"text": "b"}]
+    text = json.dumps(records) if name.endswith(".json") else "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [sample.text for sample in read_samples(tmp_path / name)] == ["naïve", "b"]
+
+
+def test_role_that_is_no_name_is_refused(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [{"role": ["user"], "content": "x"}]}))
+    with pytest.raises(InvalidInput, match=r"data.jsonl:1: a turn's role is \['user'\], wanted"):
+        list(read_samples(tmp_path / "data.jsonl"))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa.cache import TreeCache
-from medusa.errors import UnsupportedBackbone
+from medusa.errors import UnsupportedBackbone, one_line
+from medusa.placement import device_of, linear_sizes
 from medusa.probe import hidden_states_of, probe
 from medusa.tree import TreeTensors
 
@@ -43,7 +44,7 @@ class Backbone:
         if getattr(module.config, "is_encoder_decoder", False):
             raise UnsupportedBackbone(f"{name} is an encoder-decoder; Medusa needs a causal language model")
         lm_head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-        if lm_head is None or not hasattr(lm_head, "weight"):
+        if lm_head is None:
             raise UnsupportedBackbone(f"{name} has no LM head; load it with AutoModelForCausalLM")
         self.lm_head: nn.Module = lm_head
         decoder = module.get_decoder()
@@ -59,16 +60,13 @@ class Backbone:
                 f"{name} runs {self.attention} attention, which takes no tree mask; load it with "
                 "attn_implementation='sdpa' or 'eager'"
             )
-        self.vocab_size, self.hidden_size = lm_head.weight.shape[0], self.config.hidden_size
-        if hasattr(lm_head, "in_features"):  # a quantised weight is packed and says nothing
-            self.vocab_size, self.hidden_size = lm_head.out_features, lm_head.in_features
+        try:
+            self.vocab_size, self.hidden_size = linear_sizes(lm_head, self.config.hidden_size)
+        except Exception as error:
+            raise UnsupportedBackbone(f"{name} has an LM head that does not run: {one_line(error)}") from error
         self.num_layers: int = self.config.num_hidden_layers
-        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.lm_head_device = lm_head.weight.device
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            # Past this length its rotation depends on the longest row and on how far the tree reaches.
-            self.context = rope.get("original_max_position_embeddings") or self.context
+        self.context = context_of(self.config)
+        self.lm_head_device = device_of(lm_head)
         if hasattr(self.config, "attention_types"):
             raise UnsupportedBackbone(f"{name} keeps its attention window in a buffer of fixed size (GPT-Neo)")
         self._rules = [
@@ -98,7 +96,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.module.get_input_embeddings().weight.device
+        return device_of(self.module.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,6 +242,17 @@ class Backbone:
             UnsupportedBackbone: tree decoding on this model would not be exact.
         """
         return probe(self)
+
+
+def context_of(
+    config: Any,  # of the text model
+) -> int | None:
+    """The most tokens that a model takes; None where its config does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic") and rope.get("original_max_position_embeddings"):
+        # Past this length its rotation depends on the longest row and on how far the tree reaches.
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None)
 
 
 def token_ids(given: int | Sequence[int] | Tensor | None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medusa.errors import CheckpointError, ConfigError, InvalidInput
-from medusa.files import write_text
+from medusa.files import read_json, write_text
 
 T = TypeVar("T")
 
@@ -87,12 +87,9 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no {path.name} in {path.parent}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not path.exists():
+        raise CheckpointError(f"no {path.name} in {path.parent}")
+    found = read_json(path, CheckpointError)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted a JSON object")
     return found
@@ -112,7 +109,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
     hints = typing.get_type_hints(cls)
     for key, value in mapping.items():
         if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1)
+            nearest = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
         if not _fits(value, hints[key]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from medusa.adapter import ADAPTER_FILES, has_adapter, load_adapter
+from medusa.adapter import ADAPTER_FILES, adapted_model, has_adapter, load_adapter
 from medusa.checkpoints import Checkpoint, load_heads, open_checkpoint, write_checkpoint
 from medusa.checkpoints.publish import CARD_FILE
 from medusa.checkpoints.reader import MODEL_FILES, SAFETENSORS
@@ -44,7 +44,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
         if base_model is None:
             raise InvalidInput(f"{to} of these heads needs their backbone, and {folder} does not name it; pass --backbone")
-        base = find_model(base_model)
+        base = find_model(base_model, code=bool(kwargs.get("trust_remote_code")))
     heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone
     if adapter and to not in ("medusa", "merged"):
@@ -53,8 +53,14 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     names = [TREE_FILE, *([CARD_FILE] if alone else []), *(ADAPTER_FILES if adapter and to == "medusa" else [])]
     beside = [folder / name for name in names if (folder / name).is_file()]
 
+    under = None  # what the backbone's folder holds an adapter of, where it holds no model
+    if base is not None and (name := adapted_model(base.folder)) is not None:
+        under = find_model(name, code=bool(kwargs.get("trust_remote_code")))
+
     def loaded() -> PreTrainedModel:
-        module = load_backbone(base, **kwargs)  # type: ignore[arg-type]
+        module = load_backbone(under or base, **kwargs)  # type: ignore[arg-type]
+        if under is not None:
+            load_adapter(module, base.folder)  # type: ignore[union-attr]
         if adapter:
             load_adapter(module, folder)
         return module
@@ -64,7 +70,8 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     if to == "merged" and base is not None and not as_it_is:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=output.parent) as changed:
-            copy_beside(base.folder, Path(changed))
+            for held in filter(None, (under, base)):
+                copy_beside(held.folder, Path(changed))
             loaded().save_pretrained(changed)
             if base.gguf_file is not None:
                 load_tokenizer(base).save_pretrained(changed)

@@ -11,8 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from medusa.errors import InvalidInput, MedusaError
+from medusa.files import is_unicode
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that another try may mend
+# How endpoints say, in small letters, that an answer ended by itself, and that it reached the limit of tokens. What is neither
+# (a filter, a call of a tool, an error, something new) is no answer to go on from.
+BY_ITSELF = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "complete", "completed", "finished")
+AT_THE_LIMIT = ("length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "model_length", "token_limit")
 LONGEST_WAIT = 60.0  # seconds between tries, unless the server asks for more
 
 Task = TypeVar("Task")
@@ -32,9 +37,10 @@ class Answer:
     """What an endpoint said."""
 
     text: str
-    finished: bool  # by itself, not at the limit of tokens
+    finished: bool | None  # by itself; False: at the limit of tokens; None: neither, `ended_by` says how
     prompt_tokens: int
     completion_tokens: int
+    ended_by: str | None = None  # in the endpoint's own words
 
 
 @dataclass
@@ -68,6 +74,8 @@ class Endpoint:
             raise InvalidInput("endpoints need httpx: pip install 'medusa-decoding[endpoint]'") from None
         if not self.url.startswith(("http://", "https://")):
             raise InvalidInput(f"endpoint is {self.url!r}, wanted an address such as http://localhost:8000/v1")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise InvalidInput("the endpoint's key holds characters that no key has; copy it again")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=None)  # the caller bounds its threads
         self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
@@ -99,7 +107,7 @@ class Endpoint:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             else:
                 if response.is_success:
-                    return _read(response, self.url)
+                    return _read(response, self.url, options.get("max_tokens"))
                 reason = f"status {response.status_code}"
                 if response.status_code not in PASSING:
                     said = " ".join(response.text.split())[:200]
@@ -157,17 +165,28 @@ class Endpoint:
                 raise
 
 
-def _read(response: Any, url: str) -> Answer:
+def _read(response: Any, url: str, max_tokens: int | None) -> Answer:
     try:
         output = response.json()
         choice, usage = output["choices"][0], output.get("usage") or {}
-        text, finished = choice["message"]["content"], choice.get("finish_reason") == "stop"
+        text, ended_by = choice["message"]["content"], choice.get("finish_reason")
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise EndpointError(f"{url} answers with something else than a chat completion: {response.text[:100]!r}") from None
     if not isinstance(text, str):
         raise EndpointError(f"{url} answers without text")
-    return Answer(text, finished, *tokens)
+    if not is_unicode(text):
+        raise EndpointError(f"{url} answers with text that is no valid Unicode")
+    said = None if ended_by is None else str(ended_by)
+    return Answer(text, _finished(said, tokens[1], max_tokens), *tokens, ended_by=said)
+
+
+def _finished(ended_by: str | None, tokens: int, max_tokens: int | None) -> bool | None:
+    """Whether an answer ended by itself; None where that cannot be told."""
+    if ended_by is None:  # some never say
+        return tokens < max_tokens if tokens and max_tokens else None
+    word = ended_by.lower()
+    return True if word in BY_ITSELF else False if word in AT_THE_LIMIT else None
 
 
 def _retry_after(response: Any) -> float | None:

@@ -31,3 +31,11 @@ class CheckpointError(MedusaError, ValueError):
 
 class UnsupportedBackbone(MedusaError, ValueError):
     """A model on which tree decoding would be wrong; the message names the reason."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What another library's error says, in one line of at most so many characters; its name where it says nothing."""
+    said = " ".join(str(error).split())
+    if isinstance(error, LookupError) or not said:  # a key alone tells nobody anything
+        said = f"{type(error).__name__} {said}".strip()
+    return said if len(said) <= most else said[: most - 1] + "…"

@@ -1,13 +1,19 @@
-"""Whole files: what is written is there to its end or not at all, whenever the process dies."""
+"""Files: what is written is there to its end or not at all, whenever the process dies; what cannot be read is named."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medusa.errors import MedusaError, one_line
 
 PARTIAL = ".partial"  # what is being written, or was when a process was killed: never read
 
@@ -35,6 +41,47 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
+    """A text file in UTF-8, without the byte-order mark that some editors put before it.
+
+    Raises:
+        wrong: it is not there, not to be read, or in another encoding; it is named.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise wrong(f"cannot read {path}: {error.strerror or one_line(error)}") from None
+    except ValueError as error:  # UnicodeDecodeError is one, and what a name with a null byte raises
+        raise wrong(f"cannot read {path}: {one_line(error)}; wanted a text in UTF-8") from None
+
+
+def read_json(path: str | Path, wrong: type[MedusaError]) -> Any:
+    """The JSON in a file; `wrong`, which names it, where there is none."""
+    text = read_text(path, wrong)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, an integer of too many digits, lists within lists without end
+        raise wrong(f"{path} is not valid JSON: {one_line(error)}") from None
+
+
+def read_yaml(path: str | Path, wrong: type[MedusaError]) -> Any:
+    """The YAML in a file; `wrong`, which names it, where there is none."""
+    text = read_text(path, wrong)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the latter of dates that are none, and the like
+        raise wrong(f"{path} is not valid YAML: {one_line(error)}") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: not with half of a surrogate pair, which JSON and command lines let through."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from medusa.config import MedusaConfig
 from medusa.errors import CheckpointError, InvalidInput
+from medusa.placement import linear_map
 
 
 class ResidualBlock(nn.Module):
@@ -114,8 +115,7 @@ class MedusaHeads(nn.ModuleList):
         token_map: Tensor | None = None,  # (V',) long, rising: the tokens that heads are to score; None: all
     ) -> MedusaHeads:
         """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
-        weight: Tensor = lm_head.weight  # type: ignore[assignment]
-        bias: Tensor | None = getattr(lm_head, "bias", None)
+        weight, bias = linear_map(lm_head)
         vocab_size, hidden_size = weight.shape
         scored = len(token_map) if token_map is not None else None
         heads = cls(

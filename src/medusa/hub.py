@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from medusa.config import CONFIG_FILE
-from medusa.errors import CheckpointError
+from medusa.config import CONFIG_FILE, HEADS_FILE, read_json_object
+from medusa.errors import CheckpointError, one_line
 
-# Weights as safetensors, configs, tokenizers, and old Medusa heads; no code.
-BESIDE = ["*.json", "*.model", "*.txt", "*.jinja"]
-PATTERNS = [*BESIDE, "*.safetensors", "medusa_lm_head.pt"]
-PICKLES = ["pytorch_model*.bin"]  # of models that have nothing else
+# Of each kind of weights a repository may hold several copies; the first that is there is taken, and no other.
+INDEX = ".index.json"
+COPIES = (
+    ("model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX),
+    (HEADS_FILE, HEADS_FILE + INDEX, "medusa_lm_head.pt"),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+)
+# What weights are in, ours and other tools', and what is for people to look at: nothing that a model is read from beside them.
+NOT_BESIDE = re.compile(
+    r"^\.|\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|onnx_data|gguf|npz|tflite|mlmodel|pb|zip|tar|gz|7z|parquet"
+    r"|md|png|jpe?g|gif|svg|pdf|mp4)$"
+)
+TEMPLATES = "additional_chat_templates/"
 
 # Keywords of transformers' `from_pretrained` that say where a hub id's files come from, and go to the download.
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -41,7 +52,7 @@ class Source:
         return self.name or str(self.folder / (self.gguf_file or ""))
 
 
-def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = "", **hub: Any) -> Source:
+def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any) -> Source:
     """The files of a model.
 
     Args:
@@ -49,13 +60,14 @@ def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = 
             id may end in @ and a revision.
         gguf_file: the GGUF file to take of a folder or hub id; default: the only one of a folder that holds nothing else.
         subfolder: where in the folder or repository the model lies.
+        code: fetch the code that comes with the model too.
         hub: some of HUB_KEYWORDS, as in transformers; of no account for what is here already.
 
     Raises:
         CheckpointError: no such model here, and none that can be fetched; or several GGUF files to choose from.
     """
     if subfolder:
-        path = Path(name) if Path(name).is_dir() else fetch(str(name), gguf_file, subfolder, **hub)
+        path = Path(name) if Path(name).is_dir() else fetch(str(name), gguf_file, subfolder, code, **hub)
         if not (path / subfolder).is_dir():
             raise CheckpointError(f"{name} has no folder {subfolder}; its folders: {_names(sorted(path.glob('*/')))}")
         return find_model(path / subfolder, gguf_file)
@@ -71,7 +83,7 @@ def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = 
     if name.endswith(GGUF):
         repository, _, file = name.rpartition("/")
         return Source(fetch(repository, file, **hub), file)
-    return _in_folder(fetch(name, **hub))
+    return _in_folder(fetch(name, code=code, **hub))
 
 
 def local_model(name: str | Path) -> Source | None:
@@ -109,8 +121,8 @@ def find_heads(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
     return source.heads or source.folder
 
 
-def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", **hub: Any) -> Path:
-    """The folder of a hub id's download, with a GGUF file if one is named, else with safetensors or old pickles.
+def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any) -> Path:
+    """The folder of a hub id's download: one copy of its weights, or a GGUF file if one is named, and what is read beside them.
 
     Args:
         name: the hub id, with @ and a revision behind it or without.
@@ -123,21 +135,45 @@ def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", **hub: A
     repository, _, revision = name.partition("@")
     if revision:
         hub["revision"] = revision
-
-    def download(*patterns: str) -> Path:
-        within = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
-        return Path(snapshot_download(repository, allow_patterns=within, **hub))
-
+    inside = f"{subfolder}/" if subfolder else ""
+    here = {**hub, "allow_patterns": inside + CONFIG_FILE, "local_files_only": True}
     try:
+        if hub.get("local_files_only"):
+            return Path(snapshot_download(repository, **here))
+        try:
+            listed = HfApi().list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
+        except Exception as error:  # offline, no such model, no leave to read it
+            try:
+                return Path(snapshot_download(repository, **here))
+            except Exception:
+                raise error from None
+        held = [file.removeprefix(inside) for file in listed if file.startswith(inside)]
+        chosen = files_beside(held, code)
         if gguf_file is not None:
-            return download(*BESIDE, gguf_file)
-        folder = download(*PATTERNS)
-        if not any((folder / subfolder).glob("*.safetensors")) and not any((folder / subfolder).glob("*.pt")):
-            download(*PICKLES)
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {reason}") from None
+            chosen.append(gguf_file)
+        else:
+            for first in filter(None, (next((file for file in copies if file in held), None) for copies in COPIES)):
+                chosen.append(first)
+                if first.endswith(INDEX):
+                    index = read_json_object(Path(hf_hub_download(repository, inside + first, **hub)))
+                    chosen += sorted({str(shard) for shard in dict(index.get("weight_map") or {}).values()})
+        return Path(snapshot_download(repository, allow_patterns=[glob.escape(inside + file) for file in chosen], **hub))
+    except Exception as error:  # of the hub, its client and the disk
+        raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {one_line(error)}") from None
+
+
+def files_beside(held: Iterable[str], code: bool = False) -> list[str]:
+    """What of a repository's files belongs to a model beside its weights: configurations, tokenizer, templates; code if asked.
+
+    >>> files_beside(["config.json", "qwen.tiktoken", "model.fp16.safetensors", "onnx/config.json", "modeling.py"])
+    ['config.json', 'qwen.tiktoken']
+    """
+    chosen = []
+    for file in held:
+        inside = "/" in file and not file.startswith(TEMPLATES)
+        if code if file.endswith(".py") else not inside and not NOT_BESIDE.search(file.lower()):
+            chosen.append(file)
+    return chosen
 
 
 def _gguf_files(folder: Path) -> list[Path]:

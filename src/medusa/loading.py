@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from medusa.checkpoints.names import belongs_to_heads
-from medusa.errors import CheckpointError, InvalidInput
+from medusa.checkpoints.reader import MODEL_FILES
+from medusa.checkpoints.tensors import check_tensors
+from medusa.config import CONFIG_FILE, read_json_object
+from medusa.errors import CheckpointError, InvalidInput, one_line
+from medusa.files import read_json, read_text
 from medusa.hub import Source
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+GENERATION_CONFIG = "generation_config.json"
+# What tokenizers are read from; whatever else one of some kind needs is not looked into.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
 
 
 def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -30,7 +39,8 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
         kwargs: passed on to transformers.
 
     Raises:
-        CheckpointError: no model there, or one that lacks tensors, which transformers would make up at random.
+        CheckpointError: no model there, a file that is broken, or tensors that are missing or of other shapes, which
+            transformers would make up at random.
         InvalidInput: a GGUF file, and the package that reads it is missing, or it is to be quantised once more.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
@@ -42,18 +52,29 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
                 "first (medusa convert HEADS OUT --to merged --backbone FILE.gguf) and quantise that"
             )
         dtype, kwargs = dtype or torch.bfloat16, _gguf_options(source) | kwargs
+    for name in (CONFIG_FILE, GENERATION_CONFIG):  # of the latter transformers would pass over one that is broken
+        if (folder / name).exists():
+            read_json_object(folder / name)
+    options = {**kwargs, "ignore_mismatched_sizes": True}  # they are told here, by name
     try:
         with _without_report():
             backbone, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", output_loading_info=True, **kwargs
+                folder, dtype=dtype or "auto", output_loading_info=True, **options
             )
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load a causal language model from {source}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers, its config classes and remote code raise whatever comes
+        _name_broken_weights(folder)
+        raise CheckpointError(f"cannot load a causal language model from {source}: {one_line(error)}") from error
     if source.name is not None or source.gguf_file is not None:
         backbone.config._name_or_path = str(source)  # GGUF files name the model that they were made from
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"the model in {folder} lacks {missing[0]} and {len(missing) - 1} other tensors; copy it again")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, got, wanted = mismatched[0][:3]
+        raise CheckpointError(
+            f"the model in {folder} has a {name} of shape {tuple(got)}, {CONFIG_FILE} wants {tuple(wanted)}, and so of "
+            f"{len(mismatched) - 1} other tensors; take both from one model"
+        )
     unused = sorted(name for name in info["unexpected_keys"] if not belongs_to_heads(name))
     if unused:
         warnings.warn(f"{len(unused)} tensors in {folder} have no place in the model: {unused[0]}, …", stacklevel=2)
@@ -72,8 +93,36 @@ def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:
         kwargs["gguf_file"] = _gguf_options(source)["gguf_file"]
     try:
         return AutoTokenizer.from_pretrained(source.folder, **kwargs)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"cannot load a tokenizer from {source}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of Rust, sentencepiece, remote code
+        files = [file for name in TOKENIZER_FILES for file in sorted(source.folder.glob(name))]
+        for file in files:
+            if file.suffix == ".json":
+                read_json(file, CheckpointError)
+            elif file.suffix != ".model":
+                read_text(file, CheckpointError)
+        held = ", ".join(file.name for file in files) or "which holds no file of one"
+        raise CheckpointError(f"cannot load a tokenizer from {source} ({held}): {one_line(error)}") from error
+
+
+def _name_broken_weights(folder: Path) -> None:
+    """Raise a CheckpointError that names it where one of a model's weight files is broken."""
+    file = next((folder / name for name in MODEL_FILES if (folder / name).exists()), None)
+    if file is not None:
+        check_tensors(file)
+
+
+def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a model's text part, without its weights.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    source = source if isinstance(source, Source) else Source(Path(source))
+    where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
+    try:
+        return AutoConfig.from_pretrained(source.folder, **where, **kwargs).get_text_config(decoder=True)
+    except Exception as error:  # config classes and remote code raise whatever comes
+        raise CheckpointError(f"cannot read the config of {source}: {one_line(error)}") from error
 
 
 def _gguf_options(source: Source) -> dict[str, Any]:

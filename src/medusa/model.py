@@ -114,7 +114,7 @@ class MedusaModel:
             raise InvalidInput("proxies cannot be passed on to the hub; set HTTPS_PROXY in the environment")
         hub = {name: kwargs[name] for name in (*HUB_KEYWORDS, "subfolder") if kwargs.get(name) is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}  # in the source
-        source = find_model(backbone, gguf_file, **hub)
+        source = find_model(backbone, gguf_file, code=bool(kwargs.get("trust_remote_code")), **hub)
         if heads is not None:
             heads_folder = find_heads(heads, **{**hub, **(heads_options or {})})
         elif heads_options:

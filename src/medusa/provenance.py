@@ -15,6 +15,7 @@ import torch
 from medusa import __version__
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
+from medusa.placement import weights_of
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -59,6 +60,10 @@ def heads_fingerprint(heads: MedusaHeads) -> str:
 def _digest(told: dict[str, Any], module: torch.nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
+        if tensor.is_meta:  # offloaded: it is brought, and goes again
+            owner, _, own = name.rpartition(".")
+            with weights_of(module.get_submodule(owner)):
+                tensor = getattr(module.get_submodule(owner), own)
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // 64)][:64].contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from medusa.errors import InvalidInput
-from medusa.files import write_text
+from medusa.files import is_unicode, read_yaml, write_text
 
 
 def make_folder(folder: Path) -> None:
@@ -58,7 +58,7 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
         InvalidInput: the folder cannot be written, or something else makes its records; what differs is named.
     """
     make_folder(path.parent)
-    if path.is_file():
+    if path.exists():
         refuse_claimed(path, made_by)
     else:
         write_text(path, yaml.safe_dump(_as_read(made_by), sort_keys=False))
@@ -70,8 +70,8 @@ def refuse_claimed(path: Path, made_by: dict[str, Any]) -> None:
     Raises:
         InvalidInput: it has; what differs is named.
     """
-    if path.is_file():
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.exists():
+        found = read_yaml(path, InvalidInput)
         refuse_other(path.parent, found if isinstance(found, dict) else {}, _as_read(made_by))
 
 
@@ -98,22 +98,27 @@ def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
         what: the name of a record, for errors.
 
     Raises:
-        InvalidInput: a line is no record.
+        InvalidInput: a line is no record; the file is left as it is.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
     records = {}
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
             records[record["id"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InvalidInput(f"{path}:{number} is no {what}; give another folder") from None
+    if whole < len(content):
+        if not content.startswith(b"{", whole):
+            raise InvalidInput(f"{path} ends in something that is no {what}; give another folder")
+        with path.open("r+b") as file:
+            file.truncate(whole)
     return records
 
 
@@ -124,6 +129,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         InvalidInput: it cannot be written (the disk is full); what was written before is kept.
     """
     line = json.dumps(record, ensure_ascii=False) + "\n"
+    if not is_unicode(line):
+        line = json.dumps(record) + "\n"  # escaped, as it came
     try:
         with path.open("ab") as file:
             file.write(line.encode("utf-8"))

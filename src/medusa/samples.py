@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
+from medusa.files import is_unicode, read_json, read_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
@@ -216,10 +218,8 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
 def _string(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, wanted a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON lets through
-        raise _Unusable("with text that is no valid Unicode") from None
+    if not is_unicode(value):
+        raise _Unusable("with text that is no valid Unicode")
     return value
 
 
@@ -230,7 +230,7 @@ def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
         if not isinstance(turn, dict):
             raise InvalidInput(f"{where}: a turn is a {type(turn).__name__}, wanted an object")
         name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if name not in ROLES:
+        if not isinstance(name, str) or name not in ROLES:
             raise InvalidInput(f"{where}: a turn's role is {name!r}, wanted system, user or assistant")
         messages.append({"role": ROLES[name], "content": _string(where, "content", content)})
     if not messages:
@@ -271,41 +271,45 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".parquet":
         yield from _records_of_parquet(path)
     elif path.suffix == ".json" and _first_character(path) == "[":
-        try:
-            records = json.loads(path.read_bytes())
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
-            raise InvalidInput(f"{path} is not valid JSON: {error}") from None
+        records = read_json(path, InvalidInput)
         yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, 1))
     else:
+        yield from _records_of_lines(path)
+
+
+def _records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # which some editors put before a text
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line.decode("utf-8"))
-                except ValueError as error:
-                    raise InvalidInput(f"{path}:{number} is not valid JSON: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise InvalidInput(f"{path}:{number} is not valid JSON: {one_line(error)}") from None
                 yield f"{path}:{number}", record
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
 
 
 def _records_of_text(path: Path) -> Iterator[tuple[str, Any]]:
     """A prompt a line; an empty line is none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read {path}: {error}") from None
+    lines = read_text(path, InvalidInput).splitlines()
     yield from ((f"{path}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _first_character(path: Path) -> str:
-    with path.open("rb") as file:
-        return file.read(64).lstrip()[:1].decode("latin-1")
+    try:
+        with path.open("rb") as file:
+            return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("latin-1")
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
 
 
 def _records_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     parquet = _optional("pyarrow.parquet", "Parquet files")
-    import pyarrow
-
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -313,8 +317,8 @@ def _records_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, record {number}", record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InvalidInput(f"{path} is broken or no Parquet file: {' '.join(str(error).split())[:120]}") from None
+    except Exception as error:  # of pyarrow, or of a text in it that is not UTF-8
+        raise InvalidInput(f"{path} is broken or no Parquet file: {one_line(error, 120)}") from None
 
 
 def _records_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
@@ -329,9 +333,8 @@ def _records_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
             data = datasets.load_dataset(identifier, split=split or "train", streaming=True)
         for number, record in enumerate(data, 1):
             yield f"{name}, record {number}", record
-    except (OSError, ValueError, KeyError, ConnectionError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InvalidInput(f"{name} is no file here and cannot be read as a data set: {reason[:160]}") from None
+    except Exception as error:  # of datasets, the hub, and whatever the files are in
+        raise InvalidInput(f"{name} is no file here and cannot be read as a data set: {one_line(error, 160)}") from None
 
 
 def _optional(module: str, what: str) -> Any:

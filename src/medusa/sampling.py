@@ -8,9 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from medusa.tree import TreeTensors
 
+BLOCK = 256  # tokens, of a draw's first level
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 Levels = list[tuple[Tensor, Tensor]]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
 Reads = Literal["scores", "tokens", "length"]  # nothing else; the row's tokens; its tokens with their padding
@@ -115,7 +117,24 @@ def draw(
     so the output keeps the backbone's distribution, and the token at a position is the same function of the seed and
     the context whatever the tree: sampled Medusa output equals sampled plain output.
     """
-    cumulative = scores.softmax(-1).cumsum(-1, dtype=uniform.dtype)
-    total = cumulative[..., -1:]
-    tokens = torch.searchsorted(cumulative, uniform[..., None] * total, right=True).squeeze(-1)
-    return tokens.clamp(max=scores.shape[-1] - 1)
+    p = scores.softmax(-1)
+    # In two levels, by blocks and then within one: a cumulative sum in double precision of the whole vocabulary is slow.
+    if short := -p.shape[-1] % BLOCK:
+        p = pad(p, (0, short))
+    blocks = p.unflatten(-1, (-1, BLOCK))  # (B, N, V / BLOCK, BLOCK)
+    sums = blocks.sum(-1).cumsum(-1, dtype=uniform.dtype)
+    block, left = _invert(sums, uniform[..., None] * sums[..., -1:])
+    inside = blocks.gather(2, block[..., None].expand(*block.shape, BLOCK)).squeeze(2).cumsum(-1, dtype=uniform.dtype)
+    return (block * BLOCK + _invert(inside, left)[0]).squeeze(-1)
+
+
+def _invert(
+    cumulative: Tensor,  # (..., n), never falling
+    wanted: Tensor,  # (..., 1)
+) -> tuple[Tensor, Tensor]:  # (..., 1) long, (..., 1)
+    """Where a cumulative sum first exceeds a value, and how far the value is above the sum before that."""
+    # Kept below the whole by a rounding: what is found has a probability, however the value was rounded.
+    wanted = torch.minimum(wanted, cumulative[..., -1:] * (1 - torch.finfo(cumulative.dtype).eps))
+    place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[-1] - 1)
+    before = cumulative.gather(-1, (place - 1).clamp(min=0)).where(place > 0, 0)
+    return place, wanted - before

@@ -6,43 +6,108 @@ from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 4  # tokens that one character can take: a byte each
+WINDOW = 8  # tokens decoded together where no character ends between them
+PROMPT = 16  # tokens of the prompt that can matter to what follows
 
 
 class Detokenizer:
     """Turns tokens into text as they come; never decodes the whole text again and never splits a character.
 
     A token's text can depend on the one before it (a space at the start of a text is dropped) and a character can be spread
-    over several tokens. So the last few tokens are decoded again with the new ones, and text is held back while it ends in an
-    unfinished character.
+    over several tokens. So tokens are decoded behind those since the last whole character but one, and what can still become
+    another character is held back: a U+FFFD at the end, or, where a tokenizer spells rare characters in byte pieces
+    (`<0xE4>`), those of an unfinished one. A run of byte pieces decodes as a whole or not at all, so that a broken byte would
+    take the characters around it along; here it is one U+FFFD, and they come out.
+
+    Args:
+        tokenizer: anything with transformers' `decode`.
+        prompt_ids: what the tokens follow.
+        skip_special_tokens: as in `decode`.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Iterable[int] = (), skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._context = list(prompt_ids)[-LONGEST:]  # tokens given out, decoded once more for their influence
-        self._pending: list[int] = []
+        self._byte_pieces = _byte_pieces(tokenizer)
+        self._special = _special_tokens(tokenizer) if skip_special_tokens else frozenset()
+        self._window: list[int] = []  # the tokens decoded: some given out already, for their influence, then the new ones
+        self._old = 0  # tokens of the window that were there when a character last ended
+        self._given = 0  # characters of the window's text that were given out
+        self._held: list[int] = []  # byte pieces of an unfinished character
+        self.put(list(prompt_ids)[-PROMPT:])  # said already; a character that it leaves unfinished is still to come
 
     def put(self, tokens: Iterable[int]) -> str:
         """The text that these tokens make complete; "" while a character is unfinished."""
-        pieces = []
-        for token in tokens:
-            self._pending.append(token)
-            text = self._text()
-            if not text.endswith("\ufffd") or len(self._pending) > LONGEST:  # so many bytes are no character any more
-                pieces.append(text)
-                self._context = (self._context + self._pending)[-LONGEST:]
-                self._pending = []
-        return "".join(pieces)
+        return "".join([self._put(token) for token in tokens])
 
     def end(self) -> str:
         """What was held back, an unfinished character as U+FFFD."""
-        text = self._text() if self._pending else ""
-        self._pending = []
+        text = self._broken() + self._decode(self._window)[self._given :]
+        self._window, self._old, self._given = [], 0, 0
         return text
 
-    def _text(self) -> str:
-        before = self._decode(self._context).rstrip("\ufffd")  # a prompt may end inside a character
-        return self._decode(self._context + self._pending)[len(before) :]
+    def _put(self, token: int) -> str:
+        if token in self._special and not self._decode([token]):
+            return ""  # left out before anything is decoded
+        if token not in self._byte_pieces:
+            return self._broken() + self._add([token])
+        self._held.append(token)
+        text = ""
+        while self._held:
+            try:
+                bytes(self._byte_pieces[held] for held in self._held).decode("utf-8")
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    break
+                text += "\ufffd"  # no character begins with this byte
+                del self._held[0]
+            else:
+                text += self._add(self._held)
+                self._held = []
+        return text
+
+    def _broken(self) -> str:
+        """What byte pieces come to that nothing completes."""
+        if not self._held:
+            return ""
+        self._window, self._old, self._held = self._held, len(self._held), []
+        self._given = len(self._decode(self._window))
+        return "\ufffd" * self._old
+
+    def _add(self, tokens: list[int]) -> str:
+        self._window += tokens
+        text = self._decode(self._window)
+        # Of a text of bytes only the last U+FFFD can become something else.
+        end = len(text) - (text.endswith("\ufffd") and not self._byte_pieces)
+        said, self._given = text[self._given : end], max(self._given, end)
+        if said and end == len(text):
+            self._window = self._window[self._old :]
+            self._old = len(self._window)
+            self._given = len(self._decode(self._window))
+        elif len(self._window) > WINDOW:  # each token ends inside a character, or says nothing
+            self._window, self._old = self._window[-LONGEST:], 0
+            self._given = max(0, len(self._decode(self._window)) - (len(text) - self._given))
+        return said
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+
+
+def _byte_pieces(tokenizer: Any) -> dict[int, int]:
+    """The byte that each byte piece stands for; none where the tokenizer does not spell characters so."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        return {}
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = tokenizer.convert_tokens_to_ids(names)
+    found = {  # without those for which the unknown token stands
+        byte: token
+        for byte, (name, token) in enumerate(zip(names, tokens, strict=True))
+        if token is not None and tokenizer.convert_ids_to_tokens(token) == name
+    }
+    spelt = [found[byte] for byte in "é".encode() if byte in found]
+    return {token: byte for byte, token in found.items()} if spelt and tokenizer.decode(spelt) == "é" else {}
+
+
+def _special_tokens(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(getattr(tokenizer, "all_special_ids", ())) | {token for token, of in added.items() if of.special}

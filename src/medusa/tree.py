@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medusa.context import Context
 from medusa.errors import CheckpointError, InvalidTree
-from medusa.files import write_text
+from medusa.files import read_json, write_text
 
 Path_ = tuple[int, ...]
 
@@ -154,14 +154,11 @@ def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
 
 def read_tree_file(path: str | Path) -> Any:
     """The JSON in a tree file; CheckpointError where there is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no tree file {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read the tree file {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    path = Path(path)
+    if not path.is_file():
+        what = f"cannot read the tree file {path}: it is no file" if path.exists() else f"no tree file {path}"
+        raise CheckpointError(what)
+    return read_json(path, CheckpointError)
 
 
 class TreeTensors(NamedTuple):

@@ -1,5 +1,6 @@
 """Claims about the command line: results to stdout, errors in one line, exit codes, no torch for --help."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from medusa import MedusaModel
-from medusa.cli import VERBS
+from medusa.cli import VERBS, common, main
+from medusa.errors import InvalidInput
 from tiny import random_heads, random_tree, tiny_backbone
 
 
@@ -184,3 +186,45 @@ def test_chat_answers_under_the_models_own_template(tmp_path, embedded_tokenizer
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("tokens a step") == 2 and done.stderr.count("tokens/s") == 2
     assert "/nonsense is no command: /reset forgets" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_text_that_stdout_cannot_show_ends_no_run(monkeypatch, encoding, embedded_tokenizer):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["medusa", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    text = "π 你 \udcff"
+    out.write(text)
+    out.flush()
+    assert out.buffer.getvalue().endswith(text.encode(encoding, "backslashreplace"))
+
+
+def test_prompt_that_is_no_unicode_is_refused(embedded_tokenizer):
+    for text, messages in (("x \udcff", None), ("", [{"role": "user", "content": "\ud83d"}])):
+        with pytest.raises(InvalidInput, match="the prompt is no valid Unicode"):
+            common.encode(embedded_tokenizer, text, messages)
+
+
+def test_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompt.txt").write_text("import os", encoding="utf-8-sig")
+    assert common.read_prompt(None, tmp_path / "prompt.txt") == "import os"
+
+
+def test_output_in_no_file_system_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["medusa", "tree", "--dense", "2", "--output", "/proc/medusa/tree.json"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err.startswith("medusa: cannot write /proc/medusa")
+
+
+def test_preview_shows_rows_as_long_as_training_takes_them(tmp_path, embedded_tokenizer, monkeypatch, capsys):
+    tiny_backbone(vocab_size=4096, max_position_embeddings=32).save_pretrained(tmp_path / "model")
+    embedded_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "x = 1\n" * 100}) + "\n")
+    preview = ["train", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--preview", "1"]
+    monkeypatch.setattr(sys, "argv", ["medusa", *preview])
+    with pytest.raises(SystemExit):
+        main()
+    assert ": 32 tokens, 32 learnt" in capsys.readouterr().out

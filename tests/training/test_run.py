@@ -402,7 +402,9 @@ def test_nothing_of_an_earlier_run_is_taken_for_this_ones(data):
     shutil.rmtree(data / "out" / "checkpoint-1")
     train(MedusaModel(backbone), found, data / "out", TrainingConfig(num_heads=1, max_steps=1, batch_size=8, held_out=0.0))
     names = {path.name for path in (data / "out").iterdir() if path.is_file()}
-    assert names == {".run.json.lock", "config.json", "medusa_lm_head.safetensors", "run.json", "training.json"}
+    made = {"config.json", "medusa_lm_head.safetensors", "medusa_tree.json", "run.json", "training.json", "README.md"}
+    assert names == {".run.json.lock", *made}  # no adapter
+    assert json.loads((data / "out" / "training.json").read_text())["config"]["num_heads"] == 1
 
 
 def test_rates_written_the_usual_way_are_read(tmp_path):

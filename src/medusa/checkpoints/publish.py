@@ -6,11 +6,10 @@ import warnings
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from medusa.checkpoints.card import card
 from medusa.checkpoints.reader import open_checkpoint
-from medusa.errors import CheckpointError
+from medusa.errors import CheckpointError, one_line
 from medusa.files import PARTIAL, write_text
 
 CARD_FILE = "README.md"
@@ -51,7 +50,6 @@ def push_to_hub(
             ignore_patterns=KEPT_BACK,
             commit_message=f"Medusa heads, {checkpoint.num_heads} of them",
         )
-    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot publish {folder} as {repo_id}: {reason}") from None
+    except Exception as error:  # of the hub, its client and the network
+        raise CheckpointError(f"cannot publish {folder} as {repo_id}: {one_line(error)}") from None
     return str(repo)

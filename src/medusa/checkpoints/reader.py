@@ -197,7 +197,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         draft_vocabulary=draft,
         lm_head_bias=bias,
         tied_blocks=num_layers > 1 and _tied(held, num_heads, num_layers),
-        base_model=config.get("base_model_name_or_path"),
+        base_model=base_model if isinstance(base_model := config.get("base_model_name_or_path"), str) else None,
         notes=tuple(notes),
     )
 

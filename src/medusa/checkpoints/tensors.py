@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medusa.checkpoints.names import TOKEN_MAPS
 from medusa.config import read_json_object
-from medusa.errors import CheckpointError
+from medusa.errors import CheckpointError, one_line
 
 INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64}  # of token ids
@@ -33,6 +33,21 @@ def tensor_names(path: Path) -> list[str]:
     if path.name.endswith(INDEX):
         return list(_weight_map(path))
     return list(tensor_sizes(path) if path.suffix == ".safetensors" else _unpickled(path))
+
+
+def check_tensors(path: Path) -> None:
+    """Look into a file, or into the index and all shards of one in shards.
+
+    Raises:
+        CheckpointError: broken, truncated or missing, or a pickle that holds code.
+    """
+    if not path.name.endswith(INDEX):
+        tensor_names(path)
+        return
+    for shard in sorted(set(_weight_map(path).values())):
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(f"{path} names the shard {shard}, which is not there; copy it again")
+        tensor_names(path.parent / shard)
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:
@@ -82,8 +97,8 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         with safe_open(path, "np"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is broken or truncated ({error}); copy it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is broken or truncated ({one_line(error)}); copy it again") from None
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -129,8 +144,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
         what = f"holds code, {code[1]}," if code else "is broken or holds code"
         raise CheckpointError(f"{path} {what} and was not loaded; ask its author for safetensors") from None
     except Exception as error:  # what a broken pickle raises is anyone's guess
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is broken and was not loaded ({reason[:120]}); copy it again") from None
+        raise CheckpointError(f"{path} is broken and was not loaded ({one_line(error, 120)}); copy it again") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted named tensors")
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,9 +19,10 @@ from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, belongs_to_heads, i
 from medusa.checkpoints.reader import OLD_HEADS_FILE, SAFETENSORS, open_checkpoint
 from medusa.checkpoints.tensors import INDEX, tensor_names, tensor_sizes
 from medusa.config import CONFIG_FILE, HEADS_FILE, TREE_FILE, read_json_object
-from medusa.errors import CheckpointError, InvalidInput
+from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.files import whole, write_text
 from medusa.heads import MedusaHeads
+from medusa.placement import linear_map
 
 FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
 # What of a backbone's folder goes into a merged model, besides its weights.
@@ -71,7 +73,10 @@ def write_checkpoint(
         for file in beside:
             shutil.copyfile(file, folder / file.name)
         if to == "v0.1":
-            torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
+            try:
+                torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
+            except RuntimeError as error:  # torch's word for a disk that is full
+                raise CheckpointError(f"cannot write {folder / OLD_HEADS_FILE}: {one_line(error)}") from None
             dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
         elif to == "vllm":
             _write_vllm(heads, folder, base_model, lm_head)
@@ -216,7 +221,8 @@ def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
 
 def _parameters(lm_head: nn.Module, heads: MedusaHeads) -> dict[str, Tensor]:
     """Weight, and bias if any, of the backbone's LM head, as they would be in the heads."""
-    return {name: tensor.detach().to("cpu", heads.dtype) for name, tensor in lm_head.named_parameters()}
+    found = dict(zip(("weight", "bias"), linear_map(lm_head), strict=True))
+    return {name: tensor.to("cpu", heads.dtype) for name, tensor in found.items() if tensor is not None}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,4 +237,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     with whole(path) as partial:
-        save_file(own, partial, metadata={"format": "pt"})
+        try:
+            save_file(own, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {one_line(error)}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from importlib import import_module
 
@@ -40,8 +39,11 @@ for _verb in VERBS:  # the verbs' modules import torch only when they run
 def main() -> None:
     """Entry point of `medusa`."""
     from medusa.cli import common
-    from medusa.errors import MedusaError
+    from medusa.errors import MedusaError, one_line
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except MedusaError as error:
@@ -49,8 +51,6 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        print(f"medusa: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+    except OSError as error:  # what is read names itself; this is of places to write to
+        print(f"medusa: cannot write {error.filename or 'a file'}: {error.strerror or one_line(error)}", file=sys.stderr)
         sys.exit(1)

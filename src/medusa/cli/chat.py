@@ -58,6 +58,8 @@ def chat_command(
             said = input("> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"what is said on stdin is not {error.encoding}: {error.reason}") from None
         if said == "/quit":
             return
         if said == "/reset":

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
+from medusa.files import is_unicode, read_text
 
 if TYPE_CHECKING:
     from medusa.model import MedusaModel
@@ -183,7 +184,7 @@ def load_model(
     from medusa.quantization import quantized
 
     quiet_transformers()
-    source = find_model(model)
+    source = find_model(model, code=trust_remote_code)
     given = load_tree(tree)
     options: dict[str, Any] = {
         "dtype": dtype_named(dtype),
@@ -225,27 +226,27 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     from medusa.loading import load_tokenizer as load
 
     quiet_transformers()
-    source = find_model(model)
+    source = find_model(model, code=trust_remote_code)
     with waiting(f"loading the tokenizer of {model}"):
         return load(source, trust_remote_code=trust_remote_code)
 
 
-def check_room(model: str, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a prompt that is too long before the model is loaded, where the config beside it says how long it may be.
+def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:
+    """Refuse a prompt that is too long before the model is loaded; a GGUF file's is told after, since its config takes long.
 
     Raises:
         ContextOverflow: prompt and new tokens do not fit.
     """
+    from medusa.backbone import context_of
     from medusa.errors import ContextOverflow
     from medusa.hub import find_model
+    from medusa.loading import load_config
 
-    source = find_model(model)
-    try:
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # in a GGUF file, or broken: loading says more
-    context = config.get("text_config", config).get("max_position_embeddings") if source.gguf_file is None else None
-    if isinstance(context, int) and prompt_tokens + max_new_tokens > context:
+    source = find_model(model, code=trust_remote_code)
+    if source.gguf_file is not None:
+        return
+    context = context_of(load_config(source, trust_remote_code=trust_remote_code))
+    if context is not None and prompt_tokens + max_new_tokens > context:
         left = context - prompt_tokens
         remedy = f"lower --max-new-tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt"
         raise ContextOverflow(
@@ -341,15 +342,12 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         return prompt
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"cannot read {file}: {error}") from None
+        text = read_text(file, InvalidInput)
     elif sys.stdin.isatty():
         raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
     else:
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
     if not text.strip():
@@ -361,11 +359,13 @@ def encode(tokenizer: Any, text: str, messages: list[dict[str, str]] | None = No
     """Token ids (1, P) of a text, or of a conversation under the tokenizer's chat template."""
     import torch
 
+    if not all(map(is_unicode, [text, *(message["content"] for message in messages or ())])):
+        raise InvalidInput("the prompt is no valid Unicode: bytes that are not UTF-8, or half of a surrogate pair")
     if messages is not None:
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # jinja2's, which templates raise on roles they do not take
-            raise InvalidInput(f"the model's chat template refuses the conversation: {error}") from None
+            raise InvalidInput(f"the model's chat template refuses the conversation: {one_line(error)}") from None
     else:
         ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids and tokenizer.bos_token_id is not None:

@@ -76,7 +76,7 @@ def demo_command(
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     asks = common.as_asked(tokenizer, "", chat, model) is not None
     texts, batches = _prompts(model, tokenizer, given, asks, prompts)
-    common.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens)
+    common.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens, trust_remote_code)
     loaded = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
     common.note_tree(loaded, model, heads, tree)
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}

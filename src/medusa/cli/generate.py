@@ -50,7 +50,7 @@ def generate_command(
     common.require_heads(model, heads, tree == "root")
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     ids = common.encode(tokenizer, text, common.as_asked(tokenizer, text, chat, model))
-    common.check_room(model, ids.shape[1], max_new_tokens)
+    common.check_room(model, ids.shape[1], max_new_tokens, trust_remote_code)
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     common.note_tree(medusa, model, heads, tree)
     from medusa.text import Detokenizer

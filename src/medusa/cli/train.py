@@ -169,9 +169,10 @@ def train_command(
     recipe = resolve(method, settings, str(config) if config else "training options")
 
     common.quiet_transformers()
+    from medusa.backbone import context_of
     from medusa.checkpoints import has_heads, load_heads
     from medusa.hub import find_heads, find_model
-    from medusa.loading import load_backbone
+    from medusa.loading import load_backbone, load_config
     from medusa.model import MedusaModel
     from medusa.quantization import quantized
     from medusa.samples import Skips, read_samples
@@ -186,9 +187,11 @@ def train_command(
     if heads is not None and not has_heads(find_heads(heads)):
         raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads, or give a folder of some")
     tokenizer = common.load_tokenizer(model, trust_remote_code)
-    source = find_model(model)
+    source = find_model(model, code=trust_remote_code)
     if preview:
-        _preview(data, tokenizer, recipe, preview, len(tokenizer))
+        sizes = load_config(source, trust_remote_code=trust_remote_code)
+        length = min(recipe.max_length, context_of(sizes) or recipe.max_length)
+        _preview(data, tokenizer, recipe, preview, length, sizes.vocab_size)
         return
     assert output is not None
     backbone = load_backbone(
@@ -237,7 +240,7 @@ def _describe(rows: Any, length: int) -> None:
         common.note(f"skipped {rows.skips}")
 
 
-def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int, vocab_size: int) -> None:
+def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int, length: int, vocab_size: int) -> None:
     """Samples as the model will see them: what is learnt in colour, the rest dim."""
     from itertools import islice
 
@@ -246,7 +249,7 @@ def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int
 
     from medusa.training.data import load_rows, spoken_runs
 
-    rows = load_rows(data, tokenizer, recipe.max_length, vocab_size, recipe.packing)
+    rows = load_rows(data, tokenizer, length, vocab_size, recipe.packing)
     console = Console()
     for number, row in enumerate(islice(rows, count), 1):
         text = Text()
@@ -254,4 +257,4 @@ def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int
             text.append(tokenizer.decode(ids), style="bold green" if spoken else "dim")
         console.rule(f"row {number} of {len(rows)}: {len(row)} tokens, {int(row.spoken.sum())} learnt ({row.source})")
         console.print(text)
-    _describe(rows, recipe.max_length)
+    _describe(rows, length)

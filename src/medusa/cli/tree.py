@@ -126,14 +126,10 @@ def statistics(
 
 def read_accuracies(file: Path) -> list[list[float]]:
     """The table of a file, [k - 1][i]: how often exactly guess i (0-based) of head k is right."""
+    from medusa.files import read_json
     from medusa.search import check_accuracies
 
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
-        raise InvalidInput(f"{file} is not valid JSON: {error}") from None
+    found = read_json(file, InvalidInput)
     if not isinstance(found, dict) or "accuracies" not in found:
         raise InvalidInput(f'{file} holds no accuracies, wanted {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
     check_accuracies(found["accuracies"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
 from medusa.evaluation.compare import Measurement, in_turn, measure
 from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.prompts import Question
@@ -68,7 +68,7 @@ class Asking:
         try:
             return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # jinja2's, which templates raise on roles they do not take
-            raise InvalidInput(f"the model's chat template refuses question {question.id}: {error}") from None
+            raise InvalidInput(f"the model's chat template refuses question {question.id}: {one_line(error)}") from None
 
     def _spoken(self, tokens: Sequence[int]) -> list[int]:
         return list(tokens[:-1] if tokens and tokens[-1] in self._stops else tokens)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medusa import EMBEDDED
 from medusa.errors import InvalidInput
+from medusa.files import is_unicode
 from medusa.samples import Asked, read_prompts, read_records
 
 HELD_OUT = "held-out"
@@ -121,6 +122,8 @@ def _question(number: int, asked: Asked) -> Question:
         references = [references]
     if not isinstance(references, list | tuple) or not all(isinstance(text, str) for text in references):
         raise InvalidInput(f"{where}: its reference are {str(references)[:60]!r}, wanted a list of strings")
+    if not all(map(is_unicode, references)):
+        raise InvalidInput(f"{where}: its reference are no valid Unicode: half of a surrogate pair is in them")
     return Question(str(given), category, asked.turns, asked.system, tuple(references), asked.ids)
 
 

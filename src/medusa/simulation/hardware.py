@@ -14,6 +14,7 @@ from typing import Any
 
 from medusa.config import from_mapping, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
+from medusa.files import write_text
 from medusa.simulation.operators import Operator
 
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -144,4 +145,4 @@ def save_hardware(hardware: Hardware, name: str, path: Path) -> None:
     held[name] = json.loads(json.dumps(entry), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"  {json.dumps(machine)}: {json.dumps(facts)}" for machine, facts in held.items())
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa.errors import CheckpointError, InvalidInput
+from medusa.errors import CheckpointError, InvalidInput, one_line
+from medusa.files import read_json
 from medusa.simulation.hardware import ELEMENT, Hardware
 from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step
 from medusa.simulation.shapes import ModelShape
@@ -151,16 +151,16 @@ def _expected(tree: Sequence[tuple[int, ...]], paths: list[tuple[tuple[int, ...]
 
 def read_calibration(path: Path) -> tuple[list[tuple[tuple[int, ...], int]], int]:
     """The rank paths of a `calibration.json` with how often each came true, and of how many positions."""
+    if not path.exists():
+        raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree")
+    found = read_json(path, CheckpointError)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
         if positions < 1:
             raise ValueError("no positions")
         return paths, positions
-    except FileNotFoundError:
-        raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no calibration as medusa tune writes it: {error!r}") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} is no calibration as medusa tune writes it: {one_line(error)}") from None
 
 
 def check_positive(**sizes: int) -> None:

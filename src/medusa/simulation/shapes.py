@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa.errors import CheckpointError, ConfigError
+from medusa.errors import CheckpointError, ConfigError, one_line
 from medusa.hub import Source, local_model
 
 # Models whose MLP has no gate: one matrix up, one down. Their configs do not say so.
@@ -68,9 +68,9 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
         where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {"revision": revision or None}
         raw, _ = PreTrainedConfig.get_config_dict(source.folder, **where)
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no model config for {name!r} (built in: {', '.join(BUILT_IN)}): {reason}") from None
+    except Exception as error:  # config classes, the hub and remote code raise whatever comes
+        known = ", ".join(BUILT_IN)
+        raise CheckpointError(f"no model config for {name!r} (built in: {known}): {one_line(error)}") from None
     text = config.get_text_config()
     absent = [field for field in NEEDED if field not in raw and text.attribute_map.get(field) not in raw]
     if absent and text is config:  # transformers would fill in the sizes of some other model

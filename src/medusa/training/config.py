@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from medusa.config import from_mapping
 from medusa.errors import ConfigError, InvalidInput
+from medusa.files import read_yaml
 
 _EXPONENT = re.compile(r"\d+[eE][-+]?\d+")
 RECIPES = Path(__file__).parent / "recipes"
@@ -69,6 +71,9 @@ class TrainingConfig:
     report_to: str = _option("none", "tensorboard, wandb, …: whatever transformers' Trainer reports to")
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InvalidInput(f"{name} is {value}, wanted a number that is finite")
         positive: tuple[str, ...] = ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length")
         positive += ("soft_top", "lora_rank", "lora_alpha", "learning_rate", "logging_steps", "save_steps", "tree_nodes")
         for name in positive:
@@ -131,10 +136,7 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         InvalidInput: not to be read, or something else.
     """
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidInput(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    found = read_yaml(path, InvalidInput) or {}
     if not isinstance(found, dict):
         raise InvalidInput(f"{path} holds a {type(found).__name__}, wanted `option: value` lines")
     # YAML takes 2e-3 for a text, since it lacks a point.

@@ -113,7 +113,7 @@ def load_rows(
         rows += kept
         shortened += cut < len(ids) and bool(kept)
     if not rows:
-        raise InvalidInput(f"{', '.join(map(str, sources))}: nothing to learn there: {skips}")
+        raise InvalidInput(f"{', '.join(map(str, sources))} holds nothing to learn: {skips}")
     return Rows(pack(rows, max_length) if packing else rows, skips, shortened)
 
 

@@ -285,6 +285,9 @@ class EndpointAnswerer:
                 raise  # the next would be refused as well
             except EndpointError as error:
                 talk.fail(str(error))
+                continue
+            if answer.finished is None:
+                talk.fail(f"whose answer ended by {answer.ended_by!r}, neither by itself nor at the limit of tokens")
             else:
                 talk.hear(answer.text.strip(), answer.completion_tokens, answer.finished)
         return seed, talk.outcome(), talk.tokens

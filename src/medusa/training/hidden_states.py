@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
 from medusa.files import whole
 from medusa.model import MedusaModel
 from medusa.provenance import fingerprint
@@ -40,8 +40,12 @@ class RowsWithHiddenStates:
     def __getitem__(self, number: int) -> tuple[int, Row]:
         _, row = self._rows[number]
         shard, start = self._places[number]
-        with safe_open(_shard(self._folder, shard), framework="pt") as file:  # mapped: only this row is read
-            hidden = file.get_slice("hidden_states")[start : start + len(row)]
+        path = _shard(self._folder, shard)
+        try:
+            with safe_open(path, framework="pt") as file:  # mapped: only this row is read
+                hidden = file.get_slice("hidden_states")[start : start + len(row)]
+        except (OSError, SafetensorError) as error:
+            raise InvalidInput(f"cannot read {path}: {one_line(error)}; remove it and run the same command again") from None
         return number, dataclasses.replace(row, hidden=hidden)
 
 
@@ -102,5 +106,8 @@ def _write(path: Path, hidden: torch.Tensor) -> None:
 def _is_whole(path: Path, tokens: int) -> bool:
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice("hidden_states").get_shape()[0] == tokens
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice("hidden_states").get_shape()[0] == tokens
+    except (OSError, SafetensorError):  # it is made again
+        return False

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from medusa.placement import is_offloaded
+
 IGNORED = -100
 LARGE = 1 << 25  # weights of an LM head whose gradient is not to wait beside those of other heads: 128 MiB
 
@@ -53,12 +55,13 @@ def _loss_and_gradients(
         logits = (x @ matrix.T).float()
         if bias is not None:
             logits += bias.float()
-        log_z = logits.logsumexp(-1, keepdim=True)
-        total += (w * (log_z - logits.gather(1, tokens[part]))).sum()
+        log_p = logits.log_softmax(-1)  # in one pass, where logsumexp takes several
+        del logits
+        total -= (w * log_p.gather(1, tokens[part])).sum()
         if not any(wanted):
             continue
-        # d loss / d logits = softmax * sum(w) - w, made in place of the logits
-        gradient = logits.sub_(log_z).exp_().mul_(w.sum(-1, keepdim=True))
+        # d loss / d logits = softmax * sum(w) - w, made in place of the log-probabilities
+        gradient = log_p.exp_().mul_(w.sum(-1, keepdim=True))
         gradient.scatter_add_(1, tokens[part], -w)
         if of_bias is not None:
             of_bias += gradient.sum(0)
@@ -108,7 +111,7 @@ def linear_cross_entropy(
     Args:
         compute: dtype of the matrix products; softmax, loss and accumulation are float32 in any case.
     """
-    if type(lm_head) is torch.nn.Linear:
+    if type(lm_head) is torch.nn.Linear and not is_offloaded(lm_head):
         inputs: list[Tensor | None] = [states, lm_head.weight, lm_head.bias]
         if not torch.is_grad_enabled():  # within the function nothing tells
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from medusa import __version__
 from medusa.adapter import ADAPTER_FILES, attach_adapter, save_adapter
 from medusa.checkpoints import heads_from_tensors, load_heads, save_heads
-from medusa.config import HEADS_FILE, TREE_FILE
+from medusa.config import HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
 from medusa.files import write_text
 from medusa.heads import MedusaHeads
@@ -152,7 +152,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
     path = output / IDENTITY
     refuse_begun(output, resume)
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        refuse_other(output, json.loads(path.read_text(encoding="utf-8")), wanted)
+        refuse_other(output, read_json_object(path), wanted)
     if _writes():
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         if not resume:  # nothing of an earlier run may be taken for this one's
@@ -313,4 +313,4 @@ def _report(
         "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
         "versions": {"medusa": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}},
     }
-    (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(output / RECORD, json.dumps(record, indent=2) + "\n")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
 from medusa.samples import Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
@@ -30,11 +30,17 @@ def encode_conversation(
         raise InvalidInput("masking the prompt needs a fast tokenizer (tokenizers library); this one is slow")
     if not tokenizer.chat_template:
         raise InvalidInput("the tokenizer has no chat template; give it one, or give data as 'text' or 'prompt'/'completion'")
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        _apply(tokenizer, messages)  # for its one-line errors
-        encoded = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, of which none is the default
+        raise _refusal(tokenizer, error) from None
+    if _GENERATION.search(template):
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception as error:
+            raise _refusal(tokenizer, error) from None
         return list(encoded["input_ids"]), [bool(spoken) for spoken in encoded["assistant_masks"]]
     text, spans = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -92,12 +98,15 @@ def _as_rendered(content: str) -> tuple[str, ...]:
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InvalidInput(f"the chat template refuses a conversation: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a template is a program
+        raise _refusal(tokenizer, error) from None
+
+
+def _refusal(tokenizer: Any, error: Exception) -> InvalidInput:
+    where = getattr(tokenizer, "name_or_path", "")
+    return InvalidInput(f"the chat template{f' of {where}' if where else ''} refuses a conversation: {one_line(error)}")
 
 
 def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

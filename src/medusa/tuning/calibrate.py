@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
 from medusa.files import whole
 from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
@@ -230,10 +230,10 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
 def _load(path: Path) -> list[Recorded]:
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"{path} is broken: {error}; remove it and run the same command again") from None
-    numbers = sorted({int(name.partition(".")[0]) for name in tensors})
-    return [
-        Recorded(tensors[f"{n}.ids"], int(tensors[f"{n}.start"]), tensors[f"{n}.guesses"], tensors[f"{n}.log_p"])
-        for n in numbers
-    ]
+        numbers = sorted({int(name.partition(".")[0]) for name in tensors})
+        return [
+            Recorded(tensors[f"{n}.ids"], int(tensors[f"{n}.start"]), tensors[f"{n}.guesses"], tensors[f"{n}.log_p"])
+            for n in numbers
+        ]
+    except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        raise InvalidInput(f"{path} is broken: {one_line(error)}; remove it and run the same command again") from None
