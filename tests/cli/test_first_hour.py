@@ -267,13 +267,13 @@ def test_simulate_and_bench_fit_eighty_columns(medusa, own, tmp_path, monkeypatc
 
 
 def test_inspect_tells_a_fact_a_line_of_backbone_and_heads(medusa, own):
-    status, out, _ = medusa("inspect", own / "chat")
+    status, out, err = medusa("inspect", own / "chat")
     facts = dict(line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  "))
     facts = {name: value.strip() for name, value in facts.items()}
     assert status == 0 and facts["architecture"] == "llama" and facts["context"] == "512" and facts["chat template"] == "yes"
-    assert "no heads here" in out
-    status, out, _ = medusa("inspect", own / "heads")
-    assert "num heads" in out and "ours, as medusa train writes them" in out and "no tree file beside the heads" in out
+    assert "no heads here" in err
+    status, out, err = medusa("inspect", own / "heads")
+    assert "num heads" in out and "ours, as medusa train writes them" in out and "no tree file beside the heads" in err
     assert "None" not in out and "[]" not in out
 
 

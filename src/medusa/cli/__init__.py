@@ -38,6 +38,7 @@ for _verb in VERBS:  # the verbs' modules import torch only when they run
 
 def main() -> None:
     """Entry point of `medusa`."""
+    from medusa.cli import common
     from medusa.errors import MedusaError, one_line
 
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
@@ -46,7 +47,7 @@ def main() -> None:
     try:
         app()
     except MedusaError as error:
-        print(f"medusa: {error}", file=sys.stderr)
+        common.note(f"medusa: {error}")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)

@@ -95,6 +95,7 @@ def bench_command(
         "compile": compile,
     }
     refuse_claimed(output / CLAIM, asked)
+    common.require_heads(model, heads, "medusa" not in names)
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     measuring.check_tokens(model, prompts, tokenizer)
     medusa = common.load_model(

@@ -40,6 +40,7 @@ def chat_command(
     common.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
     model = common.with_file(model, gguf_file, revision)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
+    common.require_heads(model, heads, tree == "root")
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -176,15 +178,13 @@ def load_model(
     heads_wanted: bool = True,
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
-    from medusa.checkpoints import has_heads
-    from medusa.hub import find_heads, find_model
+    from medusa.hub import find_model
     from medusa.loading import load_backbone
     from medusa.model import MedusaModel
     from medusa.quantization import quantized
 
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
-    its_heads = find_heads(heads) if heads is not None else source.heads or source.folder
     given = load_tree(tree)
     options: dict[str, Any] = {
         "dtype": dtype_named(dtype),
@@ -192,12 +192,29 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         **quantized(quantization, dtype_named(dtype)),
     }
-    plain = tree == "root" or not heads_wanted
+    plain = require_heads(model, heads, tree == "root" or not heads_wanted)
     with waiting(f"loading {model}"):
-        if has_heads(its_heads):
-            return MedusaModel.from_pretrained(model, heads=heads, tree=given, **options)
-        if plain and heads is None:
+        if plain:
             return MedusaModel(load_backbone(source, **options))
+        return MedusaModel.from_pretrained(model, heads=heads, tree=given, **options)
+
+
+def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
+    """Whether decoding does without heads; before anything is loaded.
+
+    Args:
+        plainly: decoding may do without them.
+
+    Raises:
+        InvalidInput: there are none where they are named or needed.
+    """
+    from medusa.checkpoints import has_heads
+    from medusa.hub import find_heads
+
+    if has_heads(find_heads(heads if heads is not None else model)):
+        return False
+    if plainly and heads is None:
+        return True
     raise InvalidInput(
         f"{heads or model} has no Medusa heads; give some with --heads FOLDER, train some (medusa train {model}), or decode "
         "plainly with --tree root"
@@ -214,22 +231,22 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
         return load(source, trust_remote_code=trust_remote_code)
 
 
-def check_room(model: str, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a prompt that is too long before the model is loaded, where the config beside it says how long it may be.
+def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:
+    """Refuse a prompt that is too long before the model is loaded; a GGUF file's is told after, since its config takes long.
 
     Raises:
         ContextOverflow: prompt and new tokens do not fit.
     """
+    from medusa.backbone import context_of
     from medusa.errors import ContextOverflow
     from medusa.hub import find_model
+    from medusa.loading import load_config
 
-    source = find_model(model)
-    try:
-        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # in a GGUF file, or broken: loading says more
-    context = config.get("text_config", config).get("max_position_embeddings") if source.gguf_file is None else None
-    if isinstance(context, int) and prompt_tokens + max_new_tokens > context:
+    source = find_model(model, code=trust_remote_code)
+    if source.gguf_file is not None:
+        return
+    context = context_of(load_config(source, trust_remote_code=trust_remote_code))
+    if context is not None and prompt_tokens + max_new_tokens > context:
         left = context - prompt_tokens
         remedy = f"lower --max-new-tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt"
         raise ContextOverflow(
@@ -380,5 +397,8 @@ def integers(name: str, text: str, least: int = 1) -> list[int]:
 
 
 def note(message: str) -> None:
-    """A line of progress on stderr."""
+    """A line on stderr; on a terminal it is broken between words."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        message = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
     print(message, file=sys.stderr, flush=True)

@@ -55,6 +55,7 @@ def convert_command(
     if as_json:
         print(json.dumps(record))
         return
-    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, read back to the bit")
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, {size / 1e6:.1f} MB, read back to the bit")
     if push_to_hub is not None:
         print(record["published"])

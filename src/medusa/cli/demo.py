@@ -71,11 +71,12 @@ def demo_command(
         raise InvalidInput(f"--prompts is {prompts}, wanted at least 1")
     given = common.read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
     model = common.with_file(model or _default_model(heads), gguf_file, revision)
+    common.require_heads(model, heads, tree == "root")
 
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     asks = common.as_asked(tokenizer, "", chat, model) is not None
     texts, batches = _prompts(model, tokenizer, given, asks, prompts)
-    common.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens)
+    common.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens, trust_remote_code)
     loaded = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
     common.note_tree(loaded, model, heads, tree)
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -172,6 +173,13 @@ def _watch(
         recorded[name] = _Recording(ids[0].tolist(), steps)
         tokens, seconds = len(recorded[name].tokens()), time.perf_counter() - start
         out.print(Text(f"\n{tokens} tokens in {seconds:.1f} s: {common.speed(tokens, len(steps), seconds)}", style="bold"))
+    if recorded["plain"].tokens() != recorded["medusa"].tokens():
+        out.print(
+            Text(
+                "\nThe texts part where two tokens are all but equally likely and rounding decides; not in float32.",
+                style="dim",
+            )
+        )
     out.print()
     return recorded
 

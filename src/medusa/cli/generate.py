@@ -47,9 +47,10 @@ def generate_command(
     model = common.with_file(model, gguf_file, revision)
     text = common.read_prompt(prompt, prompt_file)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
+    common.require_heads(model, heads, tree == "root")
     tokenizer = common.load_tokenizer(model, trust_remote_code)
     ids = common.encode(tokenizer, text, common.as_asked(tokenizer, text, chat, model))
-    common.check_room(model, ids.shape[1], max_new_tokens)
+    common.check_room(model, ids.shape[1], max_new_tokens, trust_remote_code)
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     common.note_tree(medusa, model, heads, tree)
     from medusa.text import Detokenizer

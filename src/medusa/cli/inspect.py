@@ -70,9 +70,9 @@ def inspect_command(
             known["format"] = FORMATS.get(known["format"], known["format"])
         showing.print_facts(part, known)
     if "heads" not in record and tree is None:
-        print("no heads here: medusa train makes some, and --heads gives them")
+        common.note("no heads here: medusa train makes some, and --heads gives them")
     elif tree is None:
-        print("no tree file beside the heads: a dynamic tree decodes; medusa tune finds the fastest")
+        common.note("no tree file beside the heads: a dynamic tree decodes; medusa tune finds the fastest")
     if tree is not None:
         show_tree(tree)
 
@@ -101,18 +101,19 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     """What the model of a folder or a GGUF file is, as its files say; None where there is no model but heads."""
     if source.gguf_file is not None:
         return {"model": str(source), **gguf_facts(source.folder / source.gguf_file)}
-    from transformers import AutoConfig
-
+    from medusa.backbone import context_of
     from medusa.checkpoints.names import belongs_to_heads
     from medusa.config import CONFIG_FILE, read_json_object
+    from medusa.errors import CheckpointError
+    from medusa.loading import load_config
 
     file, weights = source.folder / CONFIG_FILE, sorted(source.folder.glob("*.safetensors"))
     kind = read_json_object(file).get("model_type") if file.is_file() else None
     if kind in (None, "medusa") or not any(source.folder.glob("*model*")):
         return None
     try:
-        config = AutoConfig.from_pretrained(source.folder).get_text_config()
-    except (OSError, ValueError, KeyError):  # of a model with code of its own, which is not run here
+        config = load_config(source)
+    except CheckpointError:  # of a model with code of its own, which is not run here
         return {"model": str(source), "architecture": kind}
     said = source.folder / "tokenizer_config.json"
     return {
@@ -123,7 +124,7 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
         "attention_heads": getattr(config, "num_attention_heads", None),
         "key_value_heads": getattr(config, "num_key_value_heads", None),
         "vocab_size": getattr(config, "vocab_size", None),
-        "context": getattr(config, "max_position_embeddings", None),
+        "context": context_of(config),
         "parameters": sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights) or None,
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "chat_template": (source.folder / "chat_template.jinja").is_file()

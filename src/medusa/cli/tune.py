@@ -78,6 +78,7 @@ def tune_command(
     _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
     if prompts is None and model != "embedded":
         raise InvalidInput("no prompts; pass --prompts FILE with text like the model will see")
+    common.require_heads(model, heads)
     questions = measuring.calibration_questions(prompts)
     if len(questions) == 1:
         raise InvalidInput(f"{prompts} holds one prompt, which cannot both choose trees and judge them; give more prompts")
