@@ -87,10 +87,9 @@ def demo_command(
     record = _measure(loaded, batches, limits, compile, out)
     record["model"] = model
     if check_float32:
-        with common.waiting("comparing the three in float32"):
-            record["identical_float32"] = _identical_in_float32(
-                model, heads, tree, device, trust_remote_code, loaded, record["identical"], batches[0], limits
-            )
+        record["identical_float32"] = _identical_in_float32(
+            model, heads, tree, device, trust_remote_code, loaded, record["identical"], batches[0], limits
+        )
     record["text"] = tokenizer.decode(recorded["medusa"].tokens(), skip_special_tokens=True)
     header, rows, title, caption = _table(record, len(batches), max_new_tokens, loaded)
     if svg is not None:
@@ -254,7 +253,8 @@ def _identical_in_float32(
         MedusaDecoder(exact, tree=MedusaTree([]), **limits),
         MedusaDecoder(exact, **limits),
     ]
-    return len({str(decode(batch).tokens) for decode in decoders}) == 1
+    with common.waiting("comparing the three in float32"):
+        return len({str(decode(batch).tokens) for decode in decoders}) == 1
 
 
 def _panel(tokenizer, name: str, recording: _Recording, at: float):

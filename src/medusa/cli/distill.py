@@ -74,6 +74,7 @@ def distill_command(
 
     def loaded() -> tuple[MedusaModel, Any]:
         medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
+        common.note_tree(medusa, model, heads, tree)
         return medusa, common.load_tokenizer(model, trust_remote_code)
 
     def answerer() -> Answerer:
