@@ -38,6 +38,7 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/serving.md",
         "docs/trees.md",
         "examples/embedded_model/README.md",
+        "examples/smollm2/README.md",
     ],
 )
 def test_files_that_documents_name_exist(document):

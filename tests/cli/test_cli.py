@@ -154,7 +154,7 @@ def test_heads_file_that_is_broken_is_one_line(tiny_folder, embedded_tokenizer):
     embedded_tokenizer.save_pretrained(tiny_folder / "backbone")
     path = tiny_folder / "heads" / "medusa_lm_head.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    done = medusa("generate", str(tiny_folder / "backbone"), "x", "--heads", str(tiny_folder / "heads"))
+    done = medusa("generate", str(tiny_folder / "backbone"), "x", "--heads", str(tiny_folder / "heads"), "-n", "8")
     assert done.returncode == 1 and "broken or truncated" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
