@@ -150,7 +150,8 @@ def test_our_errors_are_one_line_and_exit_1(arguments, message, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("medusa: ")
 
 
-def test_heads_file_that_is_broken_is_one_line(tiny_folder):
+def test_heads_file_that_is_broken_is_one_line(tiny_folder, embedded_tokenizer):
+    embedded_tokenizer.save_pretrained(tiny_folder / "backbone")
     path = tiny_folder / "heads" / "medusa_lm_head.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     done = medusa("generate", str(tiny_folder / "backbone"), "x", "--heads", str(tiny_folder / "heads"))

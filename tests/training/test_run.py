@@ -236,7 +236,7 @@ def test_heads_train_and_decode_on_a_quantised_backbone(data, kind):
     assert metrics["eval_head1_top1"] > 0.5
     model = MedusaModel(backbone, load_heads(data / "heads"), MedusaTree.load(data / "heads" / "medusa_tree.json"))
     prompt = rows(data / "eval.jsonl").rows[0].ids.long()[None, :8]
-    got = model.generate(prompt, max_new_tokens=40)[0, 8:].tolist()
+    got = model.generate(prompt, torch.ones_like(prompt), max_new_tokens=40)[0, 8:].tolist()
     assert len(got) == 40
     if kind == "nf4":  # int8 arithmetic depends on what else is in the pass
         assert got == plain_greedy(backbone, prompt, 40)
