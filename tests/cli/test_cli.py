@@ -64,7 +64,7 @@ def test_generate_streams_text_to_stdout_and_figures_to_stderr():
 
 
 def test_demo_json_has_the_promised_fields():
-    done = medusa("demo", "--json", "--prompts", "1", "-n", "24", "--no-compile")
+    done = medusa("demo", "embedded", "--json", "--prompts", "1", "-n", "24", "--no-compile")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["identical_float32"] is True and isinstance(record["identical"], bool)
