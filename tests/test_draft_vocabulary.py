@@ -128,3 +128,15 @@ def test_heads_learn_within_their_draft_vocabulary(tmp_path, shared, targets):
     model = MedusaModel.from_pretrained  # and they load as any others
     backbone.save_pretrained(tmp_path / "backbone")
     assert model(tmp_path / "backbone", tmp_path).heads.scored == 16
+
+
+def test_heads_learn_within_it_through_an_lm_head_that_learns_too(tmp_path):
+    pytest.importorskip("peft")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(64, (24, 30), generator=generator)
+    rows = Rows([Row(text.int(), torch.ones(30, dtype=torch.bool), (30,)) for text in ids])
+    config = TrainingConfig(
+        num_heads=2, shared_lm_head=True, draft_vocabulary="16", backbone="lora", max_steps=2, batch_size=8, warmup_steps=1
+    )
+    metrics = train(MedusaModel(tiny_backbone(dtype=torch.bfloat16)), rows, tmp_path, config)
+    assert "eval_head1_top1" in metrics and load_heads(tmp_path).scored == 16

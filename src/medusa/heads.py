@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from medusa.config import MedusaConfig
 from medusa.errors import CheckpointError, InvalidInput
-from medusa.placement import linear_map
+from medusa.placement import device_of, dtype_of, is_plain, linear_map
 
 
 class ResidualBlock(nn.Module):
@@ -40,7 +40,8 @@ class DraftLMHead(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self._whole[0](h).index_select(-1, self.get_buffer("tokens"))
+        lm_head = self._whole[0]
+        return lm_head(h.to(dtype_of(lm_head))).index_select(-1, self.get_buffer("tokens"))
 
 
 class MedusaHeads(nn.ModuleList):
@@ -168,12 +169,16 @@ class MedusaHeads(nn.ModuleList):
         """Name the backbone's LM head (d -> V), used by heads that have none of their own; of it they take the rows of their
         draft vocabulary, if they have one."""
         if self.config.medusa_draft_vocabulary is not None and self.config.medusa_shared_lm_head:
-            lm_head = self._rows_of(lm_head)
+            lm_head = self.rows_of(lm_head)
         self._shared = (lm_head,) if self.config.medusa_shared_lm_head else ()
 
-    def _rows_of(self, lm_head: nn.Module) -> nn.Module:
-        tokens = self.token_map.to(next(lm_head.parameters()).device)
-        if type(lm_head) is not nn.Linear or lm_head.weight.requires_grad:
+    def rows_of(
+        self,
+        lm_head: nn.Module,  # d -> V
+    ) -> nn.Module:  # d -> V'
+        """The rows of an LM head for the tokens of the draft vocabulary: a matrix of their own where it is one and stays so."""
+        tokens = self.token_map.to(device_of(lm_head))
+        if not is_plain(lm_head) or lm_head.weight.requires_grad:
             return DraftLMHead(lm_head, tokens)
         rows = nn.Linear(lm_head.in_features, len(tokens), lm_head.bias is not None, device="meta")
         rows.weight = nn.Parameter(lm_head.weight.detach()[tokens], requires_grad=False)

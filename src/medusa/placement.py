@@ -52,7 +52,7 @@ def linear_sizes(
     if width is None:
         raise UnsupportedBackbone(f"the LM head is a {type(linear).__name__}, which does not say how wide its input is")
     with torch.no_grad():
-        return linear(torch.zeros(1, width, device=device_of(linear), dtype=_dtype_of(linear))).shape[-1], width
+        return linear(torch.zeros(1, width, device=device_of(linear), dtype=dtype_of(linear))).shape[-1], width
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def linear_map(
         if is_plain(linear):
             return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     _, width = linear_sizes(linear)
-    unit = torch.eye(width, device=device_of(linear), dtype=_dtype_of(linear))
+    unit = torch.eye(width, device=device_of(linear), dtype=dtype_of(linear))
     offset = linear(torch.zeros_like(unit[:1]))[0]
     matrix = torch.cat([linear(rows) for rows in unit.split(ROWS)])
     if not offset.any():
@@ -76,6 +76,6 @@ def linear_map(
     return (matrix - offset).T.contiguous(), offset
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of what a module takes."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)

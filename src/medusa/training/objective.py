@@ -152,14 +152,9 @@ class Objective(nn.Module):
         heads, model = self.heads, self._model[0]
         logits_of: Callable[[Tensor], Tensor] = model.logits
         if heads.config.medusa_draft_vocabulary is not None:
-            # The LM head's rows that heads share are all it takes, where they are a matrix of their own.
-            rows = heads.lm_head(0) if heads.config.medusa_shared_lm_head else None
-            if type(rows) is nn.Linear:
-                logits_of = functools.partial(model.logits, lm_head=rows)
-            else:
-                tokens = heads.token_map
-                logits_of = lambda states: model.logits(states).index_select(-1, tokens)  # noqa: E731
-
+            shared = heads.config.medusa_shared_lm_head
+            rows = heads.lm_head(0) if shared else heads.rows_of(self.backbone.get_output_embeddings())
+            logits_of = functools.partial(model.logits, lm_head=rows)
         with without_adapter(self.backbone) if distill else nullcontext():
             return soft_targets(original, logits_of, self.recipe.soft_top, self.chunk)
 
