@@ -22,6 +22,7 @@ from medusa.evaluation.bench import Asking
 from medusa.evaluation.prompts import read_questions
 from medusa.hub import find_model
 from medusa.loading import load_tokenizer
+from medusa.pool import left_padded
 
 
 def main() -> None:
@@ -54,9 +55,8 @@ def main() -> None:
         same = 0
         for first in tqdm(range(0, len(prompts), size), desc=f"Medusa, {size} at a time", dynamic_ncols=True):
             batch = prompts[first : first + size]
-            width = max(map(len, batch))
-            ids = torch.tensor([[eos[0]] * (width - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            ids, mask = left_padded(batch)
+            width = ids.shape[1]
             out = model.generate(
                 ids,
                 mask,

@@ -18,7 +18,12 @@ from medusa.files import read_json, write_text
 T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
-HEADS_FILE = "medusa_lm_head.safetensors"
+HEADS_FILE, OLD_HEADS_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
+# Where heads may lie, the first that is there: files of heads alone, then a model's, whole or in shards.
+HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
+MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
 TREE_FILE = "medusa_tree.json"
 
 

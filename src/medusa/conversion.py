@@ -12,10 +12,8 @@ from transformers import PreTrainedModel
 from medusa.adapter import ADAPTER_FILES, adapted_model, has_adapter, load_adapter
 from medusa.checkpoints import Checkpoint, load_heads, open_checkpoint, write_checkpoint
 from medusa.checkpoints.publish import CARD_FILE
-from medusa.checkpoints.reader import MODEL_FILES, SAFETENSORS
-from medusa.checkpoints.tensors import INDEX
 from medusa.checkpoints.writer import check_request, copy_beside, wants_lm_head
-from medusa.config import CONFIG_FILE, TREE_FILE, read_json_object
+from medusa.config import CONFIG_FILE, INDEX, MODEL_FILES, SAFETENSORS, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
 from medusa.hub import find_heads, find_model
 from medusa.loading import load_backbone, load_tokenizer

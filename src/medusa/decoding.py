@@ -220,7 +220,7 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
         context=Context.empty(batch, capacity, model.device) if drafter.reads_context else None,
         levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
         cache=model.new_cache(capacity),
-        uniforms=uniforms([(0, row) for row in range(batch)], width, model.device) if draws else None,
+        uniforms=uniforms([(0, 0)], width, model.device).expand(batch, -1) if draws else None,  # each row's own when it joins
         host_pads=[0] * batch,
         host_roots=[0] * batch,
         generated=[[] for _ in range(batch)],
@@ -378,13 +378,25 @@ def check_request(
     ids, attention_mask = check_prompts(model, ids, attention_mask)
     tree.check(model.num_heads, model.scored)
     longest = ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
-    left = (model.context or 0) - longest
-    if model.context is not None and longest + options.max_new_tokens > model.context:
-        raise ContextOverflow(
-            f"{longest} prompt tokens and {options.max_new_tokens} new ones exceed the context of {model.context}; "
-            + (f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
-        )
+    check_length(longest, options.max_new_tokens, model.context)
     return ids, attention_mask
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, context: int | None, option: str = "max_new_tokens") -> None:
+    """Refuse a prompt whose continuation does not fit the context.
+
+    Args:
+        option: what the user knows max_new_tokens by.
+
+    Raises:
+        ContextOverflow: it does not.
+    """
+    if context is not None and prompt_tokens + max_new_tokens > context:
+        left = context - prompt_tokens
+        raise ContextOverflow(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {context}; "
+            + (f"lower {option} to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
+        )
 
 
 def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,16 +12,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from medusa.config import CONFIG_FILE, HEADS_FILE, read_json_object
+from medusa.config import CONFIG_FILE, HEADS_FILES, INDEX, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, one_line
 
 # Of each kind of weights a repository may hold several copies; the first that is there is taken, and no other.
-INDEX = ".index.json"
-COPIES = (
-    ("model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin", "pytorch_model.bin" + INDEX),
-    (HEADS_FILE, HEADS_FILE + INDEX, "medusa_lm_head.pt"),
-    ("adapter_model.safetensors", "adapter_model.bin"),
-)
+COPIES = (MODEL_FILES, HEADS_FILES, ("adapter_model.safetensors", "adapter_model.bin"))
 # What weights are in, ours and other tools', and what is for people to look at: nothing that a model is read from beside them.
 NOT_BESIDE = re.compile(
     r"^\.|\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|onnx_data|gguf|npz|tflite|mlmodel|pb|zip|tar|gz|7z|parquet"
@@ -52,12 +47,14 @@ class Source:
         return self.name or str(self.folder / (self.gguf_file or ""))
 
 
-def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any) -> Source:
+def find_model(
+    name: Source | str | Path, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any
+) -> Source:
     """The files of a model.
 
     Args:
         name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id and the name of a GGUF file behind it; a hub
-            id may end in @ and a revision.
+            id may end in @ and a revision. What was found before is taken as it is.
         gguf_file: the GGUF file to take of a folder or hub id; default: the only one of a folder that holds nothing else.
         subfolder: where in the folder or repository the model lies.
         code: fetch the code that comes with the model too.
@@ -66,6 +63,8 @@ def find_model(name: str | Path, gguf_file: str | None = None, subfolder: str = 
     Raises:
         CheckpointError: no such model here, and none that can be fetched; or several GGUF files to choose from.
     """
+    if isinstance(name, Source):
+        return name
     if subfolder:
         path = Path(name) if Path(name).is_dir() else fetch(str(name), gguf_file, subfolder, code, **hub)
         if not (path / subfolder).is_dir():

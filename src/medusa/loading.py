@@ -15,9 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from medusa.checkpoints.names import belongs_to_heads
-from medusa.checkpoints.reader import MODEL_FILES
 from medusa.checkpoints.tensors import check_tensors
-from medusa.config import CONFIG_FILE, read_json_object
+from medusa.config import CONFIG_FILE, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.files import read_json, read_text
 from medusa.hub import Source

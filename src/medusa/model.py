@@ -25,7 +25,7 @@ from medusa.decoding import DecodingStep, check_prompts
 from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
-from medusa.hub import HUB_KEYWORDS, find_heads, find_model
+from medusa.hub import HUB_KEYWORDS, Source, find_heads, find_model
 from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.preparation import OwnOptions, Prepared, handed_over, prepare
@@ -82,7 +82,7 @@ class MedusaModel:
     @classmethod
     def from_pretrained(
         cls,
-        backbone: str | Path,
+        backbone: Source | str | Path,
         heads: str | Path | None = None,
         tree: str | Path | Tree | None = None,
         dtype: torch.dtype | str | None = None,
@@ -94,7 +94,8 @@ class MedusaModel:
         """Load a backbone with its heads and tree.
 
         Args:
-            backbone: a local folder, a GGUF file, a hub id, or a model known by name: `embedded`, `smollm2`.
+            backbone: a local folder, a GGUF file, a hub id, or a model known by name: `embedded`, `smollm2`;
+                or what `find_model` found.
             heads: a folder or hub id with the heads, in any format (docs/serving.md), and the adapter of a backbone
                 trained with them (Medusa-2); None where the backbone's folder holds them too.
             tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medusa.decoding import Decodable, DecodingOptions, DecodingState, admit, check_request, room, step, vacant
 from medusa.trees import Tree
@@ -77,11 +78,17 @@ def decode_queue(
 
 def _join(model: Decodable, state: DecodingState, joining: dict[int, Request], tree: Tree, options: DecodingOptions) -> None:
     """Admit requests to rows, left-padded to the longest of them."""
-    width = max(len(request.ids) for request in joining.values())
-    ids = torch.zeros(len(joining), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, request in enumerate(joining.values()):
-        ids[place, width - len(request.ids) :] = torch.tensor(request.ids)
-        mask[place, width - len(request.ids) :] = 1
+    ids, mask = left_padded([request.ids for request in joining.values()])
     ids, checked = check_request(model, ids, mask, tree, options)
     admit(model, state, list(joining), ids, checked, [(request.seed, 0) for request in joining.values()], options)
+
+
+def left_padded(prompts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch, (B, P) long, with its attention mask, (B, P) long."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

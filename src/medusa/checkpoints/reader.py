@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 
 from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, TOKEN_MAPS, WANTED, Part, belongs_to_heads, in_style, ours, parse
-from medusa.checkpoints.tensors import INDEX, read_tensors, tensor_names
-from medusa.config import CONFIG_FILE, HEADS_FILE, read_json_object
+from medusa.checkpoints.tensors import read_tensors, tensor_names
+from medusa.config import CONFIG_FILE, HEADS_FILE, HEADS_FILES, MODEL_FILES, OLD_HEADS_FILE, read_json_object
 from medusa.errors import CheckpointError
 from medusa.heads import MedusaHeads
 
-OLD_HEADS_FILE = "medusa_lm_head.pt"
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-# Where heads may lie, the first that is there: files of heads alone, then a model's, whole or in shards.
-HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
-MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
 HEADS_KEYS = ("medusa_num_heads", "num_medusa_heads")
 LAYERS_KEYS = ("medusa_num_layers", "num_medusa_layers")
 

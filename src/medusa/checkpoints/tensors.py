@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medusa.checkpoints.names import TOKEN_MAPS
-from medusa.config import read_json_object
+from medusa.config import INDEX, read_json_object
 from medusa.errors import CheckpointError, one_line
 
-INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64}  # of token ids
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, belongs_to_heads, in_style
-from medusa.checkpoints.reader import OLD_HEADS_FILE, SAFETENSORS, open_checkpoint
-from medusa.checkpoints.tensors import INDEX, tensor_names, tensor_sizes
-from medusa.config import CONFIG_FILE, HEADS_FILE, TREE_FILE, read_json_object
+from medusa.checkpoints.reader import open_checkpoint
+from medusa.checkpoints.tensors import tensor_names, tensor_sizes
+from medusa.config import CONFIG_FILE, HEADS_FILE, INDEX, OLD_HEADS_FILE, SAFETENSORS, TREE_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.files import whole, write_text
 from medusa.heads import MedusaHeads

@@ -196,7 +196,7 @@ def load_model(
     with waiting(f"loading {model}"):
         if plain:
             return MedusaModel(load_backbone(source, **options))
-        return MedusaModel.from_pretrained(model, heads=heads, tree=given, **options)
+        return MedusaModel.from_pretrained(source, heads=heads, tree=given, **options)
 
 
 def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
@@ -238,20 +238,14 @@ def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote
         ContextOverflow: prompt and new tokens do not fit.
     """
     from medusa.backbone import context_of
-    from medusa.errors import ContextOverflow
+    from medusa.decoding import check_length
     from medusa.hub import find_model
     from medusa.loading import load_config
 
     source = find_model(model, code=trust_remote_code)
-    if source.gguf_file is not None:
-        return
-    context = context_of(load_config(source, trust_remote_code=trust_remote_code))
-    if context is not None and prompt_tokens + max_new_tokens > context:
-        left = context - prompt_tokens
-        remedy = f"lower --max-new-tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt"
-        raise ContextOverflow(
-            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {context}; {remedy}"
-        )
+    if source.gguf_file is None:
+        context = context_of(load_config(source, trust_remote_code=trust_remote_code))
+        check_length(prompt_tokens, max_new_tokens, context, "--max-new-tokens")
 
 
 def note_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:

@@ -20,7 +20,7 @@ from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
 from medusa.records import append_line, claim, hold, read_lines, refuse_claimed
 from medusa.samples import Message, Skips, read_prompts
-from medusa.training.templates import end_of_turn, ends_users_turns, opening
+from medusa.training.templates import ends_of_turns, ends_users_turns, opening
 
 SHARD = "samples-{:05d}.jsonl"
 MADE_BY = "distillation.yaml"
@@ -181,11 +181,9 @@ class ModelAnswerer:
 
     def __init__(self, model: MedusaModel, tokenizer: Any, options: Distillation):
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self._ends = set(model.eos_token_ids)
-        if tokenizer.chat_template:
-            self._ends |= set(end_of_turn(tokenizer))
-            if options.self_talk and not ends_users_turns(tokenizer):
-                raise InvalidInput("--self-talk needs a chat template that ends the user's turns with a special token")
+        self._ends = ends_of_turns(tokenizer, model.eos_token_ids)
+        if tokenizer.chat_template and options.self_talk and not ends_users_turns(tokenizer):
+            raise InvalidInput("--self-talk needs a chat template that ends the user's turns with a special token")
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
         fresh = (_Talk(seed, self.options.self_talk) if self._asks(seed) else _Text(seed) for seed in seeds)
@@ -220,7 +218,7 @@ class ModelAnswerer:
             "distill",
             max_new_tokens=options.max_new_tokens,
             do_sample=bool(sampling),
-            eos_token_id=sorted(self._ends),
+            eos_token_id=list(self._ends),
             compile=options.compile,
             **sampling,
         )

@@ -13,7 +13,7 @@ from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
 from medusa.records import Journal
-from medusa.training.templates import ends_users_turns, opening
+from medusa.training.templates import ends_of_turns, ends_users_turns, opening
 from medusa.tree import MedusaTree
 
 QUESTIONS = Path("self") / "questions.jsonl"  # within the folder of the samples
@@ -103,7 +103,12 @@ def _written(
     """Questions by their numbers as they come; None for one that did not end."""
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
     options = options_of_rows(
-        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(model.eos_token_ids), compile=compiled, **sampling
+        model,
+        "distill",
+        max_new_tokens=LONGEST,
+        eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)),
+        compile=compiled,
+        **sampling,
     )
 
     def take() -> Request | None:

@@ -137,6 +137,11 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     return ends[-1:]
 
 
+def ends_of_turns(tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids at which a turn that is being written ends: those that end a text, and the template's own."""
+    return tuple(sorted({*eos_token_ids, *end_of_turn(tokenizer)}))
+
+
 def ends_users_turns(tokenizer: Any) -> bool:
     """Whether the template ends a user's turn with a special token, at which a model that writes it can be stopped."""
     asked, answered = _STAND_IN.format(0), _STAND_IN.format(1)

@@ -21,6 +21,7 @@ from medusa.files import whole
 from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
 from medusa.output import MedusaGenerateOutput
+from medusa.pool import left_padded
 from medusa.provenance import fingerprint, heads_fingerprint
 from medusa.records import claim
 
@@ -189,12 +190,8 @@ def _record(
 ) -> Iterator[Recorded]:
     assert model.heads is not None
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    width, beyond = max(map(len, prompts)), model.num_heads + 1
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = left_padded(prompts)
+    width, beyond = ids.shape[1], model.num_heads + 1
     output = model.generate(
         ids, mask, max_new_tokens=max_new_tokens + model.num_heads, seed=seed, return_dict_in_generate=True, **sampling
     )
