@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from medusa import MedusaModel, MedusaTree
+from medusa.checkpoints.hub import find_model
+from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.cli.common import dtype_named, quiet_transformers
 from medusa.evaluation.bench import Asking
 from medusa.evaluation.prompts import read_questions
-from medusa.hub import find_model
-from medusa.loading import load_backbone, load_tokenizer
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
 

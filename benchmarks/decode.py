@@ -28,8 +28,8 @@ from medusa.evaluation.compare import compare, overhead
 from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.prompts import held_out_prompts
 from medusa.evaluation.quality import repeated_ngrams
-from medusa.search import search_joint_tree
-from medusa.trees import Tree
+from medusa.trees.files import Tree
+from medusa.trees.search import search_joint_tree
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -23,14 +23,14 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
-from medusa.checkpoints import load_heads
+from medusa.checkpoints.loading import load_backbone
+from medusa.checkpoints.reader import load_heads
 from medusa.evaluation.prompts import held_out_prompts
-from medusa.loading import load_backbone
-from medusa.search import search_joint_tree
 from medusa.training.config import resolve
 from medusa.training.data import load_rows
 from medusa.training.losses import cross_entropy
 from medusa.training.run import train
+from medusa.trees.search import search_joint_tree
 from medusa.tuning.calibrate import calibrate
 
 NEW_TOKENS, BATCH = 128, 16

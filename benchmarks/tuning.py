@@ -26,7 +26,7 @@ from medusa.evaluation.compare import Estimate, Totals, compare, estimate
 from medusa.evaluation.decoders import Decoder, MedusaDecoder
 from medusa.evaluation.prompts import held_out_prompts
 from medusa.evaluation.report import told
-from medusa.provenance import environment
+from medusa.runs.provenance import environment
 from medusa.tuning.calibrate import Calibration, Recorded, record
 from medusa.tuning.replay import replay
 from medusa.tuning.tune import KINDS, Option, Trees, measure_steps, tune

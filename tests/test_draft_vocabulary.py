@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaHeads, MedusaModel, MedusaTree
-from medusa.checkpoints import load_heads, save_heads, write_checkpoint
+from medusa.checkpoints.reader import load_heads
+from medusa.checkpoints.writer import save_heads, write_checkpoint
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Row, Rows, draft_vocabulary

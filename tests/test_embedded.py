@@ -7,7 +7,7 @@ import torch
 
 from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree
 from medusa.evaluation.prompts import held_out_prompts
-from medusa.search import search_joint_tree
+from medusa.trees.search import search_joint_tree
 from tiny import left_padded
 
 NEW = 48

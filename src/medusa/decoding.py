@@ -13,11 +13,11 @@ from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
 from medusa.config import integer
-from medusa.context import Context
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
-from medusa.tree import Drafter, StaticDrafter, TreeTensors
-from medusa.trees import Tree
+from medusa.trees.files import Tree
+from medusa.trees.history import Context
+from medusa.trees.static import Drafter, StaticDrafter, TreeTensors
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
 CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph

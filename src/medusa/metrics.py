@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medusa.heads import MedusaHeads
-from medusa.tree import MedusaTree
+from medusa.trees.static import MedusaTree
 
 
 @torch.no_grad()

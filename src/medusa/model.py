@@ -14,23 +14,25 @@ from torch.profiler import record_function
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from medusa.acceptance import TypicalAcceptance
-from medusa.adapter import has_adapter, load_adapter
-from medusa.backbone import Backbone
-from medusa.cache import TreeCache
-from medusa.checkpoints import load_heads, push_to_hub, save_heads
-from medusa.compilation import CompiledStep
+from medusa.backbone.backbone import Backbone
+from medusa.backbone.cache import TreeCache
+from medusa.backbone.compilation import CompiledStep
+from medusa.checkpoints.adapter import has_adapter, load_adapter
+from medusa.checkpoints.hub import HUB_KEYWORDS, Source, find_heads, find_model
+from medusa.checkpoints.loading import load_backbone
+from medusa.checkpoints.publish import push_to_hub
+from medusa.checkpoints.reader import load_heads
+from medusa.checkpoints.writer import save_heads
 from medusa.config import TREE_FILE
-from medusa.context import Context
 from medusa.decoding import DecodingStep, check_prompts
-from medusa.dynamic import DynamicTree
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
-from medusa.hub import HUB_KEYWORDS, Source, find_heads, find_model
-from medusa.loading import load_backbone
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.preparation import OwnOptions, Prepared, handed_over, prepare
-from medusa.tree import Drafter, MedusaTree, TreeTensors
-from medusa.trees import Tree, load_tree, save_tree
+from medusa.trees.dynamic import DynamicTree
+from medusa.trees.files import Tree, load_tree, save_tree
+from medusa.trees.history import Context
+from medusa.trees.static import Drafter, MedusaTree, TreeTensors
 
 
 class MedusaModel:

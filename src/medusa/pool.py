@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medusa.decoding import Decodable, DecodingOptions, DecodingState, admit, check_request, room, step, vacant
-from medusa.trees import Tree
+from medusa.trees.files import Tree
 
 JOIN_SHARE = 16  # of this many rows one may wait for others to join with: a pass over several prompts costs little more
 

@@ -19,12 +19,12 @@ from transformers.generation import GenerationMixin
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from medusa.acceptance import TypicalAcceptance
-from medusa.backbone import token_ids
+from medusa.backbone.backbone import token_ids
+from medusa.backbone.processors import check_sampling, classify
 from medusa.config import integer
 from medusa.decoding import Decodable, DecodingOptions, DecodingStep, StoppingCriterion, decode
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
-from medusa.processors import check_sampling, classify
-from medusa.trees import Tree
+from medusa.trees.files import Tree
 
 DEFAULT_MAX_NEW_TOKENS = 256
 

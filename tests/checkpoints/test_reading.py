@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from medusa import MedusaHeads, MedusaModel
-from medusa.checkpoints import has_heads, load_heads, open_checkpoint, save_heads
+from medusa.checkpoints.reader import has_heads, load_heads, open_checkpoint
+from medusa.checkpoints.writer import save_heads
 from medusa.errors import CheckpointError
 from tiny import plain_greedy, random_heads, random_prompt, tiny_backbone
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medusa import EMBEDDED, MedusaHeads, MedusaModel
-from medusa.checkpoints import FORMATS, load_heads, open_checkpoint, save_heads, write_checkpoint
-from medusa.conversion import convert
+from medusa.checkpoints.conversion import convert
+from medusa.checkpoints.reader import load_heads, open_checkpoint
+from medusa.checkpoints.writer import FORMATS, save_heads, write_checkpoint
 from medusa.errors import CheckpointError, InvalidInput
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, tiny_backbone
 

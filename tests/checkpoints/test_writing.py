@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from medusa import MedusaHeads, MedusaTree
-from medusa.checkpoints import has_heads, load_heads, save_heads, write_checkpoint
+from medusa.checkpoints.reader import has_heads, load_heads
+from medusa.checkpoints.writer import save_heads, write_checkpoint
 from medusa.errors import InvalidInput
-from medusa.files import whole
+from medusa.runs.files import whole
 
 SIZES = (256, 4096, 4)  # 18 MB: long enough to be killed in
 FOREVER = """
 import shutil, sys, torch
 from pathlib import Path
 from medusa import MedusaHeads
-from medusa.checkpoints import save_heads, write_checkpoint
+from medusa.checkpoints.writer import save_heads, write_checkpoint
 heads = MedusaHeads(*{sizes})
 heads.requires_grad_(False)
 while True:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from medusa.checkpoints import save_heads
+from medusa.checkpoints.writer import save_heads
 from medusa.cli import main
 from medusa.errors import MedusaError
 from medusa.training.distill import Shards

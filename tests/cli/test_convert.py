@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from medusa import EMBEDDED
-from medusa.checkpoints import save_heads
+from medusa.checkpoints.writer import save_heads
 from medusa.cli.inspect import inspect_command
 from tiny import random_heads, tiny_backbone
 

@@ -57,7 +57,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("medusa.loading.load_backbone", load)
+    monkeypatch.setattr("medusa.checkpoints.loading.load_backbone", load)
     monkeypatch.setattr("medusa.model.MedusaModel.from_pretrained", load)
 
 
@@ -289,7 +289,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
 
 
 def test_the_demo_is_of_the_embedded_model_where_smollm2_is_not_installed(medusa, monkeypatch):
-    monkeypatch.setattr("medusa.hub.SMOLLM2_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr("medusa.checkpoints.hub.SMOLLM2_PACKAGE", "no_such_package_here")
     status, out, err = medusa("demo", "--prompts", "1", "-n", "8", "--no-compile", "--no-float32-check", "--json")
     assert status == 0 and "smollm2 is not installed here: the demo is of `embedded`" in err
     assert json.loads(out)["model"] == "embedded"
@@ -297,7 +297,7 @@ def test_the_demo_is_of_the_embedded_model_where_smollm2_is_not_installed(medusa
 
 def test_a_judge_that_is_not_there_prints_no_table(medusa, tmp_path, monkeypatch):
     pytest.importorskip("httpx")
-    monkeypatch.setattr("medusa.endpoint.LONGEST_WAIT", 0.0)
+    monkeypatch.setattr("medusa.data.endpoint.LONGEST_WAIT", 0.0)
     answers = lines(
         tmp_path / "answers.jsonl",
         {"id": "1", "category": "all", "turns": ["Hi"], "answers": {"plain": ["Ho"]}, "references": []},

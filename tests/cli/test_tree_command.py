@@ -11,8 +11,8 @@ from medusa import DynamicTree, MedusaTree, load_tree
 from medusa.cli import app
 from medusa.errors import MedusaError
 from medusa.metrics import expected_acceptance_length
-from medusa.search import random_dense_tree, search_joint_tree, search_tree
-from medusa.trees import TreeChoice, preset, presets, save_tree
+from medusa.trees.files import TreeChoice, preset, presets, save_tree
+from medusa.trees.search import random_dense_tree, search_joint_tree, search_tree
 
 TABLE = [[0.6, 0.15, 0.05], [0.4, 0.1, 0.1], [0.2, 0.1]]
 

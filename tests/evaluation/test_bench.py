@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from training.test_templates import CHATML, GEMMA, tokenizer_with
 from transformers import AutoTokenizer
 
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
@@ -20,9 +21,8 @@ from medusa.evaluation.bench import Asking, Scorer, converse, fitting, measureme
 from medusa.evaluation.decoders import MedusaDecoder, TransformersDecoder
 from medusa.evaluation.prompts import Question
 from medusa.evaluation.report import markdown, summarise
-from medusa.records import Journal, claim
+from medusa.runs.records import Journal, claim
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
-from training.test_templates import CHATML, GEMMA, tokenizer_with
 
 TWO_TURNS = Question("a", "writing", ("Tell me", "Go on"), references=("x",))
 ONE_TURN = Question("b", "code", ("import os",))
@@ -277,7 +277,7 @@ def test_quality_is_under_the_backbone_as_it_was_before_its_heads_were_trained(t
     pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from medusa.adapter import attach_adapter, save_adapter
+    from medusa.checkpoints.adapter import attach_adapter, save_adapter
 
     backbone = AutoModelForCausalLM.from_pretrained(folder / "model")
     original = MedusaModel(AutoModelForCausalLM.from_pretrained(folder / "model"))

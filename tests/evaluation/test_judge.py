@@ -12,12 +12,13 @@ import pytest
 
 pytest.importorskip("httpx")
 
+from test_endpoint import Server
+
 from medusa.cli import main
-from medusa.endpoint import Endpoint, EndpointRefused
+from medusa.data.endpoint import Endpoint, EndpointRefused
 from medusa.errors import InvalidInput
 from medusa.evaluation.judge import grades, judge, read_grade, read_tasks, spent
-from medusa.records import Journal
-from test_endpoint import Server
+from medusa.runs.records import Journal
 
 MATH = {
     "id": "m",

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from training.test_templates import CHATML, tokenizer_with
 from transformers import AutoTokenizer
 
 from medusa import EMBEDDED
 from medusa.errors import InvalidInput
 from medusa.training.data import Row, collate, load_rows, pack, spoken_runs
 from medusa.training.losses import IGNORED
-from training.test_templates import CHATML, tokenizer_with
 
 VOCAB = 5000
 

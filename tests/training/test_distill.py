@@ -10,16 +10,16 @@ import time
 
 import pytest
 import torch
+from test_endpoint import Server
+from training.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 from transformers import AutoTokenizer
 
 from medusa import EMBEDDED, MedusaModel
+from medusa.data.samples import Skips, read_samples
 from medusa.errors import InvalidInput
-from medusa.samples import Skips, read_samples
 from medusa.training.data import load_rows
 from medusa.training.distill import Distillation, EndpointAnswerer, ModelAnswerer, Seed, Shards, distill, read_seeds
-from test_endpoint import Server
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
-from training.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 
 SYSTEM, HI, BYE = (
     {"role": "system", "content": "Be kind."},
@@ -242,7 +242,7 @@ except InvalidInput as error:
 
 def test_an_endpoint_is_asked_with_bounded_concurrency_and_failures_leave_no_half_conversation(tmp_path):
     pytest.importorskip("httpx")
-    from medusa.endpoint import Endpoint
+    from medusa.data.endpoint import Endpoint
 
     def reply(body):
         time.sleep(0.02)

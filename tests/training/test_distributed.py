@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from medusa import EMBEDDED, MedusaModel
-from medusa.checkpoints import load_heads
+from medusa.checkpoints.reader import load_heads
 from tiny import plain_greedy, random_prompt, tiny_backbone
 from training.test_run import determined_text
 

@@ -66,7 +66,7 @@ def test_packed_samples_see_nothing_of_one_another(model_type):
 @pytest.mark.parametrize("lm_loss", ["labels", "distill"])
 def test_joint_loss_is_equation_2(lm_loss):
     pytest.importorskip("peft")
-    from medusa.adapter import attach_adapter, without_adapter
+    from medusa.checkpoints.adapter import attach_adapter, without_adapter
 
     backbone = tiny_backbone()
     attach_adapter(backbone, rank=4, alpha=16, dropout=0.0)
@@ -104,7 +104,7 @@ def test_joint_loss_is_equation_2(lm_loss):
 
 def test_a_shared_lm_head_with_an_adapter_is_asked_with_it():
     pytest.importorskip("peft")
-    from medusa.adapter import attach_adapter
+    from medusa.checkpoints.adapter import attach_adapter
 
     backbone = tiny_backbone()
     attach_adapter(backbone, rank=4, alpha=16, dropout=0.0)
@@ -144,7 +144,7 @@ def test_rows_shorter_than_the_heads_reach_ask_only_the_heads_that_can_answer(le
 
 def test_an_untrained_adapter_is_no_distance_from_the_original_whatever_dropout_the_model_has():
     pytest.importorskip("peft")
-    from medusa.adapter import attach_adapter
+    from medusa.checkpoints.adapter import attach_adapter
 
     backbone = tiny_backbone("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     attach_adapter(backbone, rank=2, alpha=4, dropout=0.5)
@@ -156,7 +156,7 @@ def test_an_untrained_adapter_is_no_distance_from_the_original_whatever_dropout_
 
 def test_adapters_are_trained_in_float32():
     pytest.importorskip("peft")
-    from medusa.adapter import attach_adapter
+    from medusa.checkpoints.adapter import attach_adapter
 
     backbone = tiny_backbone(dtype=torch.bfloat16)
     attach_adapter(backbone, rank=2, alpha=4, dropout=0.0)

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from training.test_templates import CHATML, VICUNA, tokenizer_with
 
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
 from medusa.training.questions import Filter, write_questions
 from tiny import tiny_backbone
-from training.test_templates import CHATML, VICUNA, tokenizer_with
 
 
 @pytest.fixture(scope="module")

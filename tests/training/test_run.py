@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
-from medusa.checkpoints import load_heads
+from medusa.checkpoints.loading import load_backbone
+from medusa.checkpoints.reader import load_heads
 from medusa.errors import InvalidInput, MedusaError
-from medusa.loading import load_backbone
 from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
 from medusa.training.data import Row, Rows, load_rows
 from medusa.training.hidden_states import keep
@@ -226,7 +226,7 @@ def test_sft_gives_a_model_with_native_heads(data):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_heads_train_and_decode_on_a_quantised_backbone(data, kind):
     pytest.importorskip("bitsandbytes")
-    from medusa.quantization import quantized
+    from medusa.checkpoints.quantization import quantized
 
     tiny_backbone(gain=1.0, intermediate_size=128).save_pretrained(data / "backbone")
     backbone = load_backbone(data / "backbone", device_map="cpu", **quantized(kind, torch.float32))
@@ -245,7 +245,7 @@ def test_heads_train_and_decode_on_a_quantised_backbone(data, kind):
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_medusa_2_trains_on_a_quantised_backbone_and_its_adapter_loads_on_it(data, kind):
     pytest.importorskip("bitsandbytes")
-    from medusa.quantization import make_differentiable, quantized
+    from medusa.checkpoints.quantization import make_differentiable, quantized
 
     tiny_backbone(gain=1.0, intermediate_size=128).save_pretrained(data / "backbone")
     how = dict(device_map="cpu", **quantized(kind, torch.float32))
@@ -266,7 +266,7 @@ def test_medusa_2_trains_on_a_quantised_backbone_and_its_adapter_loads_on_it(dat
 
 def test_gradients_through_a_4_bit_backbone_are_right(data):
     pytest.importorskip("bitsandbytes")
-    from medusa.quantization import make_differentiable, quantized
+    from medusa.checkpoints.quantization import make_differentiable, quantized
 
     tiny_backbone(gain=1.0, intermediate_size=128).save_pretrained(data / "backbone")
     backbone = load_backbone(data / "backbone", device_map="cpu", **quantized("nf4", torch.float32))

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from medusa.checkpoints.card import card
 from medusa.checkpoints.reader import open_checkpoint
 from medusa.errors import CheckpointError, one_line
-from medusa.files import PARTIAL, write_text
+from medusa.runs.files import PARTIAL, write_text
 
 CARD_FILE = "README.md"
 # What a folder of heads is made of; no optimiser states, logs or half-written files of a training.

@@ -20,9 +20,9 @@ from medusa.checkpoints.reader import open_checkpoint
 from medusa.checkpoints.tensors import tensor_names, tensor_sizes
 from medusa.config import CONFIG_FILE, HEADS_FILE, INDEX, OLD_HEADS_FILE, SAFETENSORS, TREE_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
-from medusa.files import whole, write_text
 from medusa.heads import MedusaHeads
 from medusa.placement import linear_map
+from medusa.runs.files import whole, write_text
 
 FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
 # What of a backbone's folder goes into a merged model, besides its weights.

@@ -76,8 +76,8 @@ def bench_command(
     from medusa.evaluation.decoders import MedusaDecoder
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import TERSE, cells, summarise
-    from medusa.provenance import fingerprint
-    from medusa.records import refuse_claimed
+    from medusa.runs.provenance import fingerprint
+    from medusa.runs.records import refuse_claimed
 
     questions = select(read_questions(prompts, references), category or (), limit)
     trees = {_stem(name, tree or []): given for name in tree or [] if (given := common.load_tree(name)) is not None}
@@ -155,7 +155,7 @@ def bench_command(
 def _save(output: Path, record: dict[str, Any]) -> None:
     from medusa.evaluation.page import page
     from medusa.evaluation.report import markdown
-    from medusa.files import write_text
+    from medusa.runs.files import write_text
 
     write_text(output / "results.json", json.dumps(record, indent=2) + "\n")
     write_text(output / "results.md", markdown(record))
@@ -192,7 +192,7 @@ def _decoders(
 ) -> dict[str, Decoder]:
     """The decoders that a kind stands for, by the names they have in the report."""
     from medusa.evaluation.decoders import MedusaDecoder, TransformersDecoder
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
     found: dict[str, Decoder] = {}
     exact = {**next(iter(options.values())), "acceptance": "exact"}

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medusa.errors import InvalidInput, one_line
-from medusa.files import is_unicode, read_text
+from medusa.runs.files import is_unicode, read_text
 
 if TYPE_CHECKING:
     from medusa.model import MedusaModel
-    from medusa.trees import Tree
+    from medusa.trees.files import Tree
 
 ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
@@ -159,8 +159,8 @@ def default_device(name: str | None) -> str:
 
 
 def load_tree(name: str | None) -> Tree | None:
-    from medusa.tree import MedusaTree
-    from medusa.trees import load_tree as load
+    from medusa.trees.files import load_tree as load
+    from medusa.trees.static import MedusaTree
 
     if name is None:
         return None
@@ -178,10 +178,10 @@ def load_model(
     heads_wanted: bool = True,
 ) -> MedusaModel:
     """The Medusa model that the options name, on its device; one without heads decodes plainly where none are wanted."""
-    from medusa.hub import find_model
-    from medusa.loading import load_backbone
+    from medusa.checkpoints.hub import find_model
+    from medusa.checkpoints.loading import load_backbone
+    from medusa.checkpoints.quantization import quantized
     from medusa.model import MedusaModel
-    from medusa.quantization import quantized
 
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
@@ -208,8 +208,8 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
     Raises:
         InvalidInput: there are none where they are named or needed.
     """
-    from medusa.checkpoints import has_heads
-    from medusa.hub import find_heads
+    from medusa.checkpoints.hub import find_heads
+    from medusa.checkpoints.reader import has_heads
 
     if has_heads(find_heads(heads if heads is not None else model)):
         return False
@@ -222,8 +222,8 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    from medusa.hub import find_model
-    from medusa.loading import load_tokenizer as load
+    from medusa.checkpoints.hub import find_model
+    from medusa.checkpoints.loading import load_tokenizer as load
 
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
@@ -237,10 +237,10 @@ def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote
     Raises:
         ContextOverflow: prompt and new tokens do not fit.
     """
-    from medusa.backbone import context_of
+    from medusa.backbone.backbone import context_of
+    from medusa.checkpoints.hub import find_model
+    from medusa.checkpoints.loading import load_config
     from medusa.decoding import check_length
-    from medusa.hub import find_model
-    from medusa.loading import load_config
 
     source = find_model(model, code=trust_remote_code)
     if source.gguf_file is None:
@@ -250,8 +250,8 @@ def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote
 
 def note_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:
     """Say which tree decodes, where nobody asked for it and it may be slower than plain decoding, or is plain decoding."""
+    from medusa.checkpoints.hub import find_heads
     from medusa.config import TREE_FILE
-    from medusa.hub import find_heads
 
     if medusa.heads is None or tree is not None:
         return

@@ -33,8 +33,8 @@ def convert_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Write heads in the format that an engine reads (docs/serving.md), and read them back."""
-    from medusa import checkpoints
-    from medusa.conversion import convert
+    from medusa.checkpoints import publish
+    from medusa.checkpoints.conversion import convert
 
     common.quiet_transformers()
     with warnings.catch_warnings(record=True) as caught:
@@ -51,7 +51,7 @@ def convert_command(
         "base_model": written.base_model,
     }
     if push_to_hub is not None:
-        record["published"] = checkpoints.push_to_hub(output, push_to_hub, private or None)
+        record["published"] = publish.push_to_hub(output, push_to_hub, private or None)
     if as_json:
         print(json.dumps(record))
         return

@@ -104,8 +104,8 @@ def demo_command(
 
 def _default_model(heads: str | None) -> str:
     """SmolLM2 where it is installed and has heads, else the embedded model, saying why."""
-    from medusa.checkpoints import has_heads
-    from medusa.hub import local_model
+    from medusa.checkpoints.hub import local_model
+    from medusa.checkpoints.reader import has_heads
 
     found = local_model("smollm2") if importlib.util.find_spec("gguf") is not None else None
     if found is not None and (heads is not None or (found.heads is not None and has_heads(found.heads))):
@@ -147,7 +147,7 @@ def _watch(
 
     from medusa.evaluation.decoders import MedusaDecoder
     from medusa.text import Detokenizer
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
     trees = {"plain": MedusaTree([]), "medusa": model.tree}
     if compile:
@@ -201,7 +201,7 @@ def _measure(
 
     from medusa.evaluation.compare import compare, overhead
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
     decoders: dict[str, Decoder] = {
         "generate": TransformersDecoder(model, **limits),
@@ -243,7 +243,7 @@ def _identical_in_float32(
     import torch
 
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
     if loaded.backbone.dtype == torch.float32:
         return identical

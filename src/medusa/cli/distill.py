@@ -58,8 +58,8 @@ def distill_command(
     """Answer seed prompts with the model itself, for `medusa train` (paper 2.3.2). Killed, it goes on where it was."""
     model = common.with_file(model, gguf_file, revision)
     common.quiet_transformers()
-    from medusa.endpoint import Endpoint
-    from medusa.samples import Skips
+    from medusa.data.endpoint import Endpoint
+    from medusa.data.samples import Skips
     from medusa.training.distill import Answerer, Distillation, EndpointAnswerer, ModelAnswerer, Shards, distill, read_seeds
     from medusa.training.questions import write_questions
 

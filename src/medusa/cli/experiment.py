@@ -13,7 +13,7 @@ from medusa.cli import common, measuring, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from medusa.experiments.catalog import Experiment
+    from medusa.evaluation.catalog import Experiment
     from medusa.model import MedusaModel
     from medusa.tuning.calibrate import Recorded
 
@@ -74,11 +74,11 @@ def experiment_command(
     """
     model = common.with_file(model, gguf_file, revision)
     from medusa.evaluation.bench import Scorer
+    from medusa.evaluation.catalog import Subject
+    from medusa.evaluation.experiments import named, run, save
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells
-    from medusa.experiments.catalog import Subject
-    from medusa.experiments.run import named, run, save
-    from medusa.provenance import fingerprint, heads_fingerprint
+    from medusa.runs.provenance import fingerprint, heads_fingerprint
     from medusa.tuning.calibrate import record
 
     experiment = named(name)
@@ -182,8 +182,8 @@ def _short(folder: str, folders: list[str]) -> str:
 
 def _sibling(load: Any, model: str, medusa_2: str) -> MedusaModel:
     """Medusa-2: the model with the adapter that was trained together with its heads."""
-    from medusa.adapter import has_adapter
-    from medusa.hub import find_heads
+    from medusa.checkpoints.adapter import has_adapter
+    from medusa.checkpoints.hub import find_heads
 
     if not has_adapter(find_heads(medusa_2)):
         raise InvalidInput(f"{medusa_2} holds no adapter; --medusa-2 takes what training with a LoRA backbone wrote")

@@ -12,7 +12,7 @@ from medusa.cli import common, showing
 from medusa.cli.tree import figures, show_tree
 
 if TYPE_CHECKING:
-    from medusa.hub import Source
+    from medusa.checkpoints.hub import Source
 
 FORMATS = {
     "medusa": "ours, as medusa train writes them",
@@ -34,10 +34,10 @@ def inspect_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Say what is there: the backbone, heads, their format, sizes and parameters, and the tree."""
-    from medusa.checkpoints import has_heads, open_checkpoint
+    from medusa.checkpoints.hub import GGUF, SMOLLM2_HEADS, find_model
+    from medusa.checkpoints.reader import has_heads, open_checkpoint
     from medusa.config import TREE_FILE
-    from medusa.hub import GGUF, SMOLLM2_HEADS, find_model
-    from medusa.trees import Tree, load_tree
+    from medusa.trees.files import Tree, load_tree
 
     file, record = Path(path), dict[str, Any]()
     tree: Tree | None = None
@@ -101,11 +101,11 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     """What the model of a folder or a GGUF file is, as its files say; None where there is no model but heads."""
     if source.gguf_file is not None:
         return {"model": str(source), **gguf_facts(source.folder / source.gguf_file)}
-    from medusa.backbone import context_of
+    from medusa.backbone.backbone import context_of
+    from medusa.checkpoints.loading import load_config
     from medusa.checkpoints.names import belongs_to_heads
     from medusa.config import CONFIG_FILE, read_json_object
     from medusa.errors import CheckpointError
-    from medusa.loading import load_config
 
     file, weights = source.folder / CONFIG_FILE, sorted(source.folder.glob("*.safetensors"))
     kind = read_json_object(file).get("model_type") if file.is_file() else None

@@ -41,10 +41,10 @@ def judge_command(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from medusa.endpoint import Endpoint
+    from medusa.data.endpoint import Endpoint
     from medusa.evaluation.judge import CLAIM, GRADES, SYSTEM, grades, is_graded, judge, read_tasks, spent
-    from medusa.files import write_text
-    from medusa.records import Journal, claim
+    from medusa.runs.files import write_text
+    from medusa.runs.records import Journal, claim
 
     tasks = read_tasks(answers)
     folder = output or Path(answers).parent / f"judge-{judge_model.replace('/', '-')}"

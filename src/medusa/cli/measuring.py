@@ -68,8 +68,8 @@ def exam_of(medusa: MedusaModel, tokenizer: Any, questions: list[Question], max_
 
 def original_of(medusa: MedusaModel, heads: str | None, load: Callable[[], MedusaModel]) -> MedusaModel:
     """The model whose backbone says how likely answers are: where the heads have an adapter, one loaded without them."""
-    from medusa.adapter import has_adapter
-    from medusa.hub import find_heads
+    from medusa.checkpoints.adapter import has_adapter
+    from medusa.checkpoints.hub import find_heads
 
     return load() if heads is not None and has_adapter(find_heads(heads)) else medusa
 
@@ -125,7 +125,7 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 def made_with(medusa: MedusaModel, model: str, exam: Exam, prompts: str, compile: bool, **more: Any) -> dict[str, Any]:
     """What answers are made with; a folder holds those of one such record only."""
-    from medusa.provenance import environment, fingerprint, heads_fingerprint
+    from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
 
     return {
         "model": model,

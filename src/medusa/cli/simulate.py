@@ -157,7 +157,7 @@ def predictions(
 
 def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]) -> tuple[Acceleration, list[int], str]:
     """Tokens a step by tree size, the sizes to look at, and where the figures come from."""
-    from medusa.hub import local_model
+    from medusa.checkpoints.hub import local_model
     from medusa.simulation.prediction import calibrated, calibrated_tree, log_law
 
     file = Path(calibration) if calibration is not None else None
@@ -166,8 +166,8 @@ def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]
     if file is not None and file.is_dir():
         file /= "calibration.json"
     if tree is not None:
-        from medusa.tree import MedusaTree
-        from medusa.trees import load_tree
+        from medusa.trees.files import load_tree
+        from medusa.trees.static import MedusaTree
 
         chosen = load_tree(tree)
         if not isinstance(chosen, MedusaTree):

@@ -169,13 +169,13 @@ def train_command(
     recipe = resolve(method, settings, str(config) if config else "training options")
 
     common.quiet_transformers()
-    from medusa.backbone import context_of
-    from medusa.checkpoints import has_heads, load_heads
-    from medusa.hub import find_heads, find_model
-    from medusa.loading import load_backbone, load_config
+    from medusa.backbone.backbone import context_of
+    from medusa.checkpoints.hub import find_heads, find_model
+    from medusa.checkpoints.loading import load_backbone, load_config
+    from medusa.checkpoints.quantization import quantized
+    from medusa.checkpoints.reader import has_heads, load_heads
+    from medusa.data.samples import Skips, read_samples
     from medusa.model import MedusaModel
-    from medusa.quantization import quantized
-    from medusa.samples import Skips, read_samples
     from medusa.training.data import load_rows
     from medusa.training.run import FEWEST_TO_HOLD_OUT_OF, number_to_hold_out, refuse_begun, train
 

@@ -14,8 +14,8 @@ from medusa.cli import common, showing
 from medusa.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from medusa.tree import MedusaTree
-    from medusa.trees import Tree
+    from medusa.trees.files import Tree
+    from medusa.trees.static import MedusaTree
 
 Chances = Mapping[tuple[int, ...], float]  # how often each path comes true
 
@@ -57,11 +57,11 @@ def tree_command(
         raise InvalidInput("give one tree: a FILE, --nodes N, --dense, --random-dense N or --preset NAME")
     if accuracies is not None and calibration is not None:
         raise InvalidInput("give --accuracies or --calibration, not both")
-    from medusa.search import random_dense_tree
-    from medusa.tree import MedusaTree
-    from medusa.trees import load_tree, save_tree
-    from medusa.trees import preset as load_preset
-    from medusa.tuning.draw import draw_tree
+    from medusa.trees.draw import draw_tree
+    from medusa.trees.files import load_tree, save_tree
+    from medusa.trees.files import preset as load_preset
+    from medusa.trees.search import random_dense_tree
+    from medusa.trees.static import MedusaTree
 
     search, chances_of = statistics(accuracies, calibration)
     tree: Tree
@@ -108,7 +108,7 @@ def statistics(
 ) -> tuple[Callable[[int], MedusaTree] | None, Callable[[MedusaTree], Chances] | None]:
     """The search of a tree of a size, and how often a tree's paths come true, by the file that is given."""
     from medusa.metrics import path_chances
-    from medusa.search import search_joint_tree, search_tree
+    from medusa.trees.search import search_joint_tree, search_tree
 
     if accuracies is not None:
         table = read_accuracies(accuracies)
@@ -126,8 +126,8 @@ def statistics(
 
 def read_accuracies(file: Path) -> list[list[float]]:
     """The table of a file, [k - 1][i]: how often exactly guess i (0-based) of head k is right."""
-    from medusa.files import read_json
-    from medusa.search import check_accuracies
+    from medusa.runs.files import read_json
+    from medusa.trees.search import check_accuracies
 
     found = read_json(file, InvalidInput)
     if not isinstance(found, dict) or "accuracies" not in found:
@@ -137,7 +137,7 @@ def read_accuracies(file: Path) -> list[list[float]]:
 
 
 def list_presets(as_json: bool) -> None:
-    from medusa.trees import presets
+    from medusa.trees.files import presets
 
     if as_json:
         print(json.dumps(presets()))
@@ -153,7 +153,7 @@ def first_guesses(tree: MedusaTree) -> tuple[int, ...]:
 
 def figures(tree: Tree) -> dict[str, Any]:
     """What a tree is, in numbers."""
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
     if not isinstance(tree, MedusaTree):
         return {"nodes": len(tree), "depth": tree.depth}
@@ -163,8 +163,8 @@ def figures(tree: Tree) -> dict[str, Any]:
 
 def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] = ()) -> None:
     """Print a tree: a level a head, nodes by rank, leaves of one parent on a line; a dynamic one's settings."""
-    from medusa.tree import MedusaTree
-    from medusa.trees import TreeChoice
+    from medusa.trees.files import TreeChoice
+    from medusa.trees.static import MedusaTree
 
     if isinstance(tree, MedusaTree):
         out = showing.console()

@@ -85,7 +85,7 @@ def tune_command(
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
-    from medusa.trees import Tree, TreeChoice, save_tree
+    from medusa.trees.files import Tree, TreeChoice, save_tree
     from medusa.tuning.calibrate import Calibration, record
     from medusa.tuning.tune import Measure, Trees, measure_steps, tune
 
@@ -148,7 +148,7 @@ def tune_command(
         "made_with": made_with,
     }
     if output is not None:
-        from medusa.files import write_text
+        from medusa.runs.files import write_text
 
         save_tree(tree, output)
         write_text(output.parent / "calibration.json", json.dumps({**calibration.to_dict(), "made_with": made_with}) + "\n")
@@ -209,7 +209,7 @@ def _rows(texts: list[Recorded], batch: int, length: int) -> Tensor:
 
 
 def _made_with(medusa: MedusaModel, prompts: str | None, lengths: list[int], compile: bool) -> dict[str, Any]:
-    from medusa.provenance import environment, fingerprint, heads_fingerprint
+    from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
 
     assert medusa.heads is not None
     return {

@@ -16,9 +16,9 @@ from medusa.evaluation.compare import Measurement, in_turn, measure
 from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.prompts import Question
 from medusa.evaluation.quality import code_compiles, distinct_ngrams, log_likelihood
-from medusa.files import write_text
 from medusa.model import MedusaModel
-from medusa.records import Journal, claim
+from medusa.runs.files import write_text
+from medusa.runs.records import Journal, claim
 
 CLAIM, RUNS, ANSWERS = "bench.yaml", "runs.jsonl", "answers.jsonl"
 

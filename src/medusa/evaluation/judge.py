@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
+from medusa.data.endpoint import Endpoint, EndpointError, EndpointRefused
+from medusa.data.samples import read_records
 from medusa.errors import InvalidInput
-from medusa.records import Journal
-from medusa.samples import read_records
+from medusa.runs.records import Journal
 
 CLAIM, GRADES = "judge.yaml", "grades.jsonl"
 ANSWER_TOKENS = 1024  # of the judge

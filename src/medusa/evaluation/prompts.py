@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from medusa import EMBEDDED
+from medusa.data.samples import Asked, read_prompts, read_records
 from medusa.errors import InvalidInput
-from medusa.files import is_unicode
-from medusa.samples import Asked, read_prompts, read_records
+from medusa.runs.files import is_unicode
 
 HELD_OUT = "held-out"
 HELD_OUT_FILE = EMBEDDED / "held_out.jsonl"

@@ -14,7 +14,7 @@ from typing import Any
 
 from medusa.config import from_mapping, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
-from medusa.files import write_text
+from medusa.runs.files import write_text
 from medusa.simulation.operators import Operator
 
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -190,7 +190,7 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
 
     from medusa.decoding import DecodingOptions, prefill, step
     from medusa.model import MedusaModel
-    from medusa.tree import MedusaTree
+    from medusa.trees.static import MedusaTree
 
     width = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_attention_heads=2)
     backbone = LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **width)).to(device, kind).eval()

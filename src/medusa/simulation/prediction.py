@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa.errors import CheckpointError, InvalidInput, one_line
-from medusa.files import read_json
+from medusa.runs.files import read_json
 from medusa.simulation.hardware import ELEMENT, Hardware
 from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step
 from medusa.simulation.shapes import ModelShape
@@ -133,7 +133,7 @@ def log_law(candidates: int, base: float = 2.0) -> float:
 def calibrated(path: Path) -> Acceleration:
     """The acceleration of the best tree of each size, from a `calibration.json` as `medusa tune` writes it."""
     paths, positions = read_calibration(path)
-    from medusa.search import search_joint_tree
+    from medusa.trees.search import search_joint_tree
 
     return lambda candidates: _expected(search_joint_tree(paths, candidates).paths, paths, positions)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medusa.checkpoints.hub import Source, local_model
 from medusa.errors import CheckpointError, ConfigError, one_line
-from medusa.hub import Source, local_model
 
 # Models whose MLP has no gate: one matrix up, one down. Their configs do not say so.
 UNGATED = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medusa.checkpoints.card import card
-from medusa.files import write_text
+from medusa.runs.files import write_text
 from medusa.training.config import TrainingConfig
 
 MEASURED = """\

@@ -12,7 +12,7 @@ import yaml
 
 from medusa.config import from_mapping
 from medusa.errors import ConfigError, InvalidInput
-from medusa.files import read_yaml
+from medusa.runs.files import read_yaml
 
 _EXPONENT = re.compile(r"\d+[eE][-+]?\d+")
 RECIPES = Path(__file__).parent / "recipes"

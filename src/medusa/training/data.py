@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa.data.samples import Sample, Skips, read_samples
+from medusa.data.templates import encode_conversation, overlaps
 from medusa.errors import InvalidInput
-from medusa.samples import Sample, Skips, read_samples
 from medusa.training.losses import IGNORED
-from medusa.training.templates import encode_conversation, overlaps
 
 SHORTEST = 3  # head 1 guesses the token two places on: below this a sample teaches nothing
 

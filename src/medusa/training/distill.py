@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from medusa.endpoint import Endpoint, EndpointError, EndpointRefused
+from medusa.data.endpoint import Endpoint, EndpointError, EndpointRefused
+from medusa.data.samples import Message, Skips, read_prompts
+from medusa.data.templates import ends_of_turns, ends_users_turns, opening
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
-from medusa.records import append_line, claim, hold, read_lines, refuse_claimed
-from medusa.samples import Message, Skips, read_prompts
-from medusa.training.templates import ends_of_turns, ends_users_turns, opening
+from medusa.runs.records import append_line, claim, hold, read_lines, refuse_claimed
 
 SHARD = "samples-{:05d}.jsonl"
 MADE_BY = "distillation.yaml"

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from medusa.errors import InvalidInput, one_line
-from medusa.files import whole
 from medusa.model import MedusaModel
-from medusa.provenance import fingerprint
-from medusa.records import claim
+from medusa.runs.files import whole
+from medusa.runs.provenance import fingerprint
+from medusa.runs.records import claim
 from medusa.training.data import Row, Rows, collate
 
 SHARD_TOKENS = 1 << 18

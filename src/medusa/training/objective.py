@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from medusa.adapter import without_adapter
+from medusa.checkpoints.adapter import without_adapter
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.training.config import TrainingConfig

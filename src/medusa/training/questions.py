@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medusa.data.templates import ends_of_turns, ends_users_turns, opening
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
-from medusa.records import Journal
-from medusa.training.templates import ends_of_turns, ends_users_turns, opening
-from medusa.tree import MedusaTree
+from medusa.runs.records import Journal
+from medusa.trees.static import MedusaTree
 
 QUESTIONS = Path("self") / "questions.jsonl"  # within the folder of the samples
 LONGEST = 256  # tokens of a question

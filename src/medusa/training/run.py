@@ -21,16 +21,17 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa import __version__
-from medusa.adapter import ADAPTER_FILES, attach_adapter, save_adapter
-from medusa.checkpoints import heads_from_tensors, load_heads, save_heads
+from medusa.checkpoints.adapter import ADAPTER_FILES, attach_adapter, save_adapter
+from medusa.checkpoints.quantization import make_differentiable
+from medusa.checkpoints.reader import heads_from_tensors, load_heads
+from medusa.checkpoints.writer import save_heads
 from medusa.config import HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
-from medusa.files import write_text
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
-from medusa.provenance import fingerprint
-from medusa.quantization import make_differentiable
-from medusa.records import hold, make_folder, refuse_other
+from medusa.runs.files import write_text
+from medusa.runs.provenance import fingerprint
+from medusa.runs.records import hold, make_folder, refuse_other
 from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate, draft_vocabulary

@@ -17,10 +17,10 @@ from transformers import ProgressCallback, Trainer
 
 from medusa.errors import CheckpointError, MedusaError
 from medusa.metrics import accuracies_of, expected_acceptance_length, rank_hits
-from medusa.search import search_tree
 from medusa.training.losses import IGNORED
 from medusa.training.objective import Objective, count_asked
-from medusa.tree import MedusaTree
+from medusa.trees.search import search_tree
+from medusa.trees.static import MedusaTree
 
 EVALUATED_RANKS = 10
 SHOWN_RANKS = 5

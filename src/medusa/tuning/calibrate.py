@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa.errors import InvalidInput, one_line
-from medusa.files import whole
 from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
 from medusa.output import MedusaGenerateOutput
 from medusa.pool import left_padded
-from medusa.provenance import fingerprint, heads_fingerprint
-from medusa.records import claim
+from medusa.runs.files import whole
+from medusa.runs.provenance import fingerprint, heads_fingerprint
+from medusa.runs.records import claim
 
 MOST_PATHS = 1024
 CLAIM = "recorded.yaml"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from medusa.acceptance import accept_exact
-from medusa.context import Context
-from medusa.dynamic import DynamicDrafter, DynamicTree, tempered
 from medusa.errors import InvalidInput
-from medusa.search import search_joint_tree
-from medusa.tree import Guesses, MedusaTree
+from medusa.trees.dynamic import DynamicDrafter, DynamicTree, tempered
+from medusa.trees.history import Context
+from medusa.trees.search import search_joint_tree
+from medusa.trees.static import Guesses, MedusaTree
 from medusa.tuning.calibrate import Calibration, Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa.dynamic import DynamicTree
 from medusa.errors import InvalidInput
 from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
-from medusa.search import search_tree
-from medusa.tree import MedusaTree
+from medusa.trees.dynamic import DynamicTree
+from medusa.trees.search import search_tree
+from medusa.trees.static import MedusaTree
 from medusa.tuning.calibrate import Calibration, Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, replay
 

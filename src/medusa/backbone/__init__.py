@@ -1,0 +1,1 @@
+"""The backbone: any transformers causal LM under a tree attention mask."""

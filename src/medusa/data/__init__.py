@@ -1,0 +1,1 @@
+"""Data: conversations, texts and prompts; chat templates; endpoints that answer."""

@@ -1,0 +1,346 @@
+"""Samples and prompts: conversations and texts read from the formats that data sets come in."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa.errors import InvalidInput, one_line
+from medusa.runs.files import is_unicode, read_json, read_text
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
+# ShareGPT's names of the speakers, and the OpenAI convention's own.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record: exactly one of `messages`, `text` and `input_ids` is given.
+
+    Attributes:
+        source: where it stands, for errors: `file:line` or `file, record n`.
+        prompt: what comes before `text` and is not to be learnt (prompt/completion records).
+    """
+
+    source: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    prompt: str | None = None
+    input_ids: tuple[int, ...] | None = None
+    prompt_tokens: int = 0  # of `input_ids`, not to be learnt
+    cut: bool = False  # the last turn was cut off: its end is not to be learnt
+
+
+class Skips:
+    """Samples that were left out, counted by reason."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, source: str) -> None:
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, source)
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} {reason} (first: {self.first[reason]})" for reason, n in self.reasons.most_common())
+
+
+def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sample]:
+    """The samples of a JSON, JSONL or Parquet file, of a folder of such files, or of a `datasets` folder or hub id.
+
+    A record is `{"messages": [{"role", "content"}]}`, ShareGPT's `{"conversations": [{"from", "value"}]}`,
+    `{"prompt", "completion"}` (two strings, or two lists of messages), `{"text"}` or `{"input_ids"}`. A hub id may name
+    its split after a colon: `user/name:train_sft` (default: train).
+
+    Args:
+        skips: counts conversations that are empty or whose turns do not alternate; without it they are errors.
+
+    Raises:
+        InvalidInput: no such data, a broken file, or a record of no known or another format; file and line are named.
+    """
+    first_format: str | None = None
+    empty = True
+    for where, record in read_records(source):
+        empty = False
+        if not isinstance(record, dict):
+            raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object")
+        found = next((key for key in FORMATS if record.get(key) is not None), None)
+        if found is None:
+            raise InvalidInput(f"{where} has keys {sorted(record)}, wanted one of {', '.join(FORMATS)}")
+        first_format = first_format or found
+        if found != first_format:
+            raise InvalidInput(f"{where} holds {found!r} where the records before it hold {first_format!r}; split the file")
+        try:
+            yield _sample(where, record, found)
+        except _Unusable as error:
+            if skips is None:
+                raise InvalidInput(f"{where}: {error}") from None
+            skips.add(str(error), where)
+    if empty:
+        raise InvalidInput(f"{source} holds no records")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One record as what a model is asked: `turns` or `ids`.
+
+    Attributes:
+        source: where it stands, for errors.
+        record: all of it.
+        turns: the user's, each to be answered before the next; a bare prompt is one.
+        system: said before the first turn.
+        text: the turn is not only a question: what is here may be continued as it stands.
+        whole: of the text nothing may be cut: it is a prompt, not the beginning of a document.
+    """
+
+    source: str
+    record: dict[str, Any]
+    turns: tuple[str, ...] = ()
+    system: str = ""
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    whole: bool = True
+
+
+ASKED = "turns, instruction, messages, conversations, prompt, text or input_ids"
+
+
+def read_prompts(source: str | Path, skips: Skips | None = None) -> Iterator[Asked]:
+    """What every command that takes prompts takes: a `.txt` file, a prompt a line, or the records of what `read_samples` reads.
+
+    A record is `{"messages"}` or `{"conversations"}`, of which the assistant's turns are left out, `{"turns": [text, …]}` as
+    MT-Bench has them, `{"instruction"}` and perhaps `{"input"}` (AlpacaEval), `{"prompt"}` (a text, texts, or messages),
+    `{"text"}`, or `{"input_ids"}` and perhaps `{"prompt_tokens"}`.
+
+    Args:
+        skips: counts records that ask nothing and conversations that are broken; without it they are errors.
+
+    Raises:
+        InvalidInput: no such data, a broken file, or a record that is no prompt; file and line are named.
+    """
+    for where, record in read_records(source):
+        try:
+            asked = _asked(where, record)
+        except _Unusable as error:
+            if skips is None:
+                raise InvalidInput(f"{where} is a record {error}") from None
+            skips.add(str(error), where)
+            continue
+        if asked.ids or (asked.turns and all(text.strip() for text in asked.turns)):
+            yield asked
+        elif skips is None:
+            raise InvalidInput(f"{where} has an empty prompt")
+        else:
+            skips.add("with nothing to answer", where)
+
+
+def _asked(where: str, record: Any) -> Asked:
+    if not isinstance(record, dict):
+        raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object with {ASKED}")
+    if isinstance(talk := record.get("messages", record.get("conversations")), list):
+        return _asked_in(where, record, talk)
+    if isinstance(ids := record.get("input_ids"), list):
+        ids = ids[: record.get("prompt_tokens") or None]
+        if not ids or not all(type(token) is int for token in ids):
+            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
+        return Asked(where, record, ids=tuple(ids))
+    key = next((key for key in ("turns", "instruction", "prompt", "text") if record.get(key) is not None), None)
+    if key is None:
+        raise InvalidInput(f"{where} has keys {sorted(record)}, wanted {ASKED}")
+    value = record[key]
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # a prompt that is messages
+        return _asked_in(where, record, value)
+    turns = [value] if isinstance(value, str) else value
+    if not isinstance(turns, list | tuple) or not all(isinstance(text, str) for text in turns):
+        raise InvalidInput(f"{where}: its turns are {str(turns)[:60]!r}, wanted a list of strings")
+    turns = tuple(_string(where, key, text) for text in turns)
+    if key == "instruction" and record.get("input"):
+        turns = (f"{value}\n\n{record['input']}",)
+    return Asked(where, record, turns, text=turns[0] if len(turns) == 1 else "", whole=key != "text")
+
+
+def _asked_in(where: str, record: dict[str, Any], talk: list[Any]) -> Asked:
+    messages = _messages(where, talk)
+    system = "\n".join(message["content"] for message in messages if message["role"] == "system")
+    return Asked(where, record, tuple(message["content"] for message in messages if message["role"] == "user"), system)
+
+
+class _Unusable(Exception):
+    """A sample that nothing can be learnt from; the reason is the message."""
+
+
+def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
+    value = record[found]
+    if found == "input_ids":
+        if not (isinstance(value, list) and all(type(token) is int for token in value)):
+            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
+        prompt_tokens = record.get("prompt_tokens", 0)
+        if type(prompt_tokens) is not int or prompt_tokens < 0:
+            raise InvalidInput(f"{where}: 'prompt_tokens' is {prompt_tokens!r}, wanted a count")
+        return Sample(where, input_ids=tuple(value), prompt_tokens=prompt_tokens)
+    if found == "text":
+        return Sample(where, text=_string(where, "text", value))
+    if found == "prompt":
+        completion = record.get("completion")
+        if isinstance(value, list) and isinstance(completion, list):
+            return Sample(where, messages=_messages(where, value + completion))
+        if completion is None:
+            raise InvalidInput(f"{where} has a 'prompt' and no 'completion'; have the model answer it first: medusa distill")
+        return Sample(where, text=_string(where, "completion", completion), prompt=_string(where, "prompt", value))
+    if not isinstance(value, list):
+        raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, wanted a list of turns")
+    return Sample(where, messages=_messages(where, value), cut=record.get("cut") is True)
+
+
+def _string(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, wanted a string")
+    if not is_unicode(value):
+        raise _Unusable("with text that is no valid Unicode")
+    return value
+
+
+def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
+    """The turns as role and content: perhaps a system turn, then user and assistant by turns, from the user on."""
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise InvalidInput(f"{where}: a turn is a {type(turn).__name__}, wanted an object")
+        name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(name, str) or name not in ROLES:
+            raise InvalidInput(f"{where}: a turn's role is {name!r}, wanted system, user or assistant")
+        messages.append({"role": ROLES[name], "content": _string(where, "content", content)})
+    if not messages:
+        raise _Unusable("with an empty conversation")
+    start = 1 if messages[0]["role"] == "system" else 0
+    # ShareGPT cuts long conversations in pieces, of which the later ones begin in the assistant's turn.
+    if start == 0 and messages[0]["role"] == "assistant":
+        messages = messages[1:]
+    expected = ("user", "assistant")
+    if any(message["role"] != expected[i % 2] for i, message in enumerate(messages[start:])):
+        raise _Unusable("whose turns do not alternate")
+    return tuple(messages)
+
+
+def read_records(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """The raw records of a file, folder or hub id, each with where it stands; of a `.txt` file a line is a prompt."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            yield from _records_of_dataset(str(source))
+            return
+        files = sorted(file for suffix in SUFFIXES for file in path.glob(f"*{suffix}"))
+        if not files:
+            raise InvalidInput(f"{path} holds no {', '.join(SUFFIXES)} file")
+        for file in files:
+            yield from _records_of_file(file)
+    elif path.is_file():
+        yield from _records_of_file(path)
+    elif path.suffix in (*SUFFIXES, ".txt") or path.is_absolute() or str(source).startswith("."):
+        raise InvalidInput(f"no data file {path}")
+    else:
+        yield from _records_of_dataset(str(source))
+
+
+def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".txt":
+        yield from _records_of_text(path)
+    elif path.suffix == ".parquet":
+        yield from _records_of_parquet(path)
+    elif path.suffix == ".json" and _first_character(path) == "[":
+        records = read_json(path, InvalidInput)
+        yield from ((f"{path}, record {n}", record) for n, record in enumerate(records, 1))
+    else:
+        yield from _records_of_lines(path)
+
+
+def _records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # which some editors put before a text
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise InvalidInput(f"{path}:{number} is not valid JSON: {one_line(error)}") from None
+                yield f"{path}:{number}", record
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
+
+
+def _records_of_text(path: Path) -> Iterator[tuple[str, Any]]:
+    """A prompt a line; an empty line is none."""
+    lines = read_text(path, InvalidInput).splitlines()
+    yield from ((f"{path}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _first_character(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("latin-1")
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
+
+
+def _records_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    parquet = _optional("pyarrow.parquet", "Parquet files")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, record {number}", record
+    except Exception as error:  # of pyarrow, or of a text in it that is not UTF-8
+        raise InvalidInput(f"{path} is broken or no Parquet file: {one_line(error, 120)}") from None
+
+
+def _records_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
+    datasets = _optional("datasets", "data sets by name")
+    identifier, _, split = name.partition(":")
+    try:
+        if Path(identifier).is_dir():
+            data = datasets.load_from_disk(identifier)
+            if isinstance(data, dict):
+                data = data[split or "train"]
+        else:
+            data = datasets.load_dataset(identifier, split=split or "train", streaming=True)
+        for number, record in enumerate(data, 1):
+            yield f"{name}, record {number}", record
+    except Exception as error:  # of datasets, the hub, and whatever the files are in
+        raise InvalidInput(f"{name} is no file here and cannot be read as a data set: {one_line(error, 160)}") from None
+
+
+def _optional(module: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InvalidInput(f"reading {what} needs {module.split('.')[0]}: pip install 'medusa-decoding[data]'") from None

@@ -1,0 +1,150 @@
+"""Chat templates: a conversation as token ids, and which of them the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from medusa.data.samples import Message
+from medusa.errors import InvalidInput, one_line
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+_STAND_IN = "ASSISTANT5P34KS{}HERE"  # letters and digits, which no template trims or escapes
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:  # ids, and for each whether it is the assistant's speech
+    """A conversation under the tokenizer's chat template.
+
+    The assistant's speech is what it would generate: the content of its turns and the special token that ends them, but
+    neither its header nor the line break after its turn. A template with `{% generation %}` markers says itself what that
+    is. Any other is rendered a second time with stand-ins in the place of the assistant's contents, which shows what it
+    writes around them whatever its turns look like.
+
+    Raises:
+        InvalidInput: no chat template, a slow tokenizer, a template that refuses the conversation or changes the contents.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InvalidInput("masking the prompt needs a fast tokenizer (tokenizers library); this one is slow")
+    if not tokenizer.chat_template:
+        raise InvalidInput("the tokenizer has no chat template; give it one, or give data as 'text' or 'prompt'/'completion'")
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, of which none is the default
+        raise _refusal(tokenizer, error) from None
+    if _GENERATION.search(template):
+        try:
+            encoded = tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception as error:
+            raise _refusal(tokenizer, error) from None
+        return list(encoded["input_ids"]), [bool(spoken) for spoken in encoded["assistant_masks"]]
+    text, spans = render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), overlaps(encoded["offset_mapping"], spans)
+
+
+def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text and the spans of characters in it that the assistant says."""
+    text = _apply(tokenizer, messages)
+    assistant = [message for message in messages if message["role"] == "assistant"]
+    names = iter(map(_STAND_IN.format, range(len(assistant))))
+    standing_in = [{**m, "content": next(names)} if m["role"] == "assistant" else m for m in messages]
+    pieces = re.split(_STAND_IN.format(r"\d+"), _apply(tokenizer, standing_in))
+    if len(pieces) != len(assistant) + 1:
+        raise InvalidInput(
+            f"the chat template shows {len(pieces) - 1} of {len(assistant)} assistant turns; "
+            "mark them with {% generation %} … {% endgeneration %} in the template"
+        )
+    special = sorted({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())} - {""}, key=len)
+    # Without a special token, the line that every turn of the assistant's ends with.
+    line = pieces[-1].strip().partition("\n")[0]
+    if line and not any(token in pieces[-1] for token in special) and all(p.lstrip().startswith(line) for p in pieces[1:]):
+        special.append(line)
+    closing = re.compile(r"\s*(" + "|".join(map(re.escape, reversed(special))) + ")") if special else None
+    spans, at = [], len(pieces[0])
+    matched = text.startswith(pieces[0])
+    for message, after in zip(assistant, pieces[1:], strict=True):
+        last = after is pieces[-1]
+        end = next((at + len(c) for c in _as_rendered(message["content"]) if text.startswith(c + after, at)), None)
+        if end is None:  # changed by the template: it ends where what follows it begins
+            end = len(text) - len(after) if last else text.find(after, at)
+            matched = matched and end >= at and text.startswith(after, end)
+        # The turn's end is spoken too, unless it belongs to the next turn: then a conversation would not end with it.
+        ending = closing.match(after) if closing else None
+        final = closing.match(pieces[-1]) if closing else None
+        spoken = len(ending[0]) if ending and final and ending[1] == final[1] else 0
+        spans.append((at, end + spoken))
+        at = end + len(after)
+    if not matched or at != len(text):
+        # A last turn with its thinking, which the template sets apart: what follows the generation prompt is spoken. Earlier
+        # turns have lost theirs, and what is left of them is not what was said.
+        prompt = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
+        if text.startswith(prompt) and text.endswith(pieces[-1]):
+            ending = closing.match(pieces[-1]) if closing else None
+            return text, [(len(prompt), len(text) - len(pieces[-1]) + (len(ending[0]) if ending else 0))]
+        raise InvalidInput(
+            "the chat template rewrites what the assistant says, so its words cannot be found again; "
+            "mark them with {% generation %} … {% endgeneration %} in the template"
+        )
+    return text, spans
+
+
+def _as_rendered(content: str) -> tuple[str, ...]:
+    return content, content.strip(), content.rstrip(), content.lstrip()
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    except Exception as error:  # a template is a program
+        raise _refusal(tokenizer, error) from None
+
+
+def _refusal(tokenizer: Any, error: Exception) -> InvalidInput:
+    where = getattr(tokenizer, "name_or_path", "")
+    return InvalidInput(f"the chat template{f' of {where}' if where else ''} refuses a conversation: {one_line(error)}")
+
+
+def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token, given by its span of characters, has any in one of the spans; both are in order."""
+    inside, at = [], 0
+    for start, end in offsets:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        inside.append(at < len(spans) and end > start and end > spans[at][0])
+    return inside
+
+
+def opening(tokenizer: Any, messages: Sequence[Message], speaker: str) -> str:
+    """The conversation's text up to where the next speaker, "assistant" or "user", begins."""
+    if speaker == "assistant":
+        return _apply(tokenizer, messages, add_generation_prompt=True)
+    following = [*messages, {"role": speaker, "content": _STAND_IN.format(0)}]
+    return _apply(tokenizer, following).partition(_STAND_IN.format(0))[0].rstrip(" ")  # a word begins with its space
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The ids of the special token that ends an assistant's turn, as the template writes it; none where it writes none."""
+    if not tokenizer.chat_template:
+        return []
+    asked, answered = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    ids, spoken = encode_conversation(tokenizer, [asked, answered, asked, answered])
+    ends = [token for token, said in zip(ids, spoken, strict=True) if said and token in tokenizer.added_tokens_decoder]
+    return ends[-1:]
+
+
+def ends_of_turns(tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids at which a turn that is being written ends: those that end a text, and the template's own."""
+    return tuple(sorted({*eos_token_ids, *end_of_turn(tokenizer)}))
+
+
+def ends_users_turns(tokenizer: Any) -> bool:
+    """Whether the template ends a user's turn with a special token, at which a model that writes it can be stopped."""
+    asked, answered = _STAND_IN.format(0), _STAND_IN.format(1)
+    text = _apply(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+    between = text.partition(asked)[2].partition(answered)[0]
+    return any(str(token) in between for token in tokenizer.added_tokens_decoder.values())

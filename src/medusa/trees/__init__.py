@@ -1,0 +1,1 @@
+"""Trees: which combinations of the heads' guesses are verified together."""

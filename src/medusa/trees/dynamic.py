@@ -1,0 +1,234 @@
+"""Dynamic trees: at every step the nodes that are likeliest in this very context (beyond the paper).
+
+A static tree spends its nodes where heads are right on average. A dynamic one asks how sure the heads are now: it takes the N
+nodes with the greatest product of head probabilities along their path, and counts a guess more that continues its path as the
+context has before, which heads, each guessing on its own, cannot know. Any tree is exact, so it only has to be good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
+
+from medusa.config import from_mapping
+from medusa.errors import InvalidTree
+from medusa.trees.history import Context, pair_end, pair_start, triple_end, triple_start
+from medusa.trees.static import Guesses, TreeTensors, paths_up, tree_tensors
+
+LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """The N likeliest nodes at every step, static in shape.
+
+    Args:
+        num_nodes: N, the root included.
+        copied: so many of them are a path of what followed the last time the text came to the root in the same way.
+        depth: heads used.
+        ranks: guesses of each head that may become nodes.
+        temperatures: per head, what the logarithms of its probabilities are divided by (`tempered`); () is 1 for all.
+        pair_bonus, triple_bonus: what the log-odds of a guess gain where the context has had it after the same token, and after
+            the same two; 0 looks at the heads alone.
+
+    Raises:
+        InvalidTree: a number out of its range.
+
+    >>> tree = DynamicTree(num_nodes=16, depth=5)
+    >>> len(tree), tree.depth
+    (16, 5)
+    """
+
+    num_nodes: int
+    depth: int
+    ranks: int = 64
+    temperatures: tuple[float, ...] = ()
+    pair_bonus: float = 3.0
+    triple_bonus: float = 4.0
+    copied: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_nodes", "depth", "ranks"):
+            value = getattr(self, name)
+            least = 2 if name == "num_nodes" else 1
+            if type(value) is not int or value < least:
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted an integer of at least {least}")
+        object.__setattr__(self, "temperatures", tuple(self.temperatures) or (1.0,) * self.depth)
+        if len(self.temperatures) < self.depth or not all(
+            isinstance(value, int | float) and 0 < value < float("inf") for value in self.temperatures
+        ):
+            raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, wanted {self.depth} above 0")
+        if type(self.copied) is not int or not 0 <= self.copied <= self.num_nodes - 2:
+            raise InvalidTree(f"copied is {self.copied!r}, wanted 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
+        for name in ("pair_bonus", "triple_bonus"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted at least 0")
+            object.__setattr__(self, name, float(value))
+
+    def __len__(self) -> int:
+        return self.num_nodes
+
+    def check(self, num_heads: int, vocab_size: int) -> None:
+        """Raise InvalidTree unless the heads can fill the tree."""
+        if self.depth > num_heads:
+            raise InvalidTree(
+                f"tree needs {self.depth} heads, there are {num_heads}; pass a shallower tree or train with "
+                f"--num-heads {self.depth}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"dynamic": {...}}`, as saved."""
+        return {"dynamic": dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], source: str) -> DynamicTree:
+        """The tree of a saved mapping; ConfigError for an unknown key or a value of the wrong type."""
+        fields = dict(found["dynamic"])
+        if isinstance(fields.get("temperatures"), list):
+            fields["temperatures"] = tuple(fields["temperatures"])
+        return from_mapping(cls, fields, source)
+
+    def for_batch(self, batch: int) -> DynamicTree:
+        return self
+
+    def drafter(self, device: torch.device | str | None = None) -> DynamicDrafter:
+        """What fills the tree with tokens in a decoding request on a device."""
+        temperatures = None
+        if any(temperature != 1 for temperature in self.temperatures[: self.depth]):
+            temperatures = torch.tensor(self.temperatures[: self.depth], dtype=torch.float32, device=device)
+        return DynamicDrafter(
+            self.num_nodes, self.depth, self.ranks, temperatures, self.pair_bonus, self.triple_bonus, self.copied
+        )
+
+
+def tempered(
+    log_p: Tensor,  # (..., R): the greatest log-probabilities of a vocabulary
+    temperatures: Tensor | float,  # (...), or one for all
+) -> Tensor:  # (..., R)
+    """What they become where heads are too sure, or not sure enough: the others of the vocabulary count as one token."""
+    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    scaled = torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperatures).unsqueeze(-1).to(log_p)
+    return scaled.log_softmax(-1)[..., :-1]
+
+
+@dataclass(frozen=True)
+class DynamicDrafter:
+    """Builds every row's tree on the device: a beam over depths, with no sync and no loop over nodes."""
+
+    num_nodes: int
+    num_heads: int
+    ranks: int
+    temperatures: Tensor | None  # (D,) float32; None: all 1
+    pair_bonus: float
+    triple_bonus: float
+    copied: int
+
+    @property
+    def depth(self) -> int:
+        return max(self.num_heads, self.copied)
+
+    @property
+    def reads_context(self) -> bool:
+        return bool(self.pair_bonus or self.triple_bonus or self.copied)
+
+    @property
+    def shape(self) -> tuple[float, ...]:
+        numbers = (self.num_nodes, self.num_heads, self.ranks, self.pair_bonus, self.triple_bonus, self.copied)
+        return (*numbers, self.temperatures is not None)
+
+    def guess(
+        self,
+        head_logits: Tensor,  # (D, B, V)
+    ) -> Guesses:
+        log_p, tokens = head_logits.float().log_softmax(-1).topk(min(self.ranks, head_logits.shape[-1]), dim=-1)
+        return self.tempered(Guesses(tokens, log_p))
+
+    def tempered(self, guesses: Guesses) -> Guesses:
+        """Guesses of the heads as they are, with the probabilities that this tree gives them."""
+        if self.temperatures is None or guesses.log_p is None:
+            return guesses
+        return Guesses(guesses.tokens, tempered(guesses.log_p, self.temperatures[:, None]))
+
+    def assemble(
+        self,
+        root: Tensor,  # (B,) long
+        guesses: Guesses | None,
+        context: Context | None = None,
+    ) -> tuple[Tensor, TreeTensors]:
+        """The token of every node (B, N), and every row's own tree.
+
+        A node is at most as likely as its parent. So the likeliest N - 1 of a depth, drawn from the likeliest N - 1 of the
+        depth above, hold all nodes of that depth that belong to the tree; the tree is the likeliest N - 1 of all depths.
+        """
+        assert guesses is not None and guesses.log_p is not None
+        wanted, ranks = self.num_nodes - self.copied - 1, guesses.tokens.shape[-1]
+        value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
+        before = context.last[:, None] if context is not None else previous
+        log_p = guesses.log_p.clamp(max=-LEAST_COST)
+        odds = log_p - torch.log(-torch.expm1(log_p))
+        ends = pair_end(guesses.tokens), triple_end(guesses.tokens)
+        parent = root.new_full((len(root), 1), -1)
+        first = 0  # the number, among the candidates of all depths, of the first of this one
+        values, tokens, parents = [], [], []
+        for depth in range(self.num_heads):
+            step = odds[depth, :, None]  # (B, 1, R)
+            if context is not None and (self.pair_bonus or self.triple_bonus):
+                pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
+                triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
+                said = context.said(torch.stack([pairs, triples], 1))
+                step = step.add(said[:, 0], alpha=self.pair_bonus).add_(said[:, 1], alpha=self.triple_bonus)
+            candidates = (value[..., None] + logsigmoid(step) - LEAST_COST).flatten(1)  # (B, W * R)
+            value, chosen = candidates.topk(min(wanted, candidates.shape[1]), dim=-1)
+            above = chosen // ranks
+            before, previous = previous.gather(1, above), guesses.tokens[depth].gather(1, chosen - above * ranks)
+            parent = above + (first - parent.shape[1]) if depth else parent.expand_as(above)
+            first += value.shape[1]
+            values.append(value)
+            tokens.append(previous)
+            parents.append(parent)
+        own, above = self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
+        if self.copied and context is not None:
+            # A path that some of the others may have as well: twice the same is as right as once.
+            path = torch.arange(above.shape[1] - 1, above.shape[1] - 1 + self.copied, device=root.device)
+            above = torch.cat([above, (path * (path >= above.shape[1])).expand(len(root), -1)], dim=1)
+            own = torch.cat([own, context.continuation(self.copied)], dim=1)
+        return own, tree_tensors(above, self.depth)
+
+    def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of all candidates as a tree: the token of every node (B, N), and its parent (B, N).
+
+        Args:
+            parents: (B, M) long: the candidate above each, -1 for the root.
+        """
+        batch, candidates = values.shape
+        nodes = min(self.num_nodes - self.copied, candidates + 1)
+        chosen = values.topk(nodes - 1, dim=-1).indices  # best first: parents before children
+        number = root.new_zeros(batch, candidates + 1)  # of the node that a candidate is; the last entry is the root's
+        node = torch.arange(nodes, device=root.device)
+        number.scatter_(1, chosen, node[1:].expand(batch, -1))
+        above = pad(number.gather(1, parents.gather(1, chosen).remainder(candidates + 1)), (1, 0))  # (B, N), the root its own
+        order = _depth_first(above, paths_up(above, self.num_heads)[1])
+        tokens = torch.cat([root[:, None], tokens.gather(1, chosen)], dim=1)
+        both = torch.stack([tokens, order.gather(1, above)], 1)  # (B, 2, N)
+        both = torch.empty_like(both).scatter_(2, order[:, None].expand_as(both), both)
+        return both[:, 0], both[:, 1]
+
+
+def _depth_first(
+    parents: Tensor,  # (B, N) long, nodes numbered best first
+    ancestors: Tensor,  # (B, N, N) bool
+) -> Tensor:  # (B, N) long
+    """Each node's number in depth-first order, the best child first: the likeliest path is then nodes 0, 1, 2, ..., which
+    lie in the cache in place. It sums, along the path, one more than the nodes in the subtrees of better siblings."""
+    node = torch.arange(parents.shape[1], device=parents.device)
+    sizes = ancestors.sum(1)  # (B, N): nodes at or below each
+    better = (parents[:, :, None] == parents[:, None]) & (node < node[:, None]) & (node > 0)  # [n, s]: s is n's better sibling
+    steps = (better * sizes[:, None]).sum(-1) + (node > 0)
+    return (ancestors * steps[:, None]).sum(-1)

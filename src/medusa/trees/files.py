@@ -1,0 +1,113 @@
+"""Tree files, presets, and the trees that a model can have: static, dynamic, or one for each size of batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medusa.errors import CheckpointError, InvalidInput, InvalidTree
+from medusa.trees.dynamic import DynamicTree
+from medusa.trees.static import MedusaTree, read_tree_file, write_tree_file
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeChoice:
+    """A tree for each size of batch: larger batches leave less arithmetic to spare and want smaller trees.
+
+    Args:
+        trees: by batch size; a batch takes the tree of the greatest size that is not above its own.
+
+    >>> choice = TreeChoice({1: MedusaTree.dense([2, 2]), 8: MedusaTree([])})
+    >>> [len(choice.for_batch(batch)) for batch in (1, 7, 8, 100)]
+    [7, 7, 1, 1]
+    """
+
+    trees: Mapping[int, MedusaTree | DynamicTree]
+
+    def __post_init__(self) -> None:
+        if not self.trees or not all(type(batch) is int and batch >= 1 for batch in self.trees):
+            raise InvalidTree(f"a choice of trees is by batch sizes of at least 1, got {sorted(self.trees)}")
+
+    def __len__(self) -> int:
+        return max(map(len, self.trees.values()))
+
+    @property
+    def depth(self) -> int:
+        """Heads used by the deepest of them."""
+        return max(tree.depth for tree in self.trees.values())
+
+    def check(self, num_heads: int, vocab_size: int) -> None:
+        """Raise InvalidTree unless the heads can fill every tree."""
+        for tree in self.trees.values():
+            tree.check(num_heads, vocab_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"batches": {"1": …}}`, as saved."""
+        return {"batches": {str(batch): tree.to_dict() for batch, tree in sorted(self.trees.items())}}
+
+    def for_batch(self, batch: int) -> MedusaTree | DynamicTree:
+        """The tree for a batch of so many rows."""
+        return self.trees[max((size for size in self.trees if size <= batch), default=min(self.trees))]
+
+
+Tree = MedusaTree | DynamicTree | TreeChoice
+
+
+def save_tree(tree: Tree, path: str | Path) -> None:
+    """Write a tree file."""
+    write_tree_file(tree.to_dict(), path)
+
+
+def _presets() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "presets.json").read_text(encoding="utf-8"))
+
+
+def presets() -> dict[str, str]:
+    """The names of the trees that are part of the package, each with the heads it was made for."""
+    return {name: found["for"] for name, found in _presets().items()}
+
+
+def preset(name: str) -> MedusaTree:
+    """A tree that is part of the package: those of the reference project, 64 nodes with the root.
+
+    Raises:
+        InvalidInput: there is none of that name.
+
+    >>> preset("vicuna_7b_stage2")
+    MedusaTree(64 nodes, depth 4, up to rank 9)
+    """
+    known = _presets()
+    if name not in known:
+        raise InvalidInput(f"no tree is called {name!r}; there are {', '.join(known)}")
+    return MedusaTree.from_dict(known[name], name)
+
+
+def load_tree(path: str | Path) -> Tree:
+    """Read a tree file of any kind, or a bare JSON list of paths; where there is no such file, the preset of that name.
+
+    Raises:
+        CheckpointError: the file is missing or holds no tree.
+        InvalidInput: neither a file nor a preset has that name.
+        InvalidTree: its tree is malformed.
+        ConfigError: a dynamic tree with an unknown key, or a value of the wrong type.
+    """
+    if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
+        return preset(str(path))
+    return _tree(read_tree_file(path), str(path))
+
+
+def _tree(found: Any, source: str) -> Tree:
+    if isinstance(found, dict) and isinstance(found.get("dynamic"), dict):
+        return DynamicTree.from_dict(found, source)
+    if isinstance(found, dict) and isinstance(found.get("batches"), dict):
+        trees = {}
+        for batch, inner in found["batches"].items():
+            tree = _tree(inner, source)
+            if not batch.isdecimal() or isinstance(tree, TreeChoice):
+                raise CheckpointError(f"{source}: batches are numbers with a tree each, got {batch!r}")
+            trees[int(batch)] = tree
+        return TreeChoice(trees)
+    return MedusaTree.from_dict(found, source)

@@ -1,0 +1,272 @@
+"""The candidate tree: which combinations of the heads' guesses are verified together (paper 2.1.2, 2.3.3)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from medusa.errors import CheckpointError, InvalidTree
+from medusa.runs.files import read_json, write_text
+from medusa.trees.history import Context
+
+Path_ = tuple[int, ...]
+
+
+class MedusaTree:
+    """A prefix-closed set of rank paths. Path (i1, ..., ik) is the guess of rank i1 (0-based) of head 1, then rank i2 of
+    head 2, and so on; the root, the backbone's own next token, is implicit and is node 0.
+
+    Nodes are numbered in lexicographic order of their paths: parents come before children, and the path of all first
+    guesses is nodes 0, 1, 2, ...: the usual outcome is then contiguous in the KV cache and nothing has to move.
+
+    Raises:
+        InvalidTree: a path is empty, repeated, has a negative rank, or its parent is missing.
+
+    >>> tree = MedusaTree([(0,), (1,), (0, 0)])
+    >>> len(tree), tree.depth, tree.paths
+    (4, 2, ((0,), (0, 0), (1,)))
+    """
+
+    def __init__(self, paths: Iterable[Sequence[int]]):
+        try:
+            given = [tuple(path) for path in paths]
+        except TypeError:
+            raise InvalidTree("a tree is a list of paths of ranks, such as [(0,), (0, 1)]") from None
+        for path in given:
+            if not path:
+                raise InvalidTree("the root is implicit; remove the empty path")
+            if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in path):
+                raise InvalidTree(f"path {list(path)} has a rank that is not an integer of at least 0")
+        self.paths: tuple[Path_, ...] = tuple(sorted(set(given)))
+        if len(self.paths) != len(given):
+            twice = next(path for path in given if given.count(path) > 1)
+            raise InvalidTree(f"path {list(twice)} is given twice")
+        known = set(self.paths)
+        for path in self.paths:
+            if len(path) > 1 and path[:-1] not in known:
+                raise InvalidTree(f"path {list(path)} lacks its parent {list(path[:-1])}; a tree is prefix-closed")
+
+    @classmethod
+    def dense(cls, sizes: Sequence[int]) -> MedusaTree:
+        """The Cartesian product of the top sizes[k-1] guesses of every head k (paper 2.1.2).
+
+        >>> len(MedusaTree.dense([2, 3]))
+        9
+        """
+        return cls(
+            path for depth in range(1, len(sizes) + 1) for path in itertools.product(*(range(size) for size in sizes[:depth]))
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths) + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MedusaTree) and self.paths == other.paths
+
+    def __hash__(self) -> int:
+        return hash(self.paths)
+
+    def __repr__(self) -> str:
+        return f"MedusaTree({len(self)} nodes, depth {self.depth}, up to rank {self.max_rank})"
+
+    @property
+    def depth(self) -> int:
+        """The longest path, hence the number of heads used; 0 for the root alone."""
+        return max(map(len, self.paths), default=0)
+
+    @property
+    def max_rank(self) -> int:
+        return max(map(max, self.paths), default=-1)
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """The parent node of every node; -1 for the root."""
+        index = {(): 0, **{path: node for node, path in enumerate(self.paths, 1)}}
+        return (-1, *(index[path[:-1]] for path in self.paths))
+
+    def check(self, num_heads: int, vocab_size: int) -> None:
+        """Raise InvalidTree unless the heads can fill the tree."""
+        if self.depth > num_heads:
+            raise InvalidTree(
+                f"tree needs {self.depth} heads, there are {num_heads}; pass a shallower tree or train with "
+                f"--num-heads {self.depth}"
+            )
+        if self.max_rank >= vocab_size:
+            raise InvalidTree(f"tree uses rank {self.max_rank}, the vocabulary has {vocab_size} tokens")
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"paths": [[0], [0, 0], ...]}`, as saved."""
+        return {"paths": [list(path) for path in self.paths]}
+
+    @classmethod
+    def from_dict(cls, found: Any, source: str) -> MedusaTree:
+        """The tree of a saved mapping, or of a bare list of paths; CheckpointError where there is none."""
+        paths = found.get("paths") if isinstance(found, dict) else found
+        if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
+            raise CheckpointError(f"{source} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
+        return cls(paths)
+
+    def save(self, path: str | Path) -> None:
+        """Write a tree file."""
+        write_tree_file(self.to_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MedusaTree:
+        """Read a saved tree, or a bare JSON list of paths; `load_tree` reads trees of all kinds.
+
+        Raises:
+            CheckpointError: the file is missing or is not such JSON.
+            InvalidTree: its paths are not a tree.
+        """
+        return cls.from_dict(read_tree_file(path), str(path))
+
+    def tensors(self, device: torch.device | str | None = None) -> TreeTensors:
+        """The tree as index tensors on a device, the same for every row (b = 1)."""
+        return tree_tensors(torch.tensor([(0, *self.parents[1:])], device=device), self.depth)
+
+    def drafter(self, device: torch.device | str | None = None) -> StaticDrafter:
+        """What fills the tree with tokens in a decoding request on a device."""
+        guesses = torch.tensor([(len(path) - 1) * (self.max_rank + 1) + path[-1] for path in self.paths])
+        return StaticDrafter(self.tensors(device), guesses.long().to(device), self.depth, self.max_rank + 1)
+
+    def for_batch(self, batch: int) -> MedusaTree:
+        """The tree for a batch of so many rows: itself; see `TreeChoice`."""
+        return self
+
+
+def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
+    """Write a tree file, whole or not at all; CheckpointError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(tree) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_tree_file(path: str | Path) -> Any:
+    """The JSON in a tree file; CheckpointError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        what = f"cannot read the tree file {path}: it is no file" if path.exists() else f"no tree file {path}"
+        raise CheckpointError(what)
+    return read_json(path, CheckpointError)
+
+
+class TreeTensors(NamedTuple):
+    """A tree of N nodes (the root included) and depth D as index tensors, for b rows: all of a batch, or 1 for the same tree
+    in every row."""
+
+    parents: Tensor  # (b, N) long; the root is its own parent
+    depths: Tensor  # (b, N) long; the root's is 0
+    lineage: Tensor  # (b, N, D + 1) long: the nodes from the root to the node, then -1
+    ancestors: Tensor  # (b, N, N) bool: [n, m] whether m is n or above it
+
+    @property
+    def num_nodes(self) -> int:
+        return self.parents.shape[1]
+
+
+def tree_tensors(
+    parents: Tensor,  # (b, N) long; the root, node 0, is its own parent
+    depth: int,  # D: at least the tree's
+) -> TreeTensors:
+    """The trees that parents describe; no sync."""
+    up, ancestors = paths_up(parents, depth)
+    depths = ancestors.sum(-1) - 1
+    left = depths[..., None] - torch.arange(depth + 1, device=parents.device)  # steps up from the node to each depth
+    lineage = up.gather(2, left.clamp(min=0)).where(left >= 0, -1)
+    return TreeTensors(parents, depths, lineage, ancestors)
+
+
+def paths_up(
+    parents: Tensor,  # (b, N) long
+    depth: int,
+) -> tuple[Tensor, Tensor]:
+    """From every node upwards (b, N, depth + 1), the root repeated once it is reached; and its ancestors (b, N, N) bool."""
+    at = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+    steps = [at]
+    for _ in range(depth):
+        steps.append(at := parents.gather(1, at))
+    up = torch.stack(steps, -1)
+    ancestors = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
+    return up, ancestors.scatter_(2, up, True)
+
+
+class Guesses(NamedTuple):
+    """The likeliest tokens of the first D heads for every row, best first."""
+
+    tokens: Tensor  # (D, B, R) long
+    log_p: Tensor | None  # (D, B, R) float32; None where nobody asks
+
+
+class Drafter(Protocol):
+    """How a request's trees get their tokens; `MedusaTree` and `DynamicTree` make one each."""
+
+    @property
+    def num_nodes(self) -> int: ...  # at most, the root included
+
+    @property
+    def num_heads(self) -> int: ...  # heads asked
+
+    @property
+    def depth(self) -> int: ...  # the greatest that a node may have
+
+    @property
+    def reads_context(self) -> bool: ...
+
+    @property
+    def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
+
+    def guess(self, head_logits: Tensor) -> Guesses: ...
+
+    def assemble(self, root: Tensor, guesses: Guesses | None, context: Context | None) -> tuple[Tensor, TreeTensors]: ...
+
+
+@dataclass(frozen=True)
+class StaticDrafter:
+    """The same tree at every step: rank i_k of head k along each path."""
+
+    tree: TreeTensors  # b = 1
+    guesses: Tensor  # (N - 1,) long: (head - 1) * num_ranks + rank of every node but the root
+    num_heads: int
+    num_ranks: int  # guesses taken of each head
+    reads_context = False
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tree.num_nodes
+
+    @property
+    def depth(self) -> int:
+        return self.num_heads
+
+    @property
+    def shape(self) -> tuple[float, ...]:
+        return (self.num_nodes, self.num_heads, self.num_ranks)
+
+    def guess(
+        self,
+        head_logits: Tensor,  # (D, B, V)
+    ) -> Guesses:
+        return Guesses(head_logits.topk(self.num_ranks, dim=-1).indices, None)
+
+    def assemble(
+        self,
+        root: Tensor,  # (B,) long
+        guesses: Guesses | None,  # None: the tree is its root
+        context: Context | None = None,
+    ) -> tuple[Tensor, TreeTensors]:
+        """The token of every node (B, N), and the tree."""
+        if guesses is None:
+            return root[:, None], self.tree
+        tokens = guesses.tokens.transpose(0, 1).flatten(1)  # (B, D * R)
+        return torch.cat([root[:, None], tokens[:, self.guesses]], dim=1), self.tree
