@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from training.test_templates import CHATML
 from typer.testing import CliRunner
 
+from data.test_templates import CHATML
 from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.checkpoints.hub import find_model, local_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer

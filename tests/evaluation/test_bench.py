@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from training.test_templates import CHATML, GEMMA, tokenizer_with
 from transformers import AutoTokenizer
 
+from data.test_templates import CHATML, GEMMA, tokenizer_with
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
 from medusa.cli import main
 from medusa.errors import InvalidInput

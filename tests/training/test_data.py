@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from training.test_templates import CHATML, tokenizer_with
 from transformers import AutoTokenizer
 
+from data.test_templates import CHATML, tokenizer_with
 from medusa import EMBEDDED
 from medusa.errors import InvalidInput
 from medusa.training.data import Row, collate, load_rows, pack, spoken_runs

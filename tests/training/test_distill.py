@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 from test_endpoint import Server
-from training.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 from transformers import AutoTokenizer
 
+from data.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 from medusa import EMBEDDED, MedusaModel
 from medusa.data.samples import Skips, read_samples
 from medusa.errors import InvalidInput

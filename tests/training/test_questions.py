@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from training.test_templates import CHATML, VICUNA, tokenizer_with
 
+from data.test_templates import CHATML, VICUNA, tokenizer_with
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
 from medusa.training.questions import Filter, write_questions
