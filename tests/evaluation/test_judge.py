@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("httpx")
 
-from test_endpoint import Server
-
+from data.test_endpoint import Server
 from medusa.cli import main
 from medusa.data.endpoint import Endpoint, EndpointRefused
 from medusa.errors import InvalidInput

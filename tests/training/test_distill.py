@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from test_endpoint import Server
 from transformers import AutoTokenizer
 
+from data.test_endpoint import Server
 from data.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 from medusa import EMBEDDED, MedusaModel
 from medusa.data.samples import Skips, read_samples
