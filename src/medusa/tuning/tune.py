@@ -5,7 +5,7 @@ pays, the root alone, plain decoding, is chosen.
 
 Replay is cheap, timing is not. So trees of every kind, size and depth are replayed, and a few are timed: of each kind three
 sizes with one head and with all. A step's time is nearly linear in the nodes and in the heads; a plane fitted to these times
-predicts the most promising depth of every kind and size. The tree of that depth is timed itself, and of the fastest tree all depths.
+predicts the most promising depth of every kind and size. The tree of that depth is timed itself; of the fastest, all depths.
 """
 
 from __future__ import annotations
