@@ -1,1 +1,0 @@
-"""The stages of `benchmarks/gpu_end_to_end.py`; they run in the order source, pretraining, heads, measuring, report."""
