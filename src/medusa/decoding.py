@@ -17,7 +17,8 @@ from medusa.errors import ContextOverflow, InvalidInput
 from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
 from medusa.trees.files import Tree
 from medusa.trees.history import Context
-from medusa.trees.static import Drafter, StaticDrafter, TreeTensors
+from medusa.trees.static import StaticDrafter
+from medusa.trees.tensors import Drafter, TreeTensors
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
 CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph

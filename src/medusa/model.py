@@ -32,7 +32,8 @@ from medusa.preparation import OwnOptions, Prepared, handed_over, prepare
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.trees.history import Context
-from medusa.trees.static import Drafter, MedusaTree, TreeTensors
+from medusa.trees.static import MedusaTree
+from medusa.trees.tensors import Drafter, TreeTensors
 
 
 class MedusaModel:

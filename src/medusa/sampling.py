@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from medusa.trees.static import TreeTensors
+from medusa.trees.tensors import TreeTensors
 
 BLOCK = 256  # tokens, of a draw's first level
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from medusa.backbone.cache import TreeCache
 from medusa.backbone.probe import hidden_states_of, probe
 from medusa.errors import UnsupportedBackbone, one_line
 from medusa.placement import device_of, linear_sizes
-from medusa.trees.static import TreeTensors
+from medusa.trees.tensors import TreeTensors
 
 # What a causal LM does to its LM head's output, by the config field that says so.
 LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medusa.backbone.probe import NOISE_MULTIPLE, relative_difference
-from medusa.trees.static import TreeTensors
+from medusa.trees.tensors import TreeTensors
 
 Step = tuple[Tensor, TreeTensors, Tensor, Tensor]  # tokens (B, N), the tree, hidden states (B, N, d), logits (B, N, V)
 LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums even where the model's own passes do not

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medusa.backbone.cache import TreeCache
 from medusa.errors import UnsupportedBackbone, one_line
-from medusa.trees.static import TreeTensors, tree_tensors
+from medusa.trees.tensors import TreeTensors, tree_tensors
 
 # Nodes in an order in which few have only their ancestors before them, so that a wrong mask shows at most of them.
 PARENTS = (0, 0, 0, 0, 2, 1, 3, 4, 1, 5)
