@@ -1,4 +1,4 @@
-"""Trees as index tensors, the guesses that fill them, and what a drafter is."""
+"""Trees as index tensors, what fills them, and where they stand in the cache."""
 
 from __future__ import annotations
 
@@ -55,6 +55,24 @@ class Guesses(NamedTuple):
 
     tokens: Tensor  # (D, B, R) long
     log_p: Tensor | None  # (D, B, R) float32; None where nobody asks
+
+
+class Frame(NamedTuple):
+    """Where a step's trees stand in the cache: at one base for all rows, behind the longest; the mask hides any gap."""
+
+    base: Tensor  # () long: the slot of the root
+    lengths: Tensor  # (B,) long: committed slots, padding included
+    pads: Tensor  # (B,) long: slots of padding at the left
+    visible: int  # slots that attention sees: at least base + N
+
+
+class Drafted(NamedTuple):
+    """A step's trees, filled by the heads and read by the backbone."""
+
+    tokens: Tensor  # (B, N) long
+    tree: TreeTensors
+    hidden: Tensor  # (B, N, d)
+    logits: Tensor  # (B, N, V): the backbone's
 
 
 class Drafter(Protocol):
