@@ -2,8 +2,8 @@
 
     python benchmarks/code_model.py FOLDER --size 100m
 
-Writes `random/` (the model), `train.jsonl` and `seeds.jsonl` (from training files), `calibration.jsonl` and `test.jsonl` (prompts
-from held-out files, one per file). About one file in fifty is held out, chosen by a hash of its name.
+Writes `random/` (the model), `train.jsonl` and `seeds.jsonl` (from training files), `calibration.jsonl` and `test.jsonl`
+(prompts from held-out files, one per file). About one file in fifty is held out, chosen by a hash of its name.
 """
 
 from __future__ import annotations

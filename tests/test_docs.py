@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from medusa.decoding import step
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "assets", "results", "site"}.intersection(path.parts))
@@ -74,6 +77,10 @@ def test_commands_that_documents_show_have_those_options(document):
 def test_benchmark_scripts_start(script):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_loop_that_the_architecture_page_shows_is_the_one_that_runs():
+    assert blocks("docs/architecture.md", "python") == [inspect.getsource(step)]
 
 
 def test_lines_of_documents_are_at_most_132_characters():
