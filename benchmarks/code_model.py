@@ -116,7 +116,7 @@ def write(folder: Path, size: Size, parts: dict[str, list[str]]) -> None:
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.attention_heads,
-        max_position_embeddings=size.length,
+        max_position_embeddings=max(size.length, 512),  # `medusa tune` times steps behind the prompts
         bos_token_id=end,
         eos_token_id=end,
     )

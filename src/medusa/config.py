@@ -1,4 +1,4 @@
-"""Configuration: what heads are, as saved beside them, and the strict reader of every configuration mapping."""
+"""Configuration: the description saved with heads, and the strict reader of every configuration mapping."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ T = TypeVar("T")
 CONFIG_FILE = "config.json"
 HEADS_FILE, OLD_HEADS_FILE = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
-# Where heads may lie, the first that is there: files of heads alone, then a model's, whole or in shards.
+INDEX = ".index.json"  # suffix of the index of a sharded file: {"weight_map": {tensor: file}}
+# Files that may contain heads, in order of preference: files of heads alone, then a model's, in one file or in shards.
 HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
 MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
 TREE_FILE = "medusa_tree.json"
@@ -29,7 +29,7 @@ TREE_FILE = "medusa_tree.json"
 
 @dataclasses.dataclass(frozen=True)
 class MedusaConfig:
-    """What a set of heads is: sizes, and the backbone they were trained on.
+    """The sizes of a set of heads, and the backbone they were trained on.
 
     >>> MedusaConfig(hidden_size=8, vocab_size=16, medusa_num_heads=2).to_dict()["num_medusa_heads"]
     2
@@ -41,13 +41,13 @@ class MedusaConfig:
     medusa_num_layers: int = 1
     medusa_shared_lm_head: bool = False  # the heads predict through the backbone's LM head
     medusa_lm_head_bias: bool = False
-    medusa_draft_vocabulary: int | None = None  # tokens that heads score; None: all
+    medusa_draft_vocabulary: int | None = None  # number of tokens that heads score; None: all
     base_model_name_or_path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping written to `config.json`: readable by engines that know Medusa's older formats as well.
+        """The mapping written to `config.json`, which engines that know Medusa's older formats can read too.
 
-        There is no `architectures` key on purpose: TGI takes a folder that has one for a whole model.
+        It has no `architectures` key on purpose: TGI treats a folder with one as a whole model.
         """
         fields = dataclasses.asdict(self)
         legacy = {"model_type": "medusa", "num_medusa_heads": self.medusa_num_heads, "medusa_fc_bias": True}
@@ -61,10 +61,10 @@ class MedusaConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> MedusaConfig:
-        """Read `config.json`; keys of other tools are passed over, since other formats share the file.
+        """Read `config.json`, ignoring unknown keys, since other tools share the file.
 
         Raises:
-            CheckpointError: the file is missing, is no JSON object or lacks a size.
+            CheckpointError: the file is missing, is not a JSON object or lacks a size.
         """
         path = Path(folder) / CONFIG_FILE
         found = read_json_object(path)
@@ -76,10 +76,10 @@ class MedusaConfig:
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """An argument that is an integer of whatever kind, numpy's among them.
+    """Convert an argument of any integer type, including numpy's, to int.
 
     Raises:
-        InvalidInput: it is none, or less than `least`.
+        InvalidInput: the value is not an integer, or less than `least`.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -91,7 +91,7 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError if there is none."""
+    """Read the JSON object in a file; CheckpointError if there is none."""
     if not path.exists():
         raise CheckpointError(f"no {path.name} in {path.parent}")
     found = read_json(path, CheckpointError)
@@ -104,7 +104,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
     """Build the dataclass `cls` from a mapping, strictly.
 
     Raises:
-        ConfigError: an unknown key (the nearest known one is named), a missing one, or a value of the wrong type.
+        ConfigError: a key is unknown (the nearest known key is named) or missing, or a value has the wrong type.
 
     >>> from_mapping(MedusaConfig, {"hiden_size": 8}, "heads.yaml")
     Traceback (most recent call last):

@@ -1,8 +1,8 @@
-"""Errors: each message is one line that says what was got, what was wanted and the remedy."""
+"""Errors: each message is one line that says what was found, what was expected and how to fix it."""
 
 
 class MedusaError(Exception):
-    """Base of every error raised on purpose; the command line prints it as one line and exits 1."""
+    """Base of every error raised on purpose; the command line prints it as one line and exits with status 1."""
 
 
 class InvalidInput(MedusaError, ValueError):
@@ -10,7 +10,7 @@ class InvalidInput(MedusaError, ValueError):
 
 
 class UnexpectedKeyword(InvalidInput, TypeError):
-    """A keyword that the function does not know."""
+    """A keyword argument that the function does not have."""
 
 
 class ContextOverflow(InvalidInput):
@@ -30,12 +30,12 @@ class CheckpointError(MedusaError, ValueError):
 
 
 class UnsupportedBackbone(MedusaError, ValueError):
-    """A model on which tree decoding would be wrong; the message names the reason."""
+    """A model for which tree decoding would be wrong; the message gives the reason."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What another library's error says, in one line of at most so many characters; its name where it says nothing."""
-    said = " ".join(str(error).split())
-    if isinstance(error, LookupError) or not said:  # a key alone tells nobody anything
-        said = f"{type(error).__name__} {said}".strip()
-    return said if len(said) <= most else said[: most - 1] + "…"
+    """Another library's error message in one line of at most `most` characters; the error's class if it has no message."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LookupError) or not text:  # a KeyError's message is only the key
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= most else text[: most - 1] + "…"

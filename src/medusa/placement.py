@@ -1,4 +1,4 @@
-"""Placement: where a module computes and what, asked of itself: its weights may be offloaded, packed, sharded or wrapped."""
+"""Placement: the device, dtype and matrix a module computes with, even if it is offloaded, packed, sharded or wrapped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from medusa.errors import UnsupportedBackbone
 
-ROWS = 256  # of the identity, asked at a time
+ROWS = 256  # rows of the identity matrix multiplied at a time
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate brings them when it is called."""
+    """The device on which a module computes: that of its weights, or the one to which accelerate moves them for a call."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         if (device := getattr(part, "execution_device", None)) is not None:
@@ -24,19 +24,19 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def weights_of(module: nn.Module) -> AbstractContextManager:
-    """Within, the module's own weights are where it computes, though they be offloaded otherwise."""
-    from accelerate.utils import align_module_device  # slow to import, and commands without a model have no use for it
+    """Within the context, the module's own weights are on the device where it computes, even if they are offloaded."""
+    from accelerate.utils import align_module_device  # slow to import, and not needed by commands without a model
 
     return align_module_device(module)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether some of a module's weights are elsewhere until it is called."""
+    """Whether some of a module's weights are elsewhere until the module is called."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a linear map is its weight and bias: torch's own module, with dense tensors that are there."""
+    """Whether a linear map is torch's own module with a dense weight and bias in memory."""
     return type(linear) is nn.Linear and all(
         type(parameter.data) is Tensor and parameter.is_floating_point() and not parameter.is_meta
         for parameter in linear.parameters()
@@ -45,12 +45,14 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
 
 def linear_sizes(
     linear: nn.Module,  # d -> V
-    width: int | None = None,  # d, for one that does not say
+    width: int | None = None,  # d, for a module without in_features
 ) -> tuple[int, int]:  # V, d
-    """The sizes of a linear map; UnsupportedBackbone where it does not say how wide its input is, and nobody else does."""
+    """The output and input size of a linear map; UnsupportedBackbone if its input size is neither stated nor given."""
     width = getattr(linear, "in_features", width)
     if width is None:
-        raise UnsupportedBackbone(f"the LM head is a {type(linear).__name__}, which does not say how wide its input is")
+        raise UnsupportedBackbone(
+            f"the LM head is a {type(linear).__name__}, which does not state its input size (in_features)"
+        )
     with torch.no_grad():
         return linear(torch.zeros(1, width, device=device_of(linear), dtype=dtype_of(linear))).shape[-1], width
 
@@ -59,10 +61,10 @@ def linear_sizes(
 def linear_map(
     linear: nn.Module,  # d -> V
 ) -> tuple[Tensor, Tensor | None]:  # (V, d), (V,)
-    """The matrix and the bias, if any, that a linear map computes with, dense and on the device where it does.
+    """The matrix and the bias, if any, that a linear map computes with, dense and on its device.
 
-    Of an offloaded one they are brought; one that is quantised, sharded or wrapped in an adapter is asked for the image of
-    every unit vector, which is exact: all other products are zero.
+    Offloaded weights are loaded. A map that is quantised, sharded or wrapped in an adapter is applied to every unit vector,
+    which is exact, since all other products are zero.
     """
     with weights_of(linear):
         if is_plain(linear):
@@ -77,5 +79,5 @@ def linear_map(
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of what a module takes."""
+    """The dtype of a module's input."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() > 1), torch.float32)

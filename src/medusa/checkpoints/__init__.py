@@ -1,1 +1,1 @@
-"""Checkpoints: models found by name and loaded; heads in every format that is out there, read and written."""
+"""Checkpoints: models found by name and loaded; heads read and written in every published format."""

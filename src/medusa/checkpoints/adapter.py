@@ -17,15 +17,15 @@ from medusa.errors import CheckpointError, InvalidInput
 from medusa.placement import device_of, is_offloaded
 from medusa.runs.files import whole
 
-PEFT_PREFIX = "base_model.model."  # of the names in peft's files, for the wrapper that is not there
+PEFT_PREFIX = "base_model.model."  # peft's wrapper, which its files name and we do not use
 ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: float) -> None:
-    """Put a new LoRA on every linear layer of a backbone, the LM head included; it changes nothing until trained."""
+    """Put a new LoRA on every linear layer of a backbone, including the LM head; untrained, it changes nothing."""
     peft = _peft()
     if getattr(backbone, "peft_config", None):
-        raise InvalidInput("the backbone has an adapter already; merge it first (peft: merge_and_unload)")
+        raise InvalidInput("the backbone already has an adapter; merge it first (peft: merge_and_unload)")
     targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
     _untie(backbone)
     backbone.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
@@ -39,25 +39,26 @@ def has_adapter(folder: Path) -> bool:
 
 
 def adapted_model(folder: Path) -> str | None:
-    """The model that the adapter in a folder is for, where the folder holds an adapter in the place of a model.
+    """The name of the model an adapter was made for, if a folder holds an adapter instead of a model; otherwise None.
 
     Raises:
-        CheckpointError: it does not name one.
+        CheckpointError: the adapter does not name its model.
     """
     if not has_adapter(folder) or (folder / CONFIG_FILE).is_file():
         return None
     name = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name the model that it is for (base_model_name_or_path)")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its model (base_model_name_or_path)")
     return name
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
-    """Read an adapter into a backbone and add it to the weights, so that it costs nothing; one that is quantised or offloaded
-    keeps it beside.
+    """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding.
+
+    A quantised or offloaded backbone keeps the adapter separate.
 
     Raises:
-        CheckpointError: broken, or made for another model.
+        CheckpointError: the adapter is broken, or made for another model.
     """
     peft = _peft()
     try:
@@ -70,7 +71,7 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
         if is_offloaded(backbone):
             _bring_adapter(backbone)
         result = peft.set_peft_model_state_dict(backbone, tensors)
-    except Exception as error:  # peft and safetensors raise whatever comes
+    except Exception as error:  # peft and safetensors raise errors of many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"the adapter in {folder} is broken or for another model ({reason})") from None
     unread = list(result.unexpected_keys) + [name for name in result.missing_keys if ".lora_" in name]
@@ -81,10 +82,10 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
 
 
 def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:
-    """Write the backbone's adapter, whose tensors are in `trained` by their names in the backbone, as peft's two files."""
+    """Write the backbone's adapter as peft's two files, from tensors named as in the backbone (`trained`)."""
     peft = _peft()
     (name, config) = next(iter(backbone.peft_config.items()))
-    # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
+    # Without the embedding and the LM head themselves, which peft would add if an adapter is on the LM head.
     tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach().to("cpu", backbone.dtype).contiguous() for key, tensor in tensors.items()}
     with whole(folder / ADAPTER_WEIGHTS) as partial:
@@ -96,11 +97,11 @@ def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None
 
 @contextmanager
 def without_adapter(backbone: PreTrainedModel) -> Iterator[None]:
-    """The original model: within, the adapter is off (paper 2.3.2: a teacher that takes no memory)."""
+    """Switch the adapter off within the context: the original model (paper 2.3.2: a teacher that takes no memory)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
-    # Set directly: peft's own switch also takes requires_grad from the adapter and gives it back, and calls this private too.
+    # Set directly: peft's own switch also toggles requires_grad of the adapter, and is just as private.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -115,18 +116,18 @@ def _merge(backbone: PreTrainedModel) -> None:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for name, module in list(backbone.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):  # around a module that was trained whole
-            own = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        if isinstance(module, AuxiliaryTrainingWrapper):  # around a fully trained module
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         elif isinstance(module, BaseTunerLayer):
             module.merge()
-            own = module.get_base_layer()
+            merged = module.get_base_layer()
         else:
             continue
-        backbone.set_submodule(name, own)
+        backbone.set_submodule(name, merged)
 
 
 def _bring_adapter(backbone: PreTrainedModel) -> None:
-    """Give an adapter's tensors memory where its layers compute: peft puts them where the weights are, which is nowhere."""
+    """Allocate an adapter's tensors where its layers compute; peft leaves them on meta, like offloaded weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -140,13 +141,13 @@ def _bring_adapter(backbone: PreTrainedModel) -> None:
 
 
 def _names_of_ends(backbone: PreTrainedModel) -> tuple[str, ...]:
-    """How the names of tensors of the embedding and of the LM head, which may share a matrix, begin."""
+    """Prefixes of the tensor names of the embedding and the LM head, which may share a matrix."""
     ends = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
     return tuple(f"{name}." for name, module in backbone.named_modules() if module in ends)
 
 
 def _untie(backbone: PreTrainedModel) -> None:
-    """Give an LM head that shares the embedding's matrix one of its own: an adapter on either must not move the other."""
+    """Give an LM head that shares the embedding's matrix its own copy: an adapter on one must not change the other."""
     lm_head: Any = backbone.get_output_embeddings()
     if backbone.config.get_text_config(decoder=True).tie_word_embeddings and is_offloaded(lm_head):
         raise InvalidInput(
@@ -162,7 +163,7 @@ def _untie(backbone: PreTrainedModel) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, bitsandbytes' quantised ones, GPT-2's Conv1D."""
+    """Whether a module is an nn.Linear, one of bitsandbytes' quantised layers or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -1,4 +1,4 @@
-"""The model card that heads are published with."""
+"""The model card published with heads."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ tags: [medusa, speculative-decoding]{base_model_line}
 def card(
     num_heads: int, num_layers: int, shared_lm_head: bool, base_model: str | None, method: str = "Medusa", merged: bool = False
 ) -> str:
-    """What the heads are and how to load them: the head of a model card, to which a training adds what it measured.
+    """The beginning of a model card: what the heads are and how to load them. Training appends its measurements.
 
     Args:
-        merged: the folder holds the backbone too.
+        merged: whether the folder also holds the backbone.
     """
     return CARD.format(
-        # The hub knows its own names alone.
+        # The hub accepts only hub ids here.
         base_model_line=f"\nbase_model: {base_model}" if base_model and not Path(base_model).is_dir() else "",
         of=f" for {base_model}" if base_model else "",
         method=method,

@@ -1,4 +1,4 @@
-"""Conversion: heads of any format into any other, and backbone and heads into one model."""
+"""Conversion: heads from any format to any other, and backbone and heads merged into one model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from medusa.errors import InvalidInput
 
 
 def convert(source: str | Path, output: str | Path, to: str, backbone: str | None = None, **kwargs: Any) -> Checkpoint:
-    """Write the heads of a folder, file or hub id in another format, into a new folder; its tree goes with them.
+    """Convert the heads of a folder, file or hub id to another format in a new folder, together with their tree.
 
     Args:
-        to: one of `writer.FORMATS`; `merged` is the whole model, an adapter of Medusa-2 added to its weights.
-        backbone: folder or hub id; default: the source where it holds one, else what its configuration names.
-        kwargs: for loading the backbone, where that has to be (`trust_remote_code`).
+        to: one of `writer.FORMATS`; `merged` is the whole model, with the adapter of Medusa-2 added to its weights.
+        backbone: folder or hub id; default: the source if it holds a backbone, otherwise the one its configuration names.
+        kwargs: options for loading the backbone, if it has to be loaded (`trust_remote_code`).
 
     Raises:
         InvalidInput, CheckpointError: see `write_checkpoint`.
@@ -46,12 +46,14 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone
     if adapter and to not in ("medusa", "merged"):
-        message = f"the heads go with a backbone that has the adapter in {folder} in its weights; write that as merged"
+        message = (
+            f"the heads need a backbone with the adapter in {folder} merged into its weights; convert that with --to merged"
+        )
         warnings.warn(message, stacklevel=2)
     names = [TREE_FILE, *([CARD_FILE] if alone else []), *(ADAPTER_FILES if adapter and to == "medusa" else [])]
     beside = [folder / name for name in names if (folder / name).is_file()]
 
-    under = None  # what the backbone's folder holds an adapter of, where it holds no model
+    under = None  # the model under an adapter, if the backbone's folder holds only an adapter
     if base is not None and (name := adapted_model(base.folder)) is not None:
         under = find_model(name, code=bool(kwargs.get("trust_remote_code")))
 
@@ -81,7 +83,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder holds a backbone: a model's files, and a configuration that is not that of heads alone."""
+    """Whether a folder holds a backbone: a model's files, and a configuration that is not just for heads."""
     if not (folder / CONFIG_FILE).is_file() or not any((folder / name).is_file() for name in MODEL_FILES):
         return False
     return read_json_object(folder / CONFIG_FILE).get("model_type") != "medusa"

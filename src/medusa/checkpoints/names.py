@@ -1,4 +1,4 @@
-"""Names: what each format calls the tensors of a head.
+"""Names: the tensor names of a head in each format.
 
 | format | residual block l of head k | its LM head |
 |---|---|---|
@@ -7,8 +7,8 @@
 | NVIDIA ModelOpt | `medusa_heads.{k}.{l}.linear.weight` | `medusa_heads.{k}.{L}.weight` |
 | vLLM | `blocks.{k}.layers.{l}.weight` | `lm_heads.{k}.weight`, or one `lm_head.weight` for all |
 
-and the same with `bias`. ModelOpt's are those of its exporter (NVIDIA/Model-Optimizer,
-modelopt/torch/export/plugins/mcore_llama.py) and of the reader they were made for (NVIDIA/TensorRT-LLM,
+and the same with `bias`. ModelOpt's names are those of its exporter (NVIDIA/Model-Optimizer,
+modelopt/torch/export/plugins/mcore_llama.py) and of its reader (NVIDIA/TensorRT-LLM,
 tensorrt_llm/models/medusa/weight.py). vLLM drops a `medusa_heads.` before its own names (vllm/model_executor/models/medusa.py).
 """
 
@@ -18,8 +18,8 @@ import re
 from dataclasses import dataclass
 
 WANTED = "0.0.linear.weight, medusa_head.0.0.linear.weight, medusa_heads.0.0.linear.weight or blocks.0.layers.0.weight"
-ONE_LM_HEAD = "lm_head.weight"  # vLLM's: an LM head for all heads
-TOKEN_MAP = "token_map"  # the tokens that heads score, where they are not all of the vocabulary; the name is vLLM's
+ONE_LM_HEAD = "lm_head.weight"  # vLLM's name for one LM head shared by all heads
+TOKEN_MAP = "token_map"  # vLLM's name for the token ids that heads score, if not the whole vocabulary
 
 _IN_SEQUENCE = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
 _BLOCK = re.compile(r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
@@ -30,17 +30,17 @@ TOKEN_MAPS = tuple(prefix + TOKEN_MAP for prefix in _PREFIXES.values())
 
 @dataclass(frozen=True)
 class Part:
-    """What a name stands for: a weight or bias of a residual block of a head, or of its LM head (layer None)."""
+    """The meaning of a name: weight or bias of a residual block of a head, or of its LM head (layer None)."""
 
     style: str  # v0.1, merged, modelopt or vllm
     head: int
     layer: int | None
     kind: str  # weight or bias
-    place: int | None = None  # of an LM head among the modules of its head, where the name says it: L
+    place: int | None = None  # index of an LM head among its head's modules (L), if the name contains it
 
 
 def parse(name: str) -> Part | None:
-    """What a tensor's name says, in whichever format; None where it is not a head's."""
+    """Parse a tensor name of any format; None if it does not belong to a head."""
     if match := _IN_SEQUENCE.fullmatch(name):
         prefix, head, place, linear, kind = match.groups()
         style = next(style for style, known in _PREFIXES.items() if known == (prefix or ""))
@@ -53,18 +53,18 @@ def parse(name: str) -> Part | None:
 
 
 def belongs_to_heads(name: str) -> bool:
-    """Whether a tensor in a whole model's files is meant for a head, known or not."""
+    """Whether a tensor in a whole model's files belongs to the heads, even if its name is unknown."""
     return name.startswith((_PREFIXES["merged"], _PREFIXES["modelopt"]))
 
 
 def ours(part: Part, num_layers: int) -> str:
-    """The name in our files, which is the parameter's in `MedusaHeads`."""
+    """The name in our files, which is the parameter name in `MedusaHeads`."""
     middle = num_layers if part.layer is None else f"{part.layer}.linear"
     return f"{part.head}.{middle}.{part.kind}"
 
 
 def in_style(name: str, style: str) -> str:
-    """Another style's name of a tensor that has this one of ours.
+    """Translate one of our tensor names into another style.
 
     >>> in_style("2.0.linear.weight", "vllm"), in_style("2.1.weight", "vllm"), in_style("2.1.weight", "merged")
     ('blocks.2.layers.0.weight', 'lm_heads.2.weight', 'medusa_head.2.1.weight')

@@ -1,4 +1,4 @@
-"""Publishing: a folder of heads, or of a merged model, on the hub."""
+"""Publishing a folder of heads, or a merged model, on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medusa.errors import CheckpointError, one_line
 from medusa.runs.files import PARTIAL, write_text
 
 CARD_FILE = "README.md"
-# What a folder of heads is made of; no optimiser states, logs or half-written files of a training.
+# The files of heads; not a training run's optimiser states, logs or half-written files.
 UPLOADED = ["*.json", "*.safetensors", "*.pt", "*.model", "*.txt", "*.jinja", "*.py", CARD_FILE]
 KEPT_BACK = ["*/*", "*" + PARTIAL, "run.json"]
 
@@ -21,14 +21,14 @@ KEPT_BACK = ["*/*", "*" + PARTIAL, "run.json"]
 def push_to_hub(
     folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None, endpoint: str | None = None
 ) -> str:
-    """Upload a folder with heads, with a model card where it has none, and return its address.
+    """Upload a folder with heads, adding a model card if it has none, and return its URL.
 
     Args:
-        repo_id: `user/name`; made where it is not there.
-        token, endpoint: default: those of huggingface_hub (HF_TOKEN, HF_ENDPOINT).
+        repo_id: `user/name`; created if it does not exist.
+        token, endpoint: the hub's access token and URL; default: those of huggingface_hub (HF_TOKEN, HF_ENDPOINT).
 
     Raises:
-        CheckpointError: nothing sound to publish there, or the hub refuses it.
+        CheckpointError: the folder holds no valid heads, or the hub refuses the upload.
     """
     folder = Path(folder)
     checkpoint = open_checkpoint(folder)
@@ -38,7 +38,7 @@ def push_to_hub(
         write_text(folder / CARD_FILE, card(*about, merged=merged))
     if checkpoint.base_model and Path(checkpoint.base_model).is_dir():
         warnings.warn(
-            f"{folder} names the folder {checkpoint.base_model} as its backbone; others will not have it", stacklevel=2
+            f"{folder} names the local folder {checkpoint.base_model} as its backbone, which others do not have", stacklevel=2
         )
     api = HfApi(endpoint=endpoint, token=token)
     try:
@@ -50,6 +50,6 @@ def push_to_hub(
             ignore_patterns=KEPT_BACK,
             commit_message=f"Medusa heads, {checkpoint.num_heads} of them",
         )
-    except Exception as error:  # of the hub, its client and the network
+    except Exception as error:  # from the hub, its client or the network
         raise CheckpointError(f"cannot publish {folder} as {repo_id}: {one_line(error)}") from None
     return str(repo)

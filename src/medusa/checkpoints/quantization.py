@@ -1,4 +1,4 @@
-"""Quantised backbones, held in 4 or 8 bits by bitsandbytes, on a CPU too."""
+"""Quantised backbones, in 4 or 8 bits through bitsandbytes, also on a CPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ KINDS = ("none", "nf4", "int8")
 
 
 def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """What to pass to `from_pretrained` for a backbone of this kind.
+    """Keyword arguments of `from_pretrained` for a backbone quantised in this way.
 
-    nf4 decodes exactly: its weights are unpacked before they are used. int8 sets features aside by what else is in the
-    same pass, so that a tree may differ from its paths by a rounding.
+    nf4 decodes exactly: its weights are unpacked before use. int8 separates outlier features depending on everything in the
+    pass, so a tree may differ from its paths by a rounding error.
 
     Args:
-        dtype: that of the arithmetic; None: bfloat16.
+        dtype: dtype of the arithmetic; default: bfloat16.
 
     Raises:
-        InvalidInput: unknown kind, or bitsandbytes is missing.
+        InvalidInput: the kind is unknown, or bitsandbytes is missing.
     """
     if kind not in KINDS:
         raise InvalidInput(f"quantization is {kind!r}, wanted one of {', '.join(KINDS)}")
@@ -40,10 +40,10 @@ def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
 
 
 def make_differentiable(backbone: nn.Module) -> None:
-    """Let gradients flow through a 4-bit backbone on a CPU.
+    """Make gradients flow through a 4-bit backbone on a CPU.
 
-    bitsandbytes repacks 4-bit weights for CPUs with AVX-512 once they are used without a gradient, into a form that its
-    backward pass does not know: gradients through it are silently wrong (seen with 0.50).
+    Once used without a gradient, 4-bit weights are repacked by bitsandbytes for CPUs with AVX-512 into a form that its
+    backward pass does not support: gradients are silently wrong (seen with 0.50).
     """
     for module in backbone.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

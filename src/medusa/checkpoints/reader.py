@@ -1,4 +1,4 @@
-"""Reading: heads out of any format, known by their names, with every tensor accounted for."""
+"""Reading: heads from any format, recognised by their tensor names, with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS_KEYS = ("medusa_num_layers", "num_medusa_layers")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Heads as they were found in a file: their tensors, mapped, under our names, and what was noticed on the way."""
+    """Heads as found in a file: memory-mapped tensors under our names, their sizes, and anything unusual about them."""
 
     source: Path
     format: str  # medusa (ours), v0.1, v2, vllm, merged or modelopt
@@ -33,23 +33,23 @@ class Checkpoint:
     num_heads: int
     num_layers: int
     hidden_size: int
-    vocab_size: int | None  # None where the LM head is shared and nothing beside the file says
+    vocab_size: int | None  # None if the LM head is shared and no config gives it
     shared_lm_head: bool
     lm_head_bias: bool
-    draft_vocabulary: int | None  # tokens that heads score, where they are not all of the vocabulary
-    tied_blocks: bool  # the blocks of each head are one and the same: the old `[block] * L`
+    draft_vocabulary: int | None  # number of tokens that heads score; None: the whole vocabulary
+    tied_blocks: bool  # the blocks of each head are equal: the old `[block] * L`
     base_model: str | None
-    notes: tuple[str, ...]  # where config and file disagree, and what was made up
+    notes: tuple[str, ...]  # disagreements of config and file, and assumptions made
 
     def heads(self, dtype: torch.dtype | None = None, vocab_size: int | None = None) -> MedusaHeads:
-        """The heads, holding the tensors.
+        """Build the heads around the tensors, without copying them.
 
         Args:
-            dtype: default: the tensors' own.
-            vocab_size: that of the backbone, for heads which share its LM head and do not say.
+            dtype: dtype of the heads; default: the tensors' own.
+            vocab_size: size of the backbone's vocabulary, for heads that share its LM head and do not state it.
 
         Raises:
-            CheckpointError: the vocabulary is not known.
+            CheckpointError: the vocabulary size is unknown.
         """
         vocab_size = self.vocab_size or vocab_size
         if vocab_size is None:
@@ -66,7 +66,7 @@ class Checkpoint:
                 self.lm_head_bias,
                 self.draft_vocabulary,
             )
-        # Of several dtypes the one that holds them all: nothing is rounded.
+        # Of several dtypes, the one that can represent all: nothing is rounded.
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP]
         dtype = dtype or functools.reduce(torch.promote_types, floats)
         held = {name: tensor.to(torch.long if name == TOKEN_MAP else dtype) for name, tensor in self.tensors.items()}
@@ -76,15 +76,15 @@ class Checkpoint:
 
 
 def has_heads(folder: Path) -> bool:
-    """Whether there are heads in a folder, in whichever format; only names are looked at."""
+    """Whether a folder contains heads of any format; only tensor names are read."""
     return any((folder / name).is_file() for name in HEADS_FILES) or _model_file(folder) is not None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Find and map the heads in a folder, or in a file, of any format.
+    """Find and memory-map the heads of any format in a folder or file.
 
     Raises:
-        CheckpointError: none there, a file that is broken or holds code, or tensors that do not make up heads.
+        CheckpointError: there are no heads, a file is broken or contains code, or the tensors do not form heads.
     """
     path = Path(path)
     if path.is_file():
@@ -98,20 +98,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 f"like {WANTED}; pass heads=FOLDER or train some"
             )
         file = found
-    # A model's own tensors beside the heads are its own affair.
+    # In a whole model's files, only the heads' tensors are checked.
     inside = any(map(belongs_to_heads, tensor_names(file)))
     tensors = read_tensors(file, belongs_to_heads if inside else lambda name: True)
-    # Often the backbone's own config, where heads lie beside it: only what the tensors do not say is taken from it.
+    # Often the backbone's own config, if the heads are in its folder: used only for what the tensors do not determine.
     config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     return checkpoint_of(tensors, config, file)
 
 
 def load_heads(folder: str | Path, dtype: torch.dtype | None = None, backbone: str | Path | None = None) -> MedusaHeads:
-    """Read heads from a folder or file of any format; how many heads and layers there are is read off the tensors.
+    """Load heads from a folder or file of any format; the tensors determine the numbers of heads and layers.
 
     Args:
-        dtype: default: the tensors' own.
-        backbone: the folder of the backbone, asked for its vocabulary where the heads' own does not give it.
+        dtype: dtype of the heads; default: the tensors' own.
+        backbone: folder of the backbone, whose config gives the vocabulary size if the heads' does not.
 
     Raises:
         CheckpointError: see `open_checkpoint`.
@@ -128,15 +128,15 @@ def load_heads(folder: str | Path, dtype: torch.dtype | None = None, backbone: s
 def heads_from_tensors(
     tensors: dict[str, Tensor], config: dict[str, Any], source: str, dtype: torch.dtype | None = None
 ) -> MedusaHeads:
-    """Heads of the sizes that the tensors have, holding them; CheckpointError where they do not make up heads."""
+    """Build heads around tensors, whose shapes determine their sizes; CheckpointError if the tensors do not form heads."""
     return checkpoint_of(tensors, config, Path(source)).heads(dtype)
 
 
 def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> Checkpoint:
-    """What a set of named tensors makes up; the config is asked only for what they do not say.
+    """The heads that a set of named tensors forms; the config is used only for what the tensors do not determine.
 
     Raises:
-        CheckpointError: a tensor is unknown, missing or of another shape, or there are none.
+        CheckpointError: a tensor is unknown, missing or of the wrong shape, or there are none.
     """
     tensors = dict(tensors)
     token_map = _token_map(tensors, source)
@@ -153,7 +153,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         raise CheckpointError(f"{source} has no matrix {in_style(first, style)}")
     rows, hidden_size = held[first].shape
     if own and token_map is not None and int(token_map[-1]) + 1 == len(token_map) == rows:
-        token_map = None  # of all tokens
+        token_map = None  # it lists all tokens
     vocab_size = rows if own and token_map is None else _vocab_size(config)
     draft = None
     if token_map is not None:
@@ -198,7 +198,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
 
 
 def _token_map(tensors: dict[str, Tensor], source: Path) -> Tensor | None:
-    """Take the tokens that heads score, rising, out of the tensors, where they are not all."""
+    """Remove the ascending list of token ids that heads score from the tensors and return it, if there is one."""
     name = next((name for name in tensors if name in TOKEN_MAPS), None)
     if name is None:
         return None
@@ -209,7 +209,7 @@ def _token_map(tensors: dict[str, Tensor], source: Path) -> Tensor | None:
 
 
 def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
-    """What every name says; they must all be of one format."""
+    """Parse every tensor name; all names must belong to one format."""
     parts: dict[str, Part] = {}
     for name in tensors:
         part = parse(name)
@@ -229,7 +229,7 @@ def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
 
 
 def _sizes(parts: dict[str, Part], source: Path) -> tuple[int, int]:
-    """The number of heads, and of residual blocks in each, by the names."""
+    """The number of heads, and of residual blocks per head, according to the names."""
     num_heads = 1 + max(part.head for part in parts.values())
     num_layers = max(part.place or 0 if part.layer is None else part.layer + 1 for part in parts.values())
     if max(num_heads, num_layers) > len(parts):
@@ -241,11 +241,11 @@ def _sizes(parts: dict[str, Part], source: Path) -> tuple[int, int]:
 
 
 def _fill(held: dict[str, Tensor], parts: dict[str, Part], num_layers: int) -> list[str]:
-    """Add what a file may leave out: blocks that are one and the same, biases of blocks without; say where it is a guess."""
+    """Add tensors that a file may omit: repetitions of tied blocks, and zero biases. Returns notes on assumptions made."""
     notes = []
     blocks = {part.layer for part in parts.values() if part.layer is not None}
     if len(blocks) == 1 and any(part.place == num_layers > 1 for part in parts.values()):
-        # Tensors that are one and the same are written to safetensors once.
+        # safetensors stores a tensor shared by several names only once.
         notes.append(
             f"one block a head in the file, and LM heads behind {num_layers}: taken as the same one {num_layers} times"
         )
@@ -278,7 +278,7 @@ def _format(style: str, source: Path, shared: bool, num_layers: int) -> str:
 
 
 def _model_file(folder: Path) -> Path | None:
-    """The model file, or index of one in shards, that has heads in it."""
+    """The model file, or the index of its shards, if it contains heads."""
     path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
     return path if path is not None and any(parse(name) for name in tensor_names(path)) else None
 

@@ -1,4 +1,4 @@
-"""Tensor files: safetensors and pickles, whole or in shards, mapped rather than read, and no code run."""
+"""Tensor files: safetensors and pickles, in one file or in shards, memory-mapped, without executing code."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from medusa.checkpoints.names import TOKEN_MAPS
 from medusa.config import INDEX, read_json_object
 from medusa.errors import CheckpointError, one_line
 
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64}  # of token ids
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64}  # for token ids
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in a file or the index of one in shards, without reading them.
+    """The names of the tensors in a file or in an index of shards, without reading the tensors.
 
     Raises:
-        CheckpointError: broken, or a pickle that holds code.
+        CheckpointError: the file is broken, or a pickle that contains code.
     """
     if path.name.endswith(INDEX):
         return list(_weight_map(path))
@@ -35,10 +35,10 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def check_tensors(path: Path) -> None:
-    """Look into a file, or into the index and all shards of one in shards.
+    """Check a file, or an index and all its shards.
 
     Raises:
-        CheckpointError: broken, truncated or missing, or a pickle that holds code.
+        CheckpointError: a file is broken, truncated or missing, or a pickle that contains code.
     """
     if not path.name.endswith(INDEX):
         tensor_names(path)
@@ -50,16 +50,16 @@ def check_tensors(path: Path) -> None:
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:
-    """The bytes of each tensor in a safetensors file; CheckpointError where it is broken."""
+    """The size in bytes of each tensor in a safetensors file; CheckpointError if the file is broken."""
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in _header(path)[0].items()}
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Those tensors of a file, or of one in shards, whose name is wanted. They are mapped: pages are read when used.
+    """The tensors of a file, or of an index of shards, whose names are wanted; memory-mapped, so pages are read when used.
 
     Raises:
-        CheckpointError: broken or truncated, a shard or a tensor that the index names is missing, a tensor that is not
-            of floats, or a pickle that holds code.
+        CheckpointError: a file is broken or truncated, a shard or tensor named in the index is missing, a tensor is not of
+            floats, or a pickle contains code.
     """
     if not path.name.endswith(INDEX):
         return _mapped(path, wanted) if path.suffix == ".safetensors" else _pickled(path, wanted)
@@ -91,7 +91,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """What a safetensors file says of its tensors, and where their bytes begin; safetensors itself checks all of it."""
+    """The header of a safetensors file, checked by safetensors itself, and the offset at which the tensors begin."""
     try:
         with safe_open(path, "np"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -103,7 +103,7 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    # Each tensor is mapped by itself: torch would map the file, which fails for one larger than memory.
+    # Each tensor is mapped separately: torch would map the whole file, which fails if it is larger than memory.
     header, base = _header(path)
     tensors: dict[str, Tensor] = {}
     with path.open("rb") as file:
@@ -119,7 +119,7 @@ def _mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
                 continue
             pages = mmap.mmap(file.fileno(), end - start + skipped, access=mmap.ACCESS_COPY, offset=base + start - skipped)
             flat = torch.frombuffer(pages, dtype=torch.uint8, offset=skipped)
-            # A copy where a narrower tensor before it leaves it unaligned.
+            # Copied if a narrower tensor before it leaves it unaligned.
             flat = flat.clone() if skipped % dtype.itemsize else flat
             tensors[name] = flat.view(dtype).view(header[name]["shape"])
     return tensors
@@ -142,7 +142,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds code, {code[1]}," if code else "is broken or holds code"
         raise CheckpointError(f"{path} {what} and was not loaded; ask its author for safetensors") from None
-    except Exception as error:  # what a broken pickle raises is anyone's guess
+    except Exception as error:  # a broken pickle can raise any error
         raise CheckpointError(f"{path} is broken and was not loaded ({one_line(error, 120)}); copy it again") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted named tensors")

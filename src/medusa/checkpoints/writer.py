@@ -1,4 +1,4 @@
-"""Writing: heads in the format that an engine reads, whole or not at all, and read back before they count."""
+"""Writing: heads in the formats that engines read, atomically, and read back before they count as written."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from medusa.placement import linear_map
 from medusa.runs.files import whole, write_text
 
 FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
-# What of a backbone's folder goes into a merged model, besides its weights.
+# Files of a backbone's folder that a merged model gets besides the weights.
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 NOT_BESIDE = ("*" + INDEX, TREE_FILE, "adapter_config.json", "training.json", "run.json")
 
 
 def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:
-    """Write `medusa_lm_head.safetensors` and its `config.json`, each whole or not at all.
+    """Write `medusa_lm_head.safetensors` and its `config.json`, each atomically.
 
     Args:
-        config: write `config.json`; not where it is the backbone's own.
+        config: whether to write `config.json`; False if the folder already has the backbone's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,17 +52,17 @@ def write_checkpoint(
     backbone: Path | None = None,
     beside: Sequence[Path] = (),
 ) -> None:
-    """Write heads as a new folder in one of `FORMATS`, and read them back; the folder is there at the end or not at all.
+    """Write heads as a new folder in one of `FORMATS` and read them back; the folder appears only when it is complete.
 
     Args:
-        base_model: the backbone's name, as engines are to find it.
-        lm_head: the backbone's, for formats that want it where the heads share it, or shared where they have their own.
-        backbone: the backbone's folder, with safetensors, for a merged model.
+        base_model: name under which engines find the backbone.
+        lm_head: the backbone's LM head, needed if the heads share it but not the format, or the other way round.
+        backbone: folder of the backbone with safetensors, for a merged model.
         beside: files to copy into the folder.
 
     Raises:
-        InvalidInput: no such format, the folder exists, or something that the format needs was not given.
-        CheckpointError: the format cannot hold these heads, or they did not come back as they were.
+        InvalidInput: the format is unknown, the folder exists, or something that the format needs was not given.
+        CheckpointError: the format cannot store these heads, or they differ after being read back.
     """
     output = Path(output).absolute()
     check_request(output, to)
@@ -75,7 +75,7 @@ def write_checkpoint(
         if to == "v0.1":
             try:
                 torch.save(_on_cpu(heads.state_dict()), folder / OLD_HEADS_FILE)
-            except RuntimeError as error:  # torch's word for a disk that is full
+            except RuntimeError as error:  # torch's error for a full disk
                 raise CheckpointError(f"cannot write {folder / OLD_HEADS_FILE}: {one_line(error)}") from None
             dataclasses.replace(heads.config, base_model_name_or_path=base_model).save(folder)
         elif to == "vllm":
@@ -90,7 +90,7 @@ def write_checkpoint(
 
 
 def check_request(output: Path, to: str) -> None:
-    """Refuse a format that is none, and a folder that holds something."""
+    """Refuse an unknown format, and an output folder that is not empty."""
     if to not in FORMATS:
         raise InvalidInput(f"format is {to!r}, wanted one of {', '.join(FORMATS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -98,12 +98,12 @@ def check_request(output: Path, to: str) -> None:
 
 
 def wants_lm_head(shared: bool, to: str) -> bool:
-    """Whether it takes the backbone's LM head to write heads that share it, or have their own, in a format."""
+    """Whether writing these heads in a format needs the backbone's LM head."""
     return (shared and to in ("v0.1", "vllm")) or (not shared and to == "v2")
 
 
 def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
-    """The heads as the format has them: v0.1 with LM heads of their own, v2 with the backbone's."""
+    """The heads in the shape that the format requires: v0.1 with their own LM heads, v2 with the backbone's."""
     if to == "v2" and heads.num_layers != 1:
         raise CheckpointError(f"v2 has one residual block a head, these have {heads.num_layers}; write another format")
     if heads.config.medusa_draft_vocabulary is not None and to in ("v0.1", "v2", "vllm"):
@@ -122,7 +122,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
     if to != "v2" and "bias" in theirs:
         raise CheckpointError(f"{to} has no bias on LM heads, the backbone's has one; write medusa or merged")
     if to == "vllm":
-        return heads  # which has one LM head for all, beside them
+        return heads  # vLLM's format stores the one LM head separately
     held = _on_cpu(heads.state_dict())
     for k in range(len(heads)):
         place = f"{k}.{heads.num_layers}."
@@ -140,7 +140,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
 
 
 def _without_draft_vocabulary(heads: MedusaHeads) -> MedusaHeads:
-    """Heads that share the LM head and score all its tokens."""
+    """A copy of heads that share the LM head, without their draft vocabulary: they score all tokens."""
     config = heads.config
     with torch.device("meta"):
         whole = MedusaHeads(config.hidden_size, config.vocab_size, len(heads), heads.num_layers, True)
@@ -150,7 +150,7 @@ def _without_draft_vocabulary(heads: MedusaHeads) -> MedusaHeads:
 
 
 def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_head: nn.Module | None) -> None:
-    """vLLM's own names, and the keys that its MedusaConfig asks for (0.9.2 to 0.32)."""
+    """Write vLLM's tensor names, and the keys that its MedusaConfig requires (0.9.2 to 0.32)."""
     config = heads.config
     tensors = {in_style(name, "vllm"): tensor for name, tensor in heads.state_dict().items()}
     if config.medusa_shared_lm_head:
@@ -163,7 +163,7 @@ def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_hea
         "vocab_size": config.vocab_size,
         "num_heads": len(heads),
         "num_hidden_layers": heads.num_layers,
-        "medusa_fc_bias": True,  # else biases are passed over in silence
+        "medusa_fc_bias": True,  # otherwise biases are silently ignored
         "original_lm_head": config.medusa_shared_lm_head,
         "base_model_name_or_path": base_model,
     }
@@ -171,7 +171,7 @@ def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_hea
 
 
 def copy_beside(backbone: Path, folder: Path) -> None:
-    """Copy what a backbone's folder holds besides its weights: configurations, tokenizer, code; nothing of heads."""
+    """Copy a backbone's files except weights and anything of heads: configurations, tokenizer, code."""
     for path in backbone.iterdir():
         wanted = any(fnmatch(path.name, pattern) for pattern in BESIDE_WEIGHTS)
         if wanted and path.is_file() and not any(fnmatch(path.name, other) for other in NOT_BESIDE):
@@ -179,7 +179,7 @@ def copy_beside(backbone: Path, folder: Path) -> None:
 
 
 def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
-    """A whole model: the backbone's files as they are, the heads as one more shard, the index and config of both."""
+    """Write a whole model: the backbone's files unchanged, the heads as one more shard, and a joint index and config."""
     index = backbone / (SAFETENSORS + INDEX)
     if (backbone / SAFETENSORS).is_file():
         files = [backbone / SAFETENSORS]
@@ -209,7 +209,7 @@ def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
 
 
 def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
-    """Read the heads back: every tensor must be as it was, to the bit."""
+    """Read the heads back: every tensor must be bit-identical."""
     found, wanted = open_checkpoint(folder), _on_cpu(heads.state_dict())
     if lm_head is not None and heads.config.medusa_shared_lm_head and not found.shared_lm_head:  # vLLM's copy of it
         wanted |= {f"{k}.{heads.num_layers}.weight": _parameters(lm_head, heads)["weight"] for k in range(len(heads))}
@@ -220,7 +220,7 @@ def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
 
 
 def _parameters(lm_head: nn.Module, heads: MedusaHeads) -> dict[str, Tensor]:
-    """Weight, and bias if any, of the backbone's LM head, as they would be in the heads."""
+    """The weight, and bias if any, of the backbone's LM head, in the heads' dtype."""
     found = dict(zip(("weight", "bias"), linear_map(lm_head), strict=True))
     return {name: tensor.to("cpu", heads.dtype) for name, tensor in found.items() if tensor is not None}
 
@@ -230,7 +230,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors, which hold no tensor twice: of those that share memory each gets its own."""
+    """Write safetensors; tensors that share memory are copied first, since the format cannot store shared tensors."""
     seen: set[int] = set()
     own = {}
     for name, tensor in _on_cpu(tensors).items():
