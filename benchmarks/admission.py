@@ -1,8 +1,8 @@
-"""What it gains that a row whose answer ends is replaced at once: tokens a second of a pool, and of batches that wait.
+"""What replacing finished rows at once gains: tokens per second of a pool, compared with batches that wait.
 
     python benchmarks/admission.py smollm2 --prompts alpaca_eval.json --limit 96 --rows 32
 
-The same prompts are answered both ways in turn, with the same seeds; answers are compared in float32.
+The same prompts are answered in both ways in turn, with the same seeds; answers are compared in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decoding speed of the embedded model: transformers' generate, our plain loop and Medusa, side by side in one run.
+"""Decoding speed of the embedded model: transformers' generate, our plain loop and Medusa, compared in one run.
 
     python benchmarks/decode.py [--quick] [--compiled] [--json results/decode.json]
 
@@ -45,7 +45,7 @@ class Setting:
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
-    """Batch 1 in full, larger batches greedily and uncompiled."""
+    """All settings for batch 1; larger batches only greedily and uncompiled."""
     found = []
     for dtype in args.dtypes:
         for batch in args.batches:
@@ -82,7 +82,7 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, Tree], args: argp
             "acceleration_rate": measured.acceleration_rate,
             "overhead": float(overhead(measured.totals(), plain.totals())),
         }
-        # Sampled, transformers draws from another stream; our plain loop and Medusa share theirs.
+        # When sampling, transformers draws from another random stream; our plain loop and Medusa share theirs.
         against = plain if sampled else generate
         wanted = [row_ for rows_ in against.outputs for row_ in rows_]
         row["identical_outputs"] = sum(a == b for a, b in zip(outputs, wanted, strict=True)) / len(wanted)
@@ -94,8 +94,8 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, Tree], args: argp
 
 @torch.inference_mode()
 def gaps_where_outputs_part(model: MedusaModel, prompts: list, outputs: list, wanted: list) -> list[float]:
-    """Why outputs differ: for each prompt where they do, how far apart the two tokens' logits are at the first difference,
-    in steps of the dtype at that size. A few steps are a near-tie that rounding decides."""
+    """Why outputs differ: for each prompt where they do, the distance of the two tokens' logits at the first difference, in
+    rounding steps of the dtype at that magnitude. A few steps are a near-tie that rounding decides."""
     gaps = []
     for prompt, a, b in zip(prompts, outputs, wanted, strict=False):
         place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
@@ -129,7 +129,7 @@ def show(result: dict, console: Console) -> None:
     console.print(table)
     gaps = [gap for row in result["decoders"].values() for gap in row.get("gaps_where_outputs_part", [])]
     if gaps:
-        console.print(f"where greedy outputs part, the two tokens' logits are at most {max(gaps):.0f} roundings apart\n")
+        console.print(f"where greedy outputs diverge, the two tokens' logits are at most {max(gaps):.0f} roundings apart\n")
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true", help="also with our loops compiled (slow to start)")
+    parser.add_argument("--compiled", action="store_true", help="also measure our loops compiled (slow to start)")
     parser.add_argument("--heads", type=Path, help="other heads, with their calibration.json [the embedded model's]")
     parser.add_argument("--quick", action="store_true", help="4 prompts, batch 1, one round")
     parser.add_argument("--json", type=Path, help="write the figures here")

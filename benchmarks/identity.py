@@ -81,7 +81,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def tie(model: MedusaModel, prompt: list[int], got: list[int], wanted: list[int]) -> dict[str, float]:
-    """Where two answers part: the gap between the two tokens, and the model's own noise, relative to the logits' spread."""
+    """Where two answers diverge: the gap between the two tokens, and the model's own noise, relative to the logits' spread."""
     at = next((n for n, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)) - 1)
     text = torch.tensor([prompt + wanted[:at]])
     whole = model.backbone(text).logits[0, -1].float()

@@ -1,4 +1,4 @@
-"""What each part of the training recipe earns: the paper's Table 2 and ablations on the embedded model.
+"""What each part of the training recipe contributes: the paper's Table 2 and ablations on the embedded model.
 
     python benchmarks/recipes.py --data OWN.jsonl --corpus CORPUS.jsonl --work DIR [--steps 300] [--json FILE]
 
@@ -39,7 +39,7 @@ JOINT = {"backbone": "lora", "held_out": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to train; options differ from plain Medusa-1's."""
+    """One way to train, by its differences from plain Medusa-1."""
 
     name: str
     options: dict
@@ -53,7 +53,7 @@ VARIANTS = (
     Variant("lambda_k = 1", {"lambda_base": 1.0}),
     Variant("corpus data", {}, data="corpus"),
     Variant("shared LM head", {"shared_lm_head": True}),
-    # Table 2. Stage 1 of the two stages is plain Medusa-1; beside them, as many steps of it again.
+    # Table 2. The first of the two stages is plain Medusa-1; for comparison, plain Medusa-1 for twice as many steps.
     Variant("medusa-1, twice as long", {}, start="medusa-1"),
     Variant("medusa-2, two stages", JOINT | {"lm_loss": "labels", "lambda_0": 0.2}, start="medusa-1"),
     Variant("medusa-2, two stages, distilled", JOINT | {"lm_loss": "distill", "lambda_0": 0.2}, start="medusa-1"),
@@ -67,13 +67,13 @@ VARIANTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="what the backbone wrote")
-    parser.add_argument("--corpus", type=Path, required=True, help="what the backbone was trained on")
+    parser.add_argument("--data", type=Path, required=True, help="text written by the backbone")
+    parser.add_argument("--corpus", type=Path, required=True, help="text the backbone was trained on")
     parser.add_argument("--work", type=Path, required=True, help="folder for heads, hidden states and results")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=320)
-    parser.add_argument("--learning-rate", type=float, default=6e-3, help="of the heads; joint training takes a third of it")
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="peak, for the heads; joint training uses a third")
     parser.add_argument("--nodes", type=int, default=16)
     parser.add_argument("--only", nargs="+", help="names of variants")
     parser.add_argument("--json", type=Path)
@@ -85,7 +85,7 @@ def main() -> None:
         name: load_rows(path, tokenizer, args.length, 1 << 30) for name, path in (("own", args.data), ("corpus", args.corpus))
     }
     rows_needed = args.steps * args.batch_size
-    for name, found in data.items():  # no more than one pass takes, the same for all
+    for name, found in data.items():  # at most one pass, the same number of rows for all
         data[name] = dataclasses.replace(found, rows=found.rows[:: max(1, len(found) // rows_needed)][:rows_needed])
 
     console, results = Console(), {}
@@ -137,7 +137,7 @@ def run(variant: Variant, folder: Path, rows, args: argparse.Namespace) -> None:
 
 
 def measure(model: MedusaModel, nodes: int, num_heads: int | None = None) -> dict:
-    """Accuracies on the model's own greedy continuations of calibration prompts, and tokens a step on others."""
+    """Accuracies on the model's own greedy continuations of calibration prompts, and tokens per step on others."""
     calibration = calibrate(
         model, [prompt.ids for prompt in held_out_prompts("calibration")], max_new_tokens=NEW_TOKENS, batch_size=BATCH
     )
@@ -154,7 +154,7 @@ def measure(model: MedusaModel, nodes: int, num_heads: int | None = None) -> dic
 
 @torch.inference_mode()
 def text_loss(model: MedusaModel) -> float:
-    """Mean cross-entropy of the backbone on held-out text, in nats a token."""
+    """Mean cross-entropy of the backbone on held-out text, in nats per token."""
     total = count = 0.0
     for prompt in held_out_prompts():
         hidden = model.hidden_states(prompt.ids[None])[0, :-1]
@@ -166,7 +166,7 @@ def text_loss(model: MedusaModel) -> float:
 def show(console: Console, name: str, found: dict) -> None:
     heads = " ".join(f"{row[0]:.3f}" for row in found["accuracies"])
     rate, ratio = found["acceleration_rate"], found["perplexity_ratio"]
-    console.print(f"{name}: heads {heads}, {rate:.2f} tokens a step, {ratio:.4f} times the original's perplexity")
+    console.print(f"{name}: heads {heads}, {rate:.2f} tokens per step, {ratio:.4f} times the original's perplexity")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a step costs: time against tree size on random-weight Llamas, split into its parts.
+"""The cost of a step: time by tree size on Llamas with random weights, split into its parts.
 
     python benchmarks/step_cost.py [--shapes 160m 1.1b vicuna-7b] [--nodes 1 16 32 64] [--shared] [--hardware FILE] [--json F]
 
@@ -39,7 +39,7 @@ PARTS = ("backbone", "heads", "accept", "keep")
 
 
 def tree_of(nodes: int, heads: int) -> MedusaTree:
-    """A tree of a size that uses all heads: the chain of first guesses, then further guesses level by level."""
+    """A tree of a given size that uses all heads: the chain of first guesses, then further guesses level by level."""
     if nodes == 1:
         return MedusaTree([])
     paths: list[tuple[int, ...]] = [(0,) * depth for depth in range(1, heads + 1)][: nodes - 1]
@@ -107,7 +107,7 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
 
 
 def add_prediction(rows: list[dict], model: MedusaModel, hardware: Hardware, args: argparse.Namespace) -> None:
-    """Beside each row its predicted time and overhead, and how far the predicted overhead is off."""
+    """Add to each row its predicted time and overhead, and the error of the predicted overhead."""
     setting = Setting(shape_of(model.backbone.config), hardware, "bfloat16", args.num_heads, own_lm_heads=not args.shared)
     length = args.context + args.steps * args.rounds // 2  # a step accepts about one token
     for row in rows:
@@ -118,7 +118,7 @@ def add_prediction(rows: list[dict], model: MedusaModel, hardware: Hardware, arg
 
 
 def split(model: Decodable, state: DecodingState, options: DecodingOptions, steps: int, device: str) -> dict[str, float]:
-    """The share of each part in the time of a step, from the profiler."""
+    """The share of each part of a step's time, from the profiler."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     start = now(device)
     with profile(activities=activities) as profiler:
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shared", action="store_true", help="heads share the LM head")
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--hardware", help="a machine's name or a file of `medusa simulate --measure`: predict beside")
+    parser.add_argument("--hardware", help="a machine's name or a file of `medusa simulate --measure`: compare")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     hardware = load_hardware(args.hardware) if args.hardware else None

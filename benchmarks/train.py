@@ -1,4 +1,4 @@
-"""What training costs: the loss beside the plain one, and a Medusa-1 step beside the frozen forward that bounds it.
+"""The cost of training: our loss compared with plain logits, and a Medusa-1 step with the frozen forward pass that bounds it.
 
     python benchmarks/train.py [--parts loss step] [--shapes 16m 160m] [--json FILE]
 
@@ -50,7 +50,7 @@ def loss_of(variant: str, states: torch.Tensor, lm_head: nn.Linear, labels: torc
         return linear_cross_entropy(states, lm_head, hard_targets(labels), chunk, dtype)
     if variant == "torch":
         options = nn.LinearCrossEntropyOptions()
-        # Without reduction: in bfloat16 its sum is off by percents.
+        # Without reduction: its sum in bfloat16 is wrong by several per cent.
         return (
             F.linear_cross_entropy(states.to(dtype), lm_head.weight.to(dtype), labels, reduction="none", options=options)
             .double()
@@ -64,7 +64,7 @@ def loss_of(variant: str, states: torch.Tensor, lm_head: nn.Linear, labels: torc
 def measure_loss(
     variant: str, own: bool, vocab: int, hidden: int, tokens: int, dtype: torch.dtype, device: str, rounds: int
 ) -> dict:
-    """Seconds and peak memory of the loss of all heads with its gradients, in this process."""
+    """Seconds and peak memory of all heads' loss and its gradients, in this process."""
     torch.manual_seed(0)
     lm_heads = [nn.Linear(hidden, vocab, bias=False, device=device) for _ in range(HEADS if own else 1)]
     for lm_head in lm_heads:
@@ -95,7 +95,7 @@ def now(device: str) -> float:
 
 
 def measure_step(shape: str, rows: int, length: int, device: str, rounds: int) -> dict:
-    """Seconds of the frozen forward, and of a training step online and from kept hidden states."""
+    """Seconds of the frozen forward pass, and of a training step online and from stored hidden states."""
     config = LlamaConfig(max_position_embeddings=max(2048, length), **SHAPES[shape])
     torch.manual_seed(0)
     with torch.device(device):
@@ -150,7 +150,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128_000)
     parser.add_argument("--hidden", type=int, default=512 if device == "cpu" else 4096)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--own-lm-heads", action="store_true", help="of the loss, which without has a frozen one for all")
+    parser.add_argument(
+        "--own-lm-heads",
+        action="store_true",
+        help="loss of heads with their own LM heads, not a frozen one",
+    )
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512 if device == "cpu" else 2048)
     parser.add_argument("--rounds", type=int, default=3)
@@ -205,7 +209,7 @@ def main() -> None:
             for name, seconds in found["seconds"].items():
                 rate = found["tokens_per_second"][name]
                 table.add_row(shape, name, f"{seconds:.3f}", f"{rate:.0f}", f"{found['ratios'][name]:.2f}")
-        console.print(f"Medusa-1, {HEADS} heads with LM heads of their own, {args.rows} rows of {args.length} tokens, bfloat16")
+        console.print(f"Medusa-1, {HEADS} heads with their own LM heads, {args.rows} rows of {args.length} tokens, bfloat16")
         console.print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether what `medusa tune` promises comes true on other prompts, and whether the tree it chooses is the best there is.
+"""Whether the promises of `medusa tune` hold on other prompts, and whether the tree it chooses is the fastest.
 
     python benchmarks/tuning.py [--prompts FILE.jsonl] [--parts rates speed] [--json results/tuning.json]
 
@@ -37,12 +37,12 @@ BATCH = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, help="JSON lines with input_ids (default: the held-out prompts that ship)")
+    parser.add_argument("--prompts", type=Path, help="JSON lines with input_ids (default: the shipped held-out prompts)")
     parser.add_argument("--parts", nargs="+", choices=("rates", "speed"), default=["rates", "speed"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--nodes", nargs="+", type=int, default=list(NODES), help="sizes that are tried for speed")
-    parser.add_argument("--rate-nodes", nargs="+", type=int, default=[8, 16], help="sizes whose rates are decoded")
-    parser.add_argument("--timed", type=int, default=16, help="prompts that every tree decodes for speed")
+    parser.add_argument("--nodes", nargs="+", type=int, default=list(NODES), help="tree sizes whose speed is measured")
+    parser.add_argument("--rate-nodes", nargs="+", type=int, default=[8, 16], help="tree sizes whose rate is measured")
+    parser.add_argument("--timed", type=int, default=16, help="number of prompts that every tree decodes for speed")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=1)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def halves(path: Path | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The prompts dealt into two halves, at random but always the same."""
+    """The prompts in two random halves, always the same ones."""
     if path is None:
         prompts = [prompt.ids for split in ("calibration", "test") for prompt in held_out_prompts(split)]
     else:
@@ -97,7 +97,7 @@ def rates(
     args: argparse.Namespace,
     progress: Progress,
 ) -> list[dict]:
-    """Per tree: tokens a step as expected and as decoded on other prompts."""
+    """Tokens per step of each tree, as expected and as decoded on other prompts."""
     calibration = Calibration.of(texts)
     tried = [trees.option(kind, size) for kind in args.kinds for size in args.rate_nodes]
     decoders: dict[str, Decoder] = {
@@ -136,7 +136,7 @@ def speed(
     args: argparse.Namespace,
     progress: Progress,
 ) -> dict:
-    """What tune promises of every tree and chooses, and what comes of each on other prompts."""
+    """The speed that tune promises for every tree, its choice, and the speed of each tree on other prompts."""
     ids = texts[0].ids[None, : texts[0].start + 1]
     task = progress.add_task("timing steps", total=None)
 

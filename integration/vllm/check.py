@@ -1,4 +1,4 @@
-"""The embedded model and its exported heads in vLLM: is greedy output the backbone's, are drafts accepted as predicted?
+"""The embedded model and its exported heads in vLLM: does greedy output equal the backbone's, are drafts accepted as predicted?
 
 Prints a table and exits 1 where the answer is no.
 """
@@ -20,7 +20,7 @@ from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.checkpoints.conversion import convert
 from medusa.evaluation.prompts import held_out_prompts
 
-TOLERANCE = 0.02  # accepted drafts a step: near-ties of the heads' first guesses may be rounded otherwise
+TOLERANCE = 0.02  # accepted drafts per step: near-ties of the heads' first guesses may be rounded differently
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     prompts = [prompt.ids[None] for prompt in held_out_prompts()[: args.prompts]]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        # By itself: vLLM takes every safetensors file in the folder for the backbone's.
+        # In a folder of its own: vLLM treats every safetensors file in the folder as the backbone's.
         model.backbone.save_pretrained(work / "backbone")
         AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(work / "backbone")
         (work / "prompts.json").write_text(json.dumps([prompt[0].tolist() for prompt in prompts]))
@@ -49,7 +49,7 @@ def main() -> None:
     print(
         f"{len(prompts)} held-out prompts of {prompts[0].shape[1]} tokens, {args.new_tokens} new ones each, greedy, float32\n"
     )
-    print("| | output is the backbone's | accepted drafts a step | by position |\n|---|---|---|---|")
+    print("| | output equals the backbone's | accepted drafts per step | by position |\n|---|---|---|---|")
     print(f"| predicted: our decoder, a chain of {model.num_heads} | | {predicted:.3f} | {shares(accepted, steps)} |")
     freely, in_steps = ours(model, prompts, args.new_tokens, model.tree)
     print(f"| our decoder, its tree of {len(model.tree)} nodes | | {sum(freely) / in_steps:.3f} | {shares(freely, in_steps)} |")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, work: Path, heads: Path | None, num_heads: int) -> dict:
-    """What vLLM made of the prompts, and its counts."""
+    """vLLM's continuations of the prompts, and its counts of drafts."""
     command = [args.engine, Path(__file__).with_name("engine.py"), work / "backbone", work / "prompts.json", work / "out.json"]
     command += ["--new-tokens", str(args.new_tokens)]
     if heads is not None:
@@ -86,10 +86,10 @@ def greedy(model: MedusaModel, prompt: torch.Tensor, new_tokens: int) -> list[in
 
 
 def ours(model: MedusaModel, prompts: list[torch.Tensor], new_tokens: int, tree: MedusaTree) -> tuple[list[int], int]:
-    """Accepted drafts by position, and steps, of our decoder with a tree."""
+    """Our decoder's accepted drafts by position with a tree, and its number of steps."""
     accepted, steps = [0] * tree.depth, 0
     for prompt in prompts:
-        # vLLM emits the first root with the prompt's pass, and counts the whole path of a step that the limit cuts short.
+        # vLLM emits the first root with the prompt's pass, and counts the whole path of a step cut short by the limit.
         beyond = new_tokens + model.num_heads + 1
         out = model.generate(prompt, max_new_tokens=beyond, do_sample=False, tree=tree, return_dict_in_generate=True)
         emitted = 1

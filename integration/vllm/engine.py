@@ -1,4 +1,4 @@
-"""Run in vLLM's environment: greedy generation with and without Medusa drafts, and how many drafts were accepted."""
+"""Runs in vLLM's environment: greedy generation with and without Medusa drafts, and the number of accepted drafts."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("backbone")
 parser.add_argument("prompts", type=Path, help="JSON: lists of token ids")
 parser.add_argument("output", type=Path)
-parser.add_argument("--heads", help="a folder that vLLM reads; none decodes plainly")
+parser.add_argument("--heads", help="folder of heads that vLLM reads; default: plain decoding")
 parser.add_argument("--num-heads", type=int)
 parser.add_argument("--new-tokens", type=int, required=True)
 args = parser.parse_args()
@@ -21,11 +21,11 @@ args = parser.parse_args()
 speculative = {"method": "medusa", "model": args.heads, "num_speculative_tokens": args.num_heads} if args.heads else None
 llm = LLM(
     args.backbone,
-    dtype="float32",  # where greedy output is promised to be the backbone's own
+    dtype="float32",  # in which greedy output is guaranteed to be the backbone's own
     max_model_len=512,
     max_num_seqs=1,
     enforce_eager=True,
-    disable_log_stats=False,  # without it nothing is counted
+    disable_log_stats=False,  # otherwise nothing is counted
     speculative_config=speculative,
 )
 prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(args.prompts.read_text())]
