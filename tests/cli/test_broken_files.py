@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from medusa.checkpoints.writer import save_heads
 from medusa.cli import main
 from medusa.errors import MedusaError
-from medusa.training.distill import Shards
+from medusa.training.distillation import Shards
 from tiny import random_heads, tiny_backbone
 
 TALK = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat down there"}]}

@@ -16,7 +16,7 @@ from data.test_endpoint import Server
 from medusa.cli import main
 from medusa.data.endpoint import Endpoint, EndpointRefused
 from medusa.errors import InvalidInput
-from medusa.evaluation.judge import grades, judge, read_grade, read_tasks, spent
+from medusa.evaluation.grading import grade_tasks, grades, read_grade, read_tasks, spent
 from medusa.runs.records import Journal
 
 MATH = {
@@ -65,7 +65,7 @@ def journal(tmp_path) -> Journal:
 def test_an_answer_that_several_decoders_gave_is_graded_once_and_counts_for_each(tmp_path, server):
     tasks = read_tasks(write(tmp_path / "answers.jsonl", MATH, POEM))
     kept = journal(tmp_path)
-    assert not judge(tasks, Endpoint(server.url, "j"), kept, at_once=2)
+    assert not grade_tasks(tasks, Endpoint(server.url, "j"), kept, at_once=2)
     # First turn alike; second turn and poem in two versions each.
     assert len(server.requests) == len(tasks) == 5 and server.most_under_way <= 2
     found = grades(tasks, kept)
@@ -112,16 +112,16 @@ def test_nonsense_is_asked_again_then_counted_and_tried_by_the_next_run(tmp_path
     tasks = read_tasks(write(tmp_path / "answers.jsonl", POEM))
     server.script = [(200, {}, said("Nice.")), (200, {}, said("Grade: 77")), (200, {}, said("Nice.\nGrade: 5"))]
     kept = journal(tmp_path)
-    assert not judge(tasks[:1], Endpoint(server.url, "j"), kept)
+    assert not grade_tasks(tasks[:1], Endpoint(server.url, "j"), kept)
     assert len(server.requests) == 3 and server.requests[0][1]["temperature"] == 0.0 < server.requests[1][1]["temperature"]
     assert kept.records[tasks[0].id]["grade"] == 5.0 and spent(kept).prompt_tokens == 300
 
     server.script = [(200, {}, said("Nice.")) for _ in range(3)]
     kept = journal(tmp_path)
-    failed = judge(tasks, Endpoint(server.url, "j"), kept)
+    failed = grade_tasks(tasks, Endpoint(server.url, "j"), kept)
     assert failed == {"no grade from 1 to 10 in 3 verdicts": 1} and grades(tasks, kept)["typical"]["overall"]["failed"] == 1
     kept = journal(tmp_path)
-    assert not judge(tasks, Endpoint(server.url, "j"), kept)
+    assert not grade_tasks(tasks, Endpoint(server.url, "j"), kept)
     assert grades(tasks, kept)["typical"]["overall"]["grade"] == 6.0
     assert spent(kept).prompt_tokens == 700  # the tries that failed were paid for too
 
@@ -130,9 +130,9 @@ def test_failures_of_the_endpoint_are_waited_out_or_counted(tmp_path, server):
     tasks = read_tasks(write(tmp_path / "answers.jsonl", POEM))
     server.script = [(429, {"Retry-After": "0.05"}, "slow down"), (503, {}, "busy")]
     kept = journal(tmp_path)
-    assert not judge(tasks[:1], Endpoint(server.url, "j", sleep=lambda _: None), kept)
+    assert not grade_tasks(tasks[:1], Endpoint(server.url, "j", sleep=lambda _: None), kept)
     server.script = [(200, {}, b"<html>")]
-    (reason,) = judge(tasks, Endpoint(server.url, "j"), kept)
+    (reason,) = grade_tasks(tasks, Endpoint(server.url, "j"), kept)
     assert "something else than a chat completion" in reason
 
 
@@ -140,7 +140,7 @@ def test_a_refused_key_stops_the_run_and_keeps_the_grades(tmp_path, server):
     tasks = read_tasks(write(tmp_path / "answers.jsonl", MATH, POEM))
     server.script = [(200, {}, said("Grade: 4")), (401, {}, "bad key")]
     with pytest.raises(EndpointRefused, match="bad key"):
-        judge(tasks, Endpoint(server.url, "j"), journal(tmp_path), at_once=1)
+        grade_tasks(tasks, Endpoint(server.url, "j"), journal(tmp_path), at_once=1)
     assert [record["grade"] for record in journal(tmp_path).records.values()][:1] == [4.0]
 
 

@@ -60,7 +60,15 @@ def distill_command(
     common.quiet_transformers()
     from medusa.data.endpoint import Endpoint
     from medusa.data.samples import Skips
-    from medusa.training.distill import Answerer, Distillation, EndpointAnswerer, ModelAnswerer, Shards, distill, read_seeds
+    from medusa.training.distillation import (
+        Answerer,
+        Distillation,
+        EndpointAnswerer,
+        ModelAnswerer,
+        Shards,
+        answer_seeds,
+        read_seeds,
+    )
     from medusa.training.questions import write_questions
 
     if samples < 1 or (limit is not None and limit < 1) or ray < 0:
@@ -90,7 +98,7 @@ def distill_command(
         shards = Shards(output, made_by)
         questions = write_questions(made.model, made.tokenizer, output, samples, batch_size, seed, compile)
         seeds = read_seeds(questions, skips)[:samples]
-        done = distill(seeds, made, shards)
+        done = answer_seeds(seeds, made, shards)
     else:
         seeds = read_seeds(data, skips)[:limit]
         if not seeds:
@@ -101,7 +109,7 @@ def distill_command(
             made_of: Answerer = RayAnswerer(answerer, ray, batch_size)
         else:
             made_of = answerer()
-        done = distill(seeds, made_of, Shards(output, made_by))  # claimed only now: a run that cannot load leaves nothing
+        done = answer_seeds(seeds, made_of, Shards(output, made_by))  # claimed only now: a run that cannot load leaves nothing
     if skips:
         common.note(f"skipped {skips}")
     for reason, number in done.failed.most_common():

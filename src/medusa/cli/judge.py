@@ -42,7 +42,7 @@ def judge_command(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from medusa.data.endpoint import Endpoint
-    from medusa.evaluation.judge import CLAIM, GRADES, SYSTEM, grades, is_graded, judge, read_tasks, spent
+    from medusa.evaluation.grading import CLAIM, GRADES, SYSTEM, grade_tasks, grades, is_graded, read_tasks, spent
     from medusa.runs.files import write_text
     from medusa.runs.records import Journal, claim
 
@@ -55,7 +55,7 @@ def judge_command(
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("judging", total=len(tasks), completed=already)
-        failed = judge(tasks, asked, journal, batch_size, tries, lambda: progress.advance(bar))
+        failed = grade_tasks(tasks, asked, journal, batch_size, tries, lambda: progress.advance(bar))
     used = spent(journal)
     record: dict[str, Any] = {
         "judge_model": judge_model,

@@ -177,7 +177,7 @@ def train_command(
     from medusa.data.samples import Skips, read_samples
     from medusa.model import MedusaModel
     from medusa.training.data import load_rows
-    from medusa.training.run import FEWEST_TO_HOLD_OUT_OF, number_to_hold_out, refuse_begun, train
+    from medusa.training.run import FEWEST_TO_HOLD_OUT_OF, number_to_hold_out, refuse_begun, train_heads
 
     # What needs no model to be known.
     if output is not None and not preview:
@@ -215,7 +215,7 @@ def train_command(
                 else f"fewer than {FEWEST_TO_HOLD_OUT_OF} rows are too few to hold any out"
             )
             common.note(f"{why}: the heads are measured on rows they learn, which flatters them; better give --eval-data")
-    metrics = train(medusa, rows, output, recipe, eval_rows, resume, hidden_states)
+    metrics = train_heads(medusa, rows, output, recipe, eval_rows, resume, hidden_states)
     if not main:
         return
     if recipe.backbone == "full":

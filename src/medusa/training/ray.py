@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from medusa.errors import InvalidInput
-from medusa.training.distill import Answerer, Seed
+from medusa.training.distillation import Answerer, Seed
 
 
 class RayAnswerer:

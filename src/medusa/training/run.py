@@ -32,10 +32,10 @@ from medusa.model import MedusaModel
 from medusa.runs.files import write_text
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import hold, make_folder, refuse_other
-from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate, draft_vocabulary
 from medusa.training.hidden_states import keep
+from medusa.training.model_card import write_card
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
 
@@ -45,7 +45,7 @@ FREE_TO_CHANGE = ("max_steps", "epochs", "logging_steps", "eval_steps", "save_st
 MOST_HELD_OUT, FEWEST_TO_HOLD_OUT_OF = 512, 10  # rows
 
 
-def train(
+def train_heads(
     model: MedusaModel,
     rows: Rows,
     output: str | Path,
@@ -101,7 +101,7 @@ def _train(
         if not (resume and (first / RECORD).is_file()):
             steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
             alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
-            train(model, rows, first, alone, eval_rows, resume, callbacks=callbacks)
+            train_heads(model, rows, first, alone, eval_rows, resume, callbacks=callbacks)
         model = MedusaModel(model.backbone, load_heads(first))
 
     if config.joint and config.lm_loss == "distill" and getattr(model.backbone, "hf_quantizer", None) is not None:

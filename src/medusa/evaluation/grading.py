@@ -114,7 +114,7 @@ def read_grade(text: str) -> float | None:
     return grade if 1 <= grade <= 10 else None
 
 
-def judge(
+def grade_tasks(
     tasks: Sequence[Task],
     endpoint: Endpoint,
     journal: Journal,

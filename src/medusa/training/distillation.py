@@ -153,7 +153,7 @@ class Distilled:
     seconds: float
 
 
-def distill(seeds: Sequence[Seed], answerer: Answerer, shards: Shards) -> Distilled:
+def answer_seeds(seeds: Sequence[Seed], answerer: Answerer, shards: Shards) -> Distilled:
     """Answer every seed whose sample is not there yet. Killed at any moment, the same call goes on where it was."""
     left = [seed for seed in seeds if seed.id not in shards.done]
     already, made, tokens, failed = len(seeds) - len(left), 0, 0, Counter[str]()
