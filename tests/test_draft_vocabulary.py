@@ -99,8 +99,8 @@ def test_a_draft_vocabulary_of_nonsense_is_refused(tmp_path):
 
 def test_the_commonest_tokens_are_chosen():
     ids = torch.tensor([5] * 97 + [7] * 2 + [9] + [1] * 50, dtype=torch.int32)
-    spoken = torch.tensor([True] * 100 + [False] * 50)
-    rows = Rows([Row(ids, spoken, (150,))])
+    loss_mask = torch.tensor([True] * 100 + [False] * 50)
+    rows = Rows([Row(ids, loss_mask, (150,))])
     assert draft_vocabulary(rows, "all", 64) is None
     assert draft_vocabulary(rows, "auto", 64).tolist() == [5, 7]
     assert draft_vocabulary(rows, "3", 64).tolist() == [5, 7, 9]

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("httpx")
 
+import medusa
 from data.test_endpoint import Server
 from medusa.cli import main
 from medusa.data.endpoint import Endpoint, EndpointRefused
@@ -148,7 +149,7 @@ def test_a_refused_key_stops_the_run_and_keeps_the_grades(tmp_path, server):
     ("records", "message"),
     [
         ([], "holds no answers"),
-        ([{"id": "x", "turns": ["a"]}], "answers.jsonl:1 is no answer of a bench"),
+        ([{"id": "x", "turns": ["a"]}], "answers.jsonl:1 is not an answer of a bench"),
         ([{**POEM, "answers": {"plain": ["a", "b"]}}], "the answers of 'plain' are not a list of strings, one a turn"),
         ([{**POEM, "answers": {"plain": [1]}}], "are not a list of strings"),
     ],
@@ -202,6 +203,16 @@ def test_the_command_shows_a_table_and_says_what_failed(tmp_path, server, monkey
     assert stop.value.code == 1 and "1 answers have no grade; the same command tries them again" in shown.err
     assert re.search(r"writing\W+6\.00", shown.out) and "cost 0.0002" in shown.err
     monkeypatch.setattr(sys, "argv", ["medusa", *arguments(answers, server, "--price-in", "-1")])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main()
-    assert "--price-in is -1.0, wanted at least 0" in capsys.readouterr().err
+    assert "--price-in" in capsys.readouterr().err
+
+
+def test_judge_from_python_returns_the_record_that_it_saves(tmp_path, server):
+    answers = write(tmp_path / "answers.jsonl", MATH, POEM)
+    record = medusa.judge(answers, server.url, "a/j", tmp_path / "grades", price_out=5.0)
+    assert json.loads((tmp_path / "grades" / "judge.json").read_text()) == record
+    assert record["failed"] == {} and record["decoders"]["plain"]["writing"]["grade"] == 6.0
+    asked = len(server.requests)
+    assert medusa.judge(answers, server.url, "a/j", tmp_path / "grades", price_out=5.0) == record
+    assert len(server.requests) == asked

@@ -17,8 +17,9 @@ from data.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 from medusa import EMBEDDED, MedusaModel
 from medusa.data.samples import Skips, read_samples
 from medusa.errors import InvalidInput
+from medusa.training.answerers import EndpointAnswerer, ModelAnswerer
 from medusa.training.data import load_rows
-from medusa.training.distillation import Distillation, EndpointAnswerer, ModelAnswerer, Seed, Shards, answer_seeds, read_seeds
+from medusa.training.distillation import Distillation, Seed, Shards, answer_seeds, read_seeds
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
 
 SYSTEM, HI, BYE = (
@@ -144,7 +145,7 @@ def test_plain_text_is_continued_as_token_ids(tmp_path, model, tokenizer):
     assert record["input_ids"][:5] == prompt and len(record["input_ids"]) == 14
     assert record["input_ids"][5:] == plain_greedy(model.backbone, torch.tensor([prompt]), 9)
     (row,) = load_rows(tmp_path, tokenizer, 64, len(tokenizer))
-    assert row.spoken.tolist() == [False] * 5 + [True] * 9  # the prompt is not the model's speech
+    assert row.loss_mask.tolist() == [False] * 5 + [True] * 9  # the prompt is not the model's speech
 
 
 def test_an_answer_that_was_cut_off_does_not_teach_to_stop(tmp_path, model, tokenizer):
@@ -154,7 +155,9 @@ def test_an_answer_that_was_cut_off_does_not_teach_to_stop(tmp_path, model, toke
     assert record["cut"] and len(record["messages"]) == 2
     (row,) = load_rows(tmp_path, tokenizer, 64, len(tokenizer))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert row.spoken.sum() >= 1 and not any(spoken and token == end for token, spoken in zip(row.ids, row.spoken, strict=True))
+    assert row.loss_mask.sum() >= 1 and not any(
+        loss_mask and token == end for token, loss_mask in zip(row.ids, row.loss_mask, strict=True)
+    )
 
 
 def test_one_seed_that_the_template_refuses_fails_alone(tmp_path, model):

@@ -76,7 +76,7 @@ def train_heads(
     make_folder(output)
     if hidden_states is not None and config.joint:
         raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
-    with hold(output / IDENTITY) if _writes() else nullcontext():
+    with hold(output / IDENTITY) if is_main_process() else nullcontext():
         _claim(output, model, rows, config, resume)
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
 
@@ -141,8 +141,8 @@ def _train(
     return metrics
 
 
-def _writes() -> bool:
-    """Of several processes, whether this is the one that writes; known before they are set up."""
+def is_main_process() -> bool:
+    """Whether this is the one of several processes that writes; known before they are set up."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -154,7 +154,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
     refuse_begun(output, resume)
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         refuse_other(output, read_json_object(path), wanted)
-    if _writes():
+    if is_main_process():
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         if not resume:  # nothing of an earlier run may be taken for this one's
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
