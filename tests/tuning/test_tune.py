@@ -50,6 +50,33 @@ def test_on_a_slow_machine_plain_decoding_is_chosen(trees):
     assert tune(trees, machine(1.0), sizes=SIZES, always=True).chosen[1].kind != "plain"
 
 
+def test_a_tree_is_as_deep_as_its_heads_are_worth(trees):
+    """Of every size: all heads where they are free and help, one where each costs more than it brings."""
+
+    def timed(per_head: float):
+        return tune(trees, lambda tried, batch: [1.0 + per_head * tree.depth for tree in tried], ("dynamic",), SIZES)
+
+    for option in timed(0.0).options:
+        every = [trees.option("dynamic", len(option.tree), depth) for depth in trees.depths("dynamic", len(option.tree))]
+        assert option.acceleration_rate == max(each.acceleration_rate for each in every)
+    assert {option.tree.depth for option in timed(5.0).options} == {1}
+
+
+def test_each_size_is_timed_at_one_depth_once_a_few_told_what_heads_cost(trees):
+    seen = []
+
+    def measure(tried, batch):
+        seen.append(list(tried))
+        return machine(0.01)(tried, batch)
+
+    tuned = tune(trees, measure, ("dynamic",), SIZES)
+    probed, chosen, depths = seen
+    assert all(tried[0] == MedusaTree([]) for tried in seen)
+    assert [(len(tree), tree.depth) for tree in probed[1:]] == [(2, 1), (8, 1), (8, 2), (32, 1), (32, 2)]
+    assert [len(tree) for tree in chosen[1:]] == list(SIZES)
+    assert [tree.depth for tree in depths[1:]] == list(trees.depths("dynamic", len(tuned.chosen[1].tree)))
+
+
 def test_larger_batches_get_smaller_trees(trees):
     tuned = tune(trees, machine(0.001, per_row=0.02), sizes=SIZES, batches=(1, 64))
     assert len(tuned.chosen[64].tree) < len(tuned.chosen[1].tree)
@@ -72,7 +99,7 @@ def test_acceptance_is_judged_on_texts_that_the_tree_was_not_chosen_on(model):
 
 def test_noise_in_a_timing_promises_no_more_than_is_accepted(trees):
     """A plain step that reads ten times too long once, at whichever time it is measured."""
-    for bad in (0, 1):
+    for bad in range(5):
         calls = []
 
         def measure(tried, batch, calls=calls, bad=bad):

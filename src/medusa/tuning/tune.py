@@ -1,7 +1,11 @@
-"""Tuning: the kind and size of tree that give this model the most tokens a second on this machine.
+"""Tuning: the kind, size and depth of tree that give this model the most tokens a second on this machine.
 
 What a tree accepts is replayed on recorded texts, what its step costs is measured here, and the quotient decides. Where no tree
 pays, the root alone, plain decoding, is chosen.
+
+Replay is cheap, timing is not. So trees of every kind, size and depth are replayed, and a few are timed: of each kind three
+sizes with one head and with all. A step's time is nearly linear in the nodes and in the heads; a plane fitted to these times
+predicts the most promising depth of every kind and size. The tree of that depth is timed itself; of the fastest, all depths.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +81,7 @@ class Trees:
             raise InvalidInput("one text cannot both choose trees and judge them; give more prompts")
         self._halves = [list(texts), list(texts[::2]), list(texts[1::2])]  # the first: all of them
         self._calibrations = [Calibration.of(half) for half in self._halves]
+        self._options: dict[tuple[str, int, int], Option] = {}
 
     @property
     def heads(self) -> int:
@@ -93,9 +99,22 @@ class Trees:
             return search_tree(self._calibrations[half].accuracies[:depth], size)
         return fit_static_tree(self._halves[half], size, depth)
 
+    def depths(self, kind: str, size: int) -> range:
+        """The numbers of heads that a tree of a kind and size can use: each head needs a node."""
+        return range(1, max(1, min(self.heads, size - copied_nodes(kind, size) - 1)) + 1)
+
     def option(self, kind: str, size: int, depth: int | None = None) -> Option:
-        """A tree with what it accepts, where each half of the texts judges a tree chosen on the other."""
-        depth = depth or self.heads
+        """A tree with what it accepts, where each half of the texts judges a tree chosen on the other.
+
+        Args:
+            depth: number of heads; None is all that a tree of this size can use.
+        """
+        key = kind, size, depth or self.depths(kind, size)[-1]
+        if key not in self._options:
+            self._options[key] = self._option(*key)
+        return self._options[key]
+
+    def _option(self, kind: str, size: int, depth: int) -> Option:
         judged = [replay(self._halves[3 - half], self.tree(kind, size, depth, half)) for half in (1, 2)]
         both = dataclasses.replace(
             judged[0],
@@ -225,23 +244,64 @@ def tune(
     batches: Sequence[int] = (1,),
     always: bool = False,
 ) -> Tuned:
-    """Try kinds and sizes at full depth, then depths of the best; choose for each batch size.
+    """Try every kind and size at its most promising depth, then all depths of the best; choose for each batch size.
 
     Args:
         measure: what a step costs here; the plain one is measured beside the others each time.
         always: choose a tree even where plain decoding is faster.
     """
-    options = _different([trees.option(kind, size) for kind in kinds for size in sizes])
+    options = _different([each for kind in kinds for each in promising(trees, measure, kind, sizes, batches)])
     plain, *options = _timed([PLAIN, *options], measure, batches)
     chosen = {batch: _choose(options, plain, batch, always) for batch in batches}
     smallest = min(batches)
     first, by_depth = chosen[smallest], []
     if first.kind != "plain":
-        tried = [trees.option(first.kind, len(first.tree), depth) for depth in range(1, trees.heads + 1)]
+        size = len(first.tree)
+        tried = [trees.option(first.kind, size, depth) for depth in trees.depths(first.kind, size)]
         again, *by_depth = _timed([PLAIN, *_different(tried)], measure, [smallest])
         by_depth = [_beside(option, again, plain, smallest) for option in by_depth]
         chosen[smallest] = _choose(by_depth, plain, smallest, always)
     return Tuned(plain, options, by_depth, chosen)
+
+
+def promising(trees: Trees, measure: Measure, kind: str, sizes: Sequence[int], batches: Sequence[int]) -> list[Option]:
+    """For every size of tree of a kind the depth that should give the most tokens a second: one option, or one per batch size.
+
+    Step times are those of a plane over nodes and heads, fitted to the smallest, the middle and the largest size, each with one
+    head and with all, measured beside plain decoding.
+    """
+    ordered = sorted(sizes)
+    corners = [
+        trees.option(kind, size, depth)
+        for size in dict.fromkeys((ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+        for depth in dict.fromkeys((1, trees.depths(kind, size)[-1]))
+    ]
+    timed = _timed([PLAIN, *_different(corners)], measure, batches)
+    found = []
+    for batch in batches:
+        predict = step_plane(timed, batch)
+        for size in ordered:
+            tried = [trees.option(kind, size, depth) for depth in trees.depths(kind, size)]
+            found.append(max(tried, key=lambda option: option.acceleration_rate / predict(option.tree)))  # of equals the first
+    return _different(found)
+
+
+def step_plane(timed: Sequence[Option], batch: int) -> Callable[[MedusaTree | DynamicTree], float]:
+    """Seconds of a step with any tree of a kind, from those of a few: a + b nodes + c heads + d nodes heads, least squares.
+
+    Args:
+        timed: measured options, the plain one first; no tree is predicted to be faster than it, nor slower for fewer heads.
+    """
+
+    def terms(tree: MedusaTree | DynamicTree) -> list[float]:
+        nodes, heads = len(tree) - 1, tree.depth
+        return [nodes, heads, nodes * heads]
+
+    plain = timed[0].step_seconds[batch]
+    rows = np.array([terms(option.tree) for option in timed[1:]], dtype=float)
+    above = np.array([option.step_seconds[batch] - plain for option in timed[1:]])
+    factors = np.linalg.lstsq(rows, above, rcond=None)[0]
+    return lambda tree: plain + max(0.0, float(np.dot(terms(tree), factors)))
 
 
 def _choose(options: Sequence[Option], plain: Option, batch: int, always: bool) -> Option:
