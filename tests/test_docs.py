@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import medusa
 from medusa.decoding import step
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,11 @@ def test_commands_that_documents_show_have_those_options(document):
 def test_benchmark_scripts_start(script):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_the_python_interface_has_every_public_name():
+    shown = set(re.findall(r"^::: (medusa\..*)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    assert shown == {f"{home}.{name}" for name, home in medusa._HOMES.items()} | {"medusa.errors"}
 
 
 def test_the_loop_that_the_architecture_page_shows_is_the_one_that_runs():
