@@ -20,7 +20,7 @@ from medusa import MedusaModel
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.cli.common import dtype_named, quiet_transformers
-from medusa.evaluation.bench import Asking
+from medusa.evaluation.answers import Asking
 from medusa.evaluation.prompts import read_questions
 from medusa.pool import left_padded
 

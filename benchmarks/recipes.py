@@ -31,7 +31,7 @@ from medusa.training.data import load_rows
 from medusa.training.losses import cross_entropy
 from medusa.training.run import train
 from medusa.trees.search import search_joint_tree
-from medusa.tuning.calibrate import calibrate
+from medusa.tuning.recording import calibrate
 
 NEW_TOKENS, BATCH = 128, 16
 JOINT = {"backbone": "lora", "held_out": 0.0}

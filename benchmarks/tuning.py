@@ -22,14 +22,14 @@ from rich.table import Table
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
-from medusa.evaluation.compare import Estimate, Totals, compare, estimate
 from medusa.evaluation.decoders import Decoder, MedusaDecoder
+from medusa.evaluation.measurement import Estimate, Totals, compare, estimate
 from medusa.evaluation.prompts import held_out_prompts
 from medusa.evaluation.report import told
 from medusa.runs.provenance import environment
-from medusa.tuning.calibrate import Calibration, Recorded, record
+from medusa.tuning.choice import KINDS, Option, Trees, measure_steps, tune
+from medusa.tuning.recording import Calibration, Recorded, record
 from medusa.tuning.replay import replay
-from medusa.tuning.tune import KINDS, Option, Trees, measure_steps, tune
 
 NODES = (2, 4, 6, 8, 12, 16, 24, 32, 48)
 BATCH = 16

@@ -17,12 +17,12 @@ from end_to_end.source import held_out_prompts
 from end_to_end.work import Work
 from medusa import MedusaModel, MedusaTree
 from medusa.errors import MedusaError
-from medusa.evaluation.compare import Measurement, compare, estimate, in_turn, measure, overhead
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder, TransformersDecoder
+from medusa.evaluation.measurement import Measurement, compare, estimate, in_turn, measure, overhead
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.runs.records import Journal
 from medusa.trees.files import Tree, load_tree, save_tree
-from medusa.tuning.calibrate import Calibration, record
+from medusa.tuning.recording import Calibration, record
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 
 PLAIN, GENERATE = "plain", "generate"

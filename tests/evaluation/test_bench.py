@@ -17,7 +17,7 @@ from data.test_templates import CHATML, GEMMA, tokenizer_with
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
 from medusa.cli import main
 from medusa.errors import InvalidInput
-from medusa.evaluation.bench import Asking, Scorer, converse, fitting, measurements, run_bench
+from medusa.evaluation.answers import Asking, Scorer, converse, fitting, measurements, run_bench
 from medusa.evaluation.decoders import MedusaDecoder, TransformersDecoder
 from medusa.evaluation.prompts import Question
 from medusa.evaluation.report import markdown, summarise

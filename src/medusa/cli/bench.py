@@ -72,7 +72,7 @@ def bench_command(
         kind: common.sampling_options(temperature, None, None, None, None, kind, *thresholds.get(kind, (epsilon, delta)), seed)
         for kind in kinds
     }
-    from medusa.evaluation.bench import CLAIM, Scorer, take
+    from medusa.evaluation.answers import CLAIM, Scorer, take
     from medusa.evaluation.decoders import MedusaDecoder
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import TERSE, cells, summarise

@@ -199,8 +199,8 @@ def _measure(
 ) -> dict[str, Any]:
     from rich.progress import Progress
 
-    from medusa.evaluation.compare import compare, overhead
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
+    from medusa.evaluation.measurement import compare, overhead
     from medusa.trees.static import MedusaTree
 
     decoders: dict[str, Decoder] = {

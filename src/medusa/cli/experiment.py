@@ -15,7 +15,7 @@ from medusa.errors import InvalidInput
 if TYPE_CHECKING:
     from medusa.evaluation.catalog import Experiment
     from medusa.model import MedusaModel
-    from medusa.tuning.calibrate import Recorded
+    from medusa.tuning.recording import Recorded
 
 CALIBRATED_ON, PROMPT_TOKENS = 64, 256  # prompts, and tokens of each, that trees are searched on
 
@@ -73,13 +73,13 @@ def experiment_command(
     Killed, it goes on where it was.
     """
     model = common.with_file(model, gguf_file, revision)
-    from medusa.evaluation.bench import Scorer
+    from medusa.evaluation.answers import Scorer
     from medusa.evaluation.catalog import Subject
     from medusa.evaluation.experiments import named, run, save
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells
     from medusa.runs.provenance import fingerprint, heads_fingerprint
-    from medusa.tuning.calibrate import record
+    from medusa.tuning.recording import record
 
     experiment = named(name)
     given = {"prompts": prompts, "medusa-2": medusa_2, "draft": draft, "gamma": gamma, "nodes": nodes, "epsilon": epsilon}

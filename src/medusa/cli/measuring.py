@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from medusa.evaluation.bench import Exam
+    from medusa.evaluation.answers import Exam
     from medusa.evaluation.prompts import Question
     from medusa.model import MedusaModel
 
@@ -57,7 +57,7 @@ def check_tokens(model: str, prompts: str, tokenizer: Any) -> None:
 
 def exam_of(medusa: MedusaModel, tokenizer: Any, questions: list[Question], max_new_tokens: int) -> Exam:
     """The exam of these questions; what does not fit is left out and noted."""
-    from medusa.evaluation.bench import Exam
+    from medusa.evaluation.answers import Exam
 
     exam = Exam.of(medusa, tokenizer, questions, max_new_tokens)
     if exam.left_out:
@@ -94,7 +94,7 @@ def calibration_prompts(
     """Token ids of prompts: under the model's chat template, or the beginnings of texts."""
     import torch
 
-    from medusa.evaluation.bench import Asking
+    from medusa.evaluation.answers import Asking
     from medusa.evaluation.prompts import held_out_prompts
 
     if prompts is None:

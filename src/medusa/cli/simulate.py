@@ -181,7 +181,7 @@ def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]
 
 def measure_here(name: str, output: Path | None, device: str | None, dtype: str, as_json: bool) -> None:
     from medusa.simulation.hardware import save_hardware
-    from medusa.simulation.measure import measure
+    from medusa.simulation.machine import measure
 
     found = measure(common.default_device(device), dtype)
     if output is not None:
@@ -200,7 +200,7 @@ def measure_here(name: str, output: Path | None, device: str | None, dtype: str,
 def validate_here(
     setting: Setting, device: str | None, batches: list[int], lengths: list[int], sizes: list[int], as_json: bool
 ) -> None:
-    from medusa.simulation.measure import validate
+    from medusa.simulation.machine import validate
 
     found = [
         {"batch": b, "length": s, **dataclasses.asdict(v), "error": v.error}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa.model import MedusaModel
-    from medusa.tuning.calibrate import Recorded
-    from medusa.tuning.tune import Option, Tuned
+    from medusa.tuning.choice import Option, Tuned
+    from medusa.tuning.recording import Recorded
 
 
 def tune_command(
@@ -72,7 +72,7 @@ def tune_command(
     """Record what the backbone says and its heads guess, replay trees of all kinds and sizes on it, time their steps here, and
     choose the one with the most tokens a second; plain decoding where none pays (paper 2.3.3, 2.2.3)."""
     model = common.with_file(model, gguf_file, revision)
-    from medusa.tuning.tune import KINDS, SIZES, copied_nodes, room_to_time
+    from medusa.tuning.choice import KINDS, SIZES, copied_nodes, room_to_time
 
     sizes, kinds, batches = nodes or list(SIZES), kind or list(KINDS[:3]), batch or [1]
     _check(sizes, kinds, batches, context or [1], [max_prompts, prompt_tokens, ranks, batch_size, rounds], temperature)
@@ -86,8 +86,8 @@ def tune_command(
     from rich.progress import Progress, TimeRemainingColumn
 
     from medusa.trees.files import Tree, TreeChoice, save_tree
-    from medusa.tuning.calibrate import Calibration, record
-    from medusa.tuning.tune import Measure, Trees, measure_steps, tune
+    from medusa.tuning.choice import Measure, Trees, measure_steps, tune
+    from medusa.tuning.recording import Calibration, record
 
     medusa = common.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
     copied = max(copied_nodes(which, size) for which in kinds for size in sizes)
@@ -154,7 +154,7 @@ def tune_command(
         write_text(output.parent / "calibration.json", json.dumps({**calibration.to_dict(), "made_with": made_with}) + "\n")
         write_text(output.parent / "tuning.json", json.dumps(report, indent=2) + "\n")
         if importlib.util.find_spec("matplotlib") is not None:
-            from medusa.tuning.curve import draw_calibration, draw_curve
+            from medusa.tuning.plots import draw_calibration, draw_curve
 
             draw_curve(tuned, output.parent / "tuning.png")
             draw_calibration(calibration, output.parent / "calibration.png")
@@ -168,7 +168,7 @@ def tune_command(
 def _check(
     sizes: list[int], kinds: list[str], batches: list[int], contexts: list[int], counts: list[int], temperature: float
 ) -> None:
-    from medusa.tuning.tune import KINDS
+    from medusa.tuning.choice import KINDS
 
     if temperature < 0:
         raise InvalidInput(f"temperature is {temperature}, wanted 0 (greedy) or more")

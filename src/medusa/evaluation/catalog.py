@@ -16,7 +16,7 @@ from medusa.model import MedusaModel
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.search import search_tree
 from medusa.trees.static import MedusaTree
-from medusa.tuning.calibrate import Calibration, Recorded
+from medusa.tuning.recording import Calibration, Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 
 TEMPERATURE = 0.7  # of Figure 5

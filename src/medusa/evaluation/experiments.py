@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import InvalidInput
-from medusa.evaluation.bench import Exam, Scorer, take
+from medusa.evaluation.answers import Exam, Scorer, take
 from medusa.evaluation.catalog import EXPERIMENTS, Contenders, Experiment, Subject
 from medusa.evaluation.prompts import OVERALL
 from medusa.evaluation.report import GENERATE, cells, circumstances, summarise, table, told
@@ -72,7 +72,7 @@ def save(record: dict[str, Any], folder: Path, draw: bool) -> None:
     write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
     draw = draw and experiment.axis is not None
     if draw:
-        from medusa.evaluation.figures import save_figure
+        from medusa.evaluation.plots import save_figure
 
         save_figure(record, experiment, folder)
     write_text(folder / "results.md", markdown(record, "![](figure.svg)" if draw else None))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from medusa.evaluation.bench import Scorer
-from medusa.evaluation.compare import Estimate, Measurement, estimate, overhead
+from medusa.evaluation.answers import Scorer
+from medusa.evaluation.measurement import Estimate, Measurement, estimate, overhead
 from medusa.evaluation.prompts import OVERALL, Question
 from medusa.evaluation.quality import repeated_ngrams
 

@@ -21,7 +21,7 @@ from medusa.trees.dynamic import DynamicDrafter, DynamicTree, tempered
 from medusa.trees.history import Context
 from medusa.trees.search import search_joint_tree
 from medusa.trees.static import Guesses, MedusaTree
-from medusa.tuning.calibrate import Calibration, Recorded
+from medusa.tuning.recording import Calibration, Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]
 

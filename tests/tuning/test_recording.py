@@ -7,8 +7,8 @@ import torch
 
 from medusa import MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.tuning import calibrate as module
-from medusa.tuning.calibrate import Calibration, calibrate, record, wilson
+from medusa.tuning import recording as module
+from medusa.tuning.recording import Calibration, calibrate, record, wilson
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, tiny_backbone
 
 

@@ -5,8 +5,8 @@ import torch
 
 from medusa import MedusaTree
 from medusa.errors import InvalidInput
-from medusa.evaluation.compare import Measurement, Totals, compare, estimate, measure, overhead
 from medusa.evaluation.decoders import Decoded, MedusaDecoder, TransformersDecoder
+from medusa.evaluation.measurement import Measurement, Totals, compare, estimate, measure, overhead
 from tiny import plain_greedy, random_prompt, tiny_backbone
 
 

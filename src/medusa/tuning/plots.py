@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medusa.tuning.calibrate import Calibration
-from medusa.tuning.tune import Option, Tuned
+from medusa.tuning.choice import Option, Tuned
+from medusa.tuning.recording import Calibration
 
 
 def draw_curve(tuned: Tuned, path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from medusa.errors import InvalidInput, one_line
-from medusa.evaluation.compare import Measurement, in_turn, measure
 from medusa.evaluation.decoders import Decoded, Decoder
+from medusa.evaluation.measurement import Measurement, in_turn, measure
 from medusa.evaluation.prompts import Question
 from medusa.evaluation.quality import code_compiles, distinct_ngrams, log_likelihood
 from medusa.model import MedusaModel

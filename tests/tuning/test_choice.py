@@ -7,9 +7,9 @@ import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.tuning.calibrate import Calibration, record
-from medusa.tuning.curve import draw_calibration, draw_curve
-from medusa.tuning.tune import Trees, measure_steps, tune
+from medusa.tuning.choice import Trees, measure_steps, tune
+from medusa.tuning.plots import draw_calibration, draw_curve
+from medusa.tuning.recording import Calibration, record
 from tiny import VOCAB, random_heads, random_prompt, tiny_backbone
 
 
