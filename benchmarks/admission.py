@@ -18,8 +18,8 @@ from medusa import MedusaModel, MedusaTree
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.cli.common import dtype_named, quiet_transformers
+from medusa.data.prompt_sets import read_questions
 from medusa.evaluation.answers import Asking
-from medusa.evaluation.prompts import read_questions
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
 

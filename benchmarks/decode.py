@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree, __version__, load_tree
 from medusa.config import TREE_FILE
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
 from medusa.evaluation.measurement import compare, overhead
-from medusa.evaluation.prompts import held_out_prompts
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.trees.files import Tree
 from medusa.trees.search import search_joint_tree

@@ -20,8 +20,8 @@ from medusa import MedusaModel
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.cli.common import dtype_named, quiet_transformers
+from medusa.data.prompt_sets import read_questions
 from medusa.evaluation.answers import Asking
-from medusa.evaluation.prompts import read_questions
 from medusa.pool import left_padded
 
 

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.checkpoints.loading import load_backbone
 from medusa.checkpoints.reader import load_heads
-from medusa.evaluation.prompts import held_out_prompts
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.training.config import resolve
 from medusa.training.data import load_rows
 from medusa.training.losses import cross_entropy

@@ -22,9 +22,9 @@ from rich.table import Table
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.evaluation.decoders import Decoder, MedusaDecoder
 from medusa.evaluation.measurement import Estimate, Totals, compare, estimate
-from medusa.evaluation.prompts import held_out_prompts
 from medusa.evaluation.report import told
 from medusa.runs.provenance import environment
 from medusa.tuning.choice import KINDS, Option, Trees, measure_steps, tune

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from data.test_templates import CHATML, GEMMA, tokenizer_with
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
 from medusa.cli import main
+from medusa.data.prompt_sets import Question
 from medusa.errors import InvalidInput
 from medusa.evaluation.answers import Asking, Scorer, converse, fitting, measurements, run_bench
 from medusa.evaluation.decoders import MedusaDecoder, TransformersDecoder
-from medusa.evaluation.prompts import Question
 from medusa.evaluation.report import markdown, summarise
 from medusa.runs.records import Journal, claim
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone

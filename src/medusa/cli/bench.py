@@ -72,9 +72,9 @@ def bench_command(
         kind: common.sampling_options(temperature, None, None, None, None, kind, *thresholds.get(kind, (epsilon, delta)), seed)
         for kind in kinds
     }
+    from medusa.data.prompt_sets import OVERALL, read_questions, select
     from medusa.evaluation.answers import CLAIM, Scorer, take
     from medusa.evaluation.decoders import MedusaDecoder
-    from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import TERSE, cells, summarise
     from medusa.runs.provenance import fingerprint
     from medusa.runs.records import refuse_claimed

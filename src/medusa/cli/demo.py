@@ -118,7 +118,7 @@ def _default_model(heads: str | None) -> str:
 def _prompts(model: str, tokenizer: Any, given: str | None, asks: bool, number: int) -> tuple[list[str], list[Tensor]]:
     """The prompts as texts, and as ids (1, P) each: the one given, our questions, or held-out code."""
     if given is None and model == "embedded":
-        from medusa.evaluation.prompts import held_out_prompts
+        from medusa.data.prompt_sets import held_out_prompts
 
         found = held_out_prompts()
         chosen = [found[(FIRST_SHOWN + i * len(found) // number) % len(found)] for i in range(min(number, len(found)))]

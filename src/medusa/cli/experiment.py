@@ -73,10 +73,10 @@ def experiment_command(
     Killed, it goes on where it was.
     """
     model = common.with_file(model, gguf_file, revision)
+    from medusa.data.prompt_sets import OVERALL, read_questions, select
     from medusa.evaluation.answers import Scorer
     from medusa.evaluation.catalog import Subject
     from medusa.evaluation.experiments import named, run, save
-    from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells
     from medusa.runs.provenance import fingerprint, heads_fingerprint
     from medusa.tuning.recording import record

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from medusa.data.prompt_sets import Question
     from medusa.evaluation.answers import Exam
-    from medusa.evaluation.prompts import Question
     from medusa.model import MedusaModel
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for results; a run there is gone on with.")]
@@ -76,7 +76,7 @@ def original_of(medusa: MedusaModel, heads: str | None, load: Callable[[], Medus
 
 def calibration_questions(prompts: str | None) -> list[Question]:
     """The prompts that trees are chosen on; none where they are the embedded model's own. No model is needed to refuse them."""
-    from medusa.evaluation.prompts import read_questions
+    from medusa.data.prompt_sets import read_questions
 
     return [] if prompts is None else read_questions(prompts)
 
@@ -94,8 +94,8 @@ def calibration_prompts(
     """Token ids of prompts: under the model's chat template, or the beginnings of texts."""
     import torch
 
+    from medusa.data.prompt_sets import held_out_prompts
     from medusa.evaluation.answers import Asking
-    from medusa.evaluation.prompts import held_out_prompts
 
     if prompts is None:
         return [prompt.ids[:prompt_tokens] for prompt in held_out_prompts("calibration")[:max_prompts]]

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from medusa.data.prompt_sets import Question
 from medusa.errors import InvalidInput, one_line
 from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.measurement import Measurement, in_turn, measure
-from medusa.evaluation.prompts import Question
 from medusa.evaluation.quality import code_compiles, distinct_ngrams, log_likelihood
 from medusa.model import MedusaModel
 from medusa.runs.files import write_text

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
 from medusa.evaluation.answers import Exam, Scorer, take
 from medusa.evaluation.catalog import EXPERIMENTS, Contenders, Experiment, Subject
-from medusa.evaluation.prompts import OVERALL
 from medusa.evaluation.report import GENERATE, cells, circumstances, summarise, table, told
 from medusa.runs.files import write_text
 

@@ -7,8 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
-from medusa.evaluation.prompts import OVERALL
 from medusa.evaluation.report import GENERATE, PLAIN, cells
 
 STYLE = """

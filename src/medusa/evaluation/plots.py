@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
 from medusa.evaluation.catalog import Experiment
-from medusa.evaluation.prompts import OVERALL
 from medusa.evaluation.report import LIKELIHOOD
 
 FORMATS = ("png", "svg")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from medusa.data.prompt_sets import OVERALL, Question
 from medusa.evaluation.answers import Scorer
 from medusa.evaluation.measurement import Estimate, Measurement, estimate, overhead
-from medusa.evaluation.prompts import OVERALL, Question
 from medusa.evaluation.quality import repeated_ngrams
 
 PLAIN, GENERATE = "plain", "generate"
