@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from medusa.trees.static import MedusaTree
 
 __version__ = "0.1.0"
-__all__ = ["EMBEDDED", "DynamicTree", "MedusaConfig", "MedusaHeads", "MedusaModel", "MedusaTree", "__version__", "load_tree"]
+__all__ = [
+    "EMBEDDED",
+    "DynamicTree",
+    "MedusaConfig",
+    "MedusaHeads",
+    "MedusaModel",
+    "MedusaTree",
+    "__version__",
+    "bench",
+    "experiment",
+    "load_tree",
+    "tune",
+]
 
 EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
 """The folder of the embedded model: backbone, tokenizer, heads and tree, good for transformers' Auto classes too."""
@@ -23,6 +35,9 @@ _HOMES = {
     "DynamicTree": "medusa.trees.dynamic",
     "MedusaTree": "medusa.trees.static",
     "load_tree": "medusa.trees.files",
+    "bench": "medusa.evaluation.verbs",
+    "experiment": "medusa.evaluation.verbs",
+    "tune": "medusa.tuning.verbs",
 }
 
 

@@ -200,7 +200,7 @@ def _measure(
     from rich.progress import Progress
 
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
-    from medusa.evaluation.measurement import compare, overhead
+    from medusa.evaluation.measurement import compare_decoders, overhead
     from medusa.trees.static import MedusaTree
 
     decoders: dict[str, Decoder] = {
@@ -211,7 +211,7 @@ def _measure(
     TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run already
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(batches) * len(decoders))
-        results = compare(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
+        results = compare_decoders(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
     generate, plain, medusa = (results[name] for name in decoders)
     return {
         "generate": {"tokens_per_second": generate.tokens_per_second},

@@ -1,56 +1,53 @@
-"""What tuning found, drawn: the curve over sizes, the choice marked (the paper's Figure 4), and the calibration."""
+"""Plots of a tuning: the curves over sizes with the choice marked (the paper's Figure 4), and the calibration."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from medusa.tuning.choice import Option, Tuned
-from medusa.tuning.recording import Calibration
+from medusa.runs.plotting import new_figure, save_plot
+from medusa.trees.calibration import Calibration
+from medusa.tuning.choice import Choices
+from medusa.tuning.options import Option
 
 
-def draw_curve(tuned: Tuned, path: Path) -> None:
-    """Draw what was tried, for every batch size, as the suffix of the file says (PNG or SVG)."""
-    from matplotlib.figure import Figure
+def draw_choices(choices: Choices, path: Path) -> None:
+    """Draw all options for every batch size, in the format of the file's suffix."""
+    batches = sorted(choices.chosen)
+    figure = new_figure(12, 3.6 * len(batches))
+    for row, batch in zip(figure.subplots(len(batches), 3, squeeze=False), batches, strict=True):
+        _draw_batch(row, choices, batch)
+    save_plot(figure, path)
 
-    batches = sorted(tuned.chosen)
-    kinds = list(dict.fromkeys(option.kind for option in tuned.options))
-    figure = Figure(figsize=(12, 3.6 * len(batches)), layout="constrained")
-    grid = figure.subplots(len(batches), 3, squeeze=False)
-    for row, batch in zip(grid, batches, strict=True):
 
-        def overhead(option: Option, batch: int = batch) -> float:
-            return option.step_seconds[batch] / tuned.plain.step_seconds[batch]
-
-        def speedup(option: Option, batch: int = batch) -> float:
-            return option.tokens_per_second(batch) / tuned.plain.tokens_per_second(batch)
-
-        figures = (
-            ("tokens a step", lambda option: option.acceleration_rate),
-            ("overhead", overhead),
-            (f"speedup, batch {batch}", speedup),
-        )
-        for axes, (label, value) in zip(row, figures, strict=True):
-            for kind in kinds:
-                options = sorted((o for o in tuned.options if o.kind == kind), key=lambda option: len(option.tree))
-                axes.plot([len(o.tree) for o in options], [value(o) for o in options], marker="o", markersize=3, label=kind)
-                if label == "tokens a step":
-                    low, high = zip(*(option.interval for option in options), strict=True)
-                    axes.fill_between([len(o.tree) for o in options], low, high, alpha=0.15)
-            choice = tuned.chosen[batch]
-            axes.axhline(1.0, color="grey", linewidth=0.8)
-            axes.plot(len(choice.tree), value(choice), marker="*", markersize=14, color="black", label=f"chosen: {choice.name}")
-            axes.set(xlabel="nodes", ylabel=label, xscale="log")
-            axes.set_xscale("log", base=2)
-        row[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+def _draw_batch(row: Sequence[Any], choices: Choices, batch: int) -> None:
+    """Draw tokens a step, overhead and speedup against nodes, a line for each kind."""
+    panels: dict[str, Callable[[Option], float]] = {
+        "tokens a step": lambda option: option.acceleration_rate,
+        "overhead": lambda option: option.overhead(choices.plain, batch),
+        f"speedup, batch {batch}": lambda option: option.speedup(choices.plain, batch),
+    }
+    choice = choices.chosen[batch]
+    for axes, (label, value) in zip(row, panels.items(), strict=True):
+        for kind in dict.fromkeys(option.kind for option in choices.options):
+            options = sorted((o for o in choices.options if o.kind == kind), key=lambda option: len(option.tree))
+            sizes = [len(option.tree) for option in options]
+            axes.plot(sizes, list(map(value, options)), marker="o", markersize=3, label=kind)
+            if label == "tokens a step":
+                low, high = zip(*(option.interval for option in options), strict=True)
+                axes.fill_between(sizes, low, high, alpha=0.15)
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.plot(len(choice.tree), value(choice), marker="*", markersize=14, color="black", label=f"chosen: {choice.name}")
+        axes.set(xlabel="nodes", ylabel=label)
+        axes.set_xscale("log", base=2)
+    row[0].legend(fontsize="small")
 
 
 def draw_calibration(calibration: Calibration, path: Path) -> None:
-    """Draw how often each guess of each head is right, with its interval, and how often the first one is where those of the
-    heads before were: what the assumption that heads err independently leaves out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """Draw how often each guess of each head is right, with its interval, and how often the first guess is right after right
+    first guesses of the heads before: what the assumption that heads err independently leaves out."""
+    figure = new_figure(9, 3.6)
     guesses, firsts = figure.subplots(1, 2)
     rows = list(zip(calibration.accuracies, calibration.intervals(), strict=True))
     for head, (accuracies, intervals) in enumerate(rows, 1):
@@ -67,4 +64,4 @@ def draw_calibration(calibration: Calibration, path: Path) -> None:
     firsts.plot(heads, after, marker="s", label="where the heads before were right")
     firsts.set(xlabel="head", ylabel="first guess right", ylim=(0, 1), xticks=heads)
     firsts.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
