@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import medusa
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
 from medusa.checkpoints.adapter import attach_adapter, save_adapter
 from medusa.cli import main
@@ -16,7 +17,6 @@ from medusa.cli.experiment import ExperimentName
 from medusa.errors import InvalidInput
 from medusa.evaluation.catalog import EPSILONS, EXPERIMENTS, best_dense_tree
 from medusa.evaluation.paper import Paper
-from medusa.evaluation.verbs import experiment
 from medusa.metrics import expected_acceptance_length
 from tiny import tiny_backbone
 
@@ -233,4 +233,4 @@ def test_values_out_of_range_are_usage_errors(arguments, message, monkeypatch, c
 def test_the_command_and_the_function_know_the_same_experiments():
     assert set(typing.get_args(ExperimentName)) == set(EXPERIMENTS)
     with pytest.raises(InvalidInput, match="no experiment 'figure-9'; there are figure-3, figure-4, figure-5, table-1"):
-        experiment("figure-9")
+        medusa.experiment("figure-9")

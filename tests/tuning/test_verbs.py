@@ -38,9 +38,8 @@ def test_a_loaded_model_is_tuned_for_each_size_of_batch():
     config = TuningConfig(nodes=(4,), kinds=("static",), batches=(1, 2), contexts=(6,), rounds=1, max_new_tokens=8, always=True)
     tuned = tune_model(model, [random_prompt(6, seed=seed)[0] for seed in range(4)], config=config, source="random")
     assert set(tuned.choices.chosen) == {1, 2} and tuned.made_with["contexts"] == [6]
-    assert torch.equal(
-        model.generate(random_prompt(5), max_new_tokens=4), model.generate(random_prompt(5), max_new_tokens=4, tree=tuned.tree)
-    )
+    plain, ids = (model.generate(random_prompt(5), max_new_tokens=4, tree=tree) for tree in (MedusaTree([]), tuned.tree))
+    assert torch.equal(plain, ids)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicDrafter, DynamicTree, tempered
 from medusa.trees.history import Context
 from medusa.trees.search import search_joint_tree
-from medusa.trees.static import Guesses, MedusaTree
+from medusa.trees.static import MedusaTree
+from medusa.trees.tensors import Guesses
 from medusa.tuning.recording import Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]
