@@ -317,10 +317,10 @@ def test_our_errors_are_one_line_and_exit_1(arguments, message, tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--decoder", "magic"], "'magic' is not one of 'generate'"),
-        (["x", "--acceptance", "some"], "'some' is not one of 'exact', 'typical'"),
-        (["x", "--rounds", "0"], "0 is not in the range x>=1"),
-        (["x", "--gamma", "0"], "0 is not in the range x>=1"),
+        (["x", "--decoder", "magic"], "'--decoder'"),
+        (["x", "--acceptance", "some"], "'--acceptance'"),
+        (["x", "--rounds", "0"], "'--rounds'"),
+        (["x", "--gamma", "0"], "'--gamma'"),
     ],
 )
 def test_values_out_of_range_are_usage_errors(arguments, message, tmp_path, monkeypatch, capsys):

@@ -15,12 +15,12 @@ from medusa.tuning.options import TREE_KINDS
 from medusa.tuning.verbs import TuningConfig, tune, tune_model
 from tiny import random_heads, random_prompt, tiny_backbone
 
-QUICK = {"nodes": [4], "kinds": ["dynamic"], "rounds": 1, "max_new_tokens": 8, "always": True}
+QUICK = {"nodes": [4], "kinds": ["static"], "rounds": 1, "max_new_tokens": 4, "always": True}
 
 
 def test_the_embedded_model_is_tuned_and_a_second_call_records_nothing_again(tmp_path, monkeypatch):
-    tuned = medusa.tune(output=tmp_path / "medusa_tree.json", limit=2, prompt_tokens=32, **QUICK)
-    assert load_tree(tmp_path / "medusa_tree.json") == tuned.tree and len(tuned.tree) == 4
+    tuned = medusa.tune(output=tmp_path / "medusa_tree.json", limit=2, prompt_tokens=16, **QUICK)
+    assert load_tree(tmp_path / "medusa_tree.json") == tuned.tree and len(tuned.tree) <= 4
     assert json.loads((tmp_path / "tuning.json").read_text()) == json.loads(json.dumps(tuned.to_dict()))
     assert Calibration.load(tmp_path) == tuned.calibration
     assert tuned.choices.recommended_heads == tuned.tree.depth in (1, 2, 3)
@@ -29,13 +29,13 @@ def test_the_embedded_model_is_tuned_and_a_second_call_records_nothing_again(tmp
         raise AssertionError("nothing is left to record")
 
     monkeypatch.setattr("medusa.tuning.recording._record", refuse)
-    medusa.tune(output=tmp_path / "medusa_tree.json", limit=2, prompt_tokens=32, **QUICK)
+    medusa.tune(output=tmp_path / "medusa_tree.json", limit=2, prompt_tokens=16, **QUICK)
 
 
 def test_a_loaded_model_is_tuned_for_each_size_of_batch():
     backbone = tiny_backbone(eos_token_id=None)
     model = MedusaModel(backbone, random_heads(backbone, 2), MedusaTree([]))
-    config = TuningConfig(nodes=(4,), kinds=("static",), batches=(1, 2), contexts=(6,), rounds=1, max_new_tokens=8, always=True)
+    config = TuningConfig(nodes=(4,), kinds=("dynamic",), batches=(1, 2), contexts=(6,), rounds=1, max_new_tokens=8, always=True)
     tuned = tune_model(model, [random_prompt(6, seed=seed)[0] for seed in range(4)], config=config, source="random")
     assert set(tuned.choices.chosen) == {1, 2} and tuned.made_with["contexts"] == [6]
     plain, ids = (model.generate(random_prompt(5), max_new_tokens=4, tree=tree) for tree in (MedusaTree([]), tuned.tree))
