@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from medusa.config import MedusaConfig
+    from medusa.evaluation.grading import judge
+    from medusa.evaluation.verbs import bench, experiment
     from medusa.heads import MedusaHeads
     from medusa.model import MedusaModel
+    from medusa.training.verbs import distill, train
     from medusa.trees.static import MedusaTree
+    from medusa.tuning.verbs import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,13 +24,16 @@ __all__ = [
     "MedusaTree",
     "__version__",
     "bench",
+    "distill",
     "experiment",
+    "judge",
     "load_tree",
+    "train",
     "tune",
 ]
 
 EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
-"""The folder of the embedded model: backbone, tokenizer, heads and tree, good for transformers' Auto classes too."""
+"""The folder of the embedded model: backbone, tokenizer, heads and tree; transformers' Auto classes load it too."""
 
 _HOMES = {
     "MedusaConfig": "medusa.config",
@@ -36,7 +43,10 @@ _HOMES = {
     "MedusaTree": "medusa.trees.static",
     "load_tree": "medusa.trees.files",
     "bench": "medusa.evaluation.verbs",
+    "distill": "medusa.training.verbs",
     "experiment": "medusa.evaluation.verbs",
+    "judge": "medusa.evaluation.grading",
+    "train": "medusa.training.verbs",
     "tune": "medusa.tuning.verbs",
 }
 
