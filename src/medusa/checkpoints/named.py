@@ -36,7 +36,7 @@ def load_model(
     device: str | None = None,
     trust_remote_code: bool = False,
     quantization: str = "none",
-    heads_needed: bool = True,
+    heads_wanted: bool = True,
 ) -> MedusaModel:
     """The Medusa model of these names, on its device.
 
@@ -47,7 +47,7 @@ def load_model(
         dtype: bfloat16, float16 or float32; None: the backbone's own.
         device: None: a GPU if there is one, else the CPU.
         quantization: none, nf4 or int8.
-        heads_needed: whether a model without heads is refused; otherwise it decodes plainly.
+        heads_wanted: whether a model without heads is refused; otherwise it decodes plainly.
 
     Raises:
         MedusaError: something named is missing, broken or does not fit together.
@@ -56,7 +56,7 @@ def load_model(
     source = find_model(model, code=trust_remote_code)
     options = backbone_options(dtype, device, trust_remote_code, quantization)
     found = find_tree(tree)
-    plain = require_heads(model, heads, tree == "root" or not heads_needed)
+    plain = require_heads(model, heads, tree == "root" or not heads_wanted)
     with waiting(f"loading {model}"):
         if plain:
             return MedusaModel(loading.load_backbone(source, **options))

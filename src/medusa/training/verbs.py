@@ -218,7 +218,7 @@ def distill(
     Shards.refuse_other(Path(output), made_by)
 
     def model_answerer() -> ModelAnswerer:
-        medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_needed=False)
+        medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
         named.note_advice_on_tree(medusa, model, heads, tree)
         return ModelAnswerer(medusa, named.load_tokenizer(model, trust_remote_code), how)
 
