@@ -35,7 +35,9 @@ def test_the_embedded_model_is_tuned_and_a_second_call_records_nothing_again(tmp
 def test_a_loaded_model_is_tuned_for_each_size_of_batch():
     backbone = tiny_backbone(eos_token_id=None)
     model = MedusaModel(backbone, random_heads(backbone, 2), MedusaTree([]))
-    config = TuningConfig(nodes=(4,), kinds=("dynamic",), batches=(1, 2), contexts=(6,), rounds=1, max_new_tokens=8, always=True)
+    config = TuningConfig(
+        nodes=(4,), kinds=("dynamic",), batches=(1, 2), contexts=(6,), rounds=1, max_new_tokens=8, always=True
+    )
     tuned = tune_model(model, [random_prompt(6, seed=seed)[0] for seed in range(4)], config=config, source="random")
     assert set(tuned.choices.chosen) == {1, 2} and tuned.made_with["contexts"] == [6]
     plain, ids = (model.generate(random_prompt(5), max_new_tokens=4, tree=tree) for tree in (MedusaTree([]), tuned.tree))

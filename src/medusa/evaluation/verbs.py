@@ -50,7 +50,7 @@ class _Loading:
 
     def model(self, name: str, heads: str | None = None, heads_needed: bool = False) -> MedusaModel:
         return named.load_model(
-            name, heads, None, self.dtype, self.device, self.trust_remote_code, self.quantization, heads_needed=heads_needed
+            name, heads, None, self.dtype, self.device, self.trust_remote_code, self.quantization, heads_wanted=heads_needed
         )
 
     def draft(self, name: str) -> MedusaModel:
