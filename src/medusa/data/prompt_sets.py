@@ -116,7 +116,7 @@ def select(questions: Sequence[Question], categories: Sequence[str] = (), limit:
     if limit is None or limit >= len(chosen):
         return chosen
     if limit < 1:
-        raise InvalidInput(f"--limit is {limit}, wanted at least 1")
+        raise InvalidInput(f"the limit of prompts is {limit}, wanted at least 1")
     return [chosen[n * len(chosen) // limit] for n in range(limit)]
 
 
