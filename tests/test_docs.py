@@ -64,6 +64,13 @@ def test_files_that_documents_name_exist(document):
     assert all((ROOT / name).exists() for name in named), named
 
 
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_modules_that_documents_name_exist(document):
+    named = set(re.findall(r"`(?:src/medusa/)?([\w/]+\.py|\w+/)`", (ROOT / document).read_text()))
+    places = (ROOT, ROOT / "src/medusa", *(ROOT / "src/medusa").glob("*/"))
+    assert [name for name in sorted(named) if not any((place / name).exists() for place in places)] == []
+
+
 @pytest.mark.parametrize(
     "document",
     ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md", "docs/trees.md"],

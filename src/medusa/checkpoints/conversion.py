@@ -46,9 +46,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone
     if adapter and to not in ("medusa", "merged"):
-        message = (
-            f"the heads need a backbone with the adapter in {folder} merged into its weights; convert that with --to merged"
-        )
+        message = f"the heads need a backbone that has the adapter in {folder} merged into it; use --to merged"
         warnings.warn(message, stacklevel=2)
     names = [TREE_FILE, *([CARD_FILE] if alone else []), *(ADAPTER_FILES if adapter and to == "medusa" else [])]
     beside = [folder / name for name in names if (folder / name).is_file()]
