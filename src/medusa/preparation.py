@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from medusa.acceptance import TypicalAcceptance
-from medusa.backbone.backbone import token_ids
+from medusa.backbone.lm import token_ids
 from medusa.backbone.processors import check_sampling, classify
 from medusa.config import integer
 from medusa.decoding import Decodable, DecodingOptions, DecodingStep, StoppingCriterion, decode

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel
-from medusa.backbone.backbone import Backbone
 from medusa.backbone.compilation import _check
+from medusa.backbone.lm import TreeLM
 from medusa.decoding import DecodingOptions, prefill, step
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
@@ -128,5 +128,5 @@ def test_compiled_step_may_differ_by_the_noise_of_the_model(dtype, used):
         _check(
             Drafted(tokens, tree, logits, 1.04 * logits),
             Drafted(tokens, tree, logits, logits),
-            Backbone(tiny_backbone(dtype=dtype)).probe(),
+            TreeLM(tiny_backbone(dtype=dtype)).probe(),
         )

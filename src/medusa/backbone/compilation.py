@@ -77,7 +77,7 @@ class Compiled:
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:
-    """Raise where compiled code computes something else: compilers have been wrong (see `Backbone._tree_masks`)."""
+    """Raise where compiled code computes something else: compilers have been wrong (see `TreeLM._tree_masks`)."""
     agreed = (got.tokens == wanted.tokens) & (got.tree.parents == wanted.tree.parents)  # heads may break a near-tie differently
     same = (agreed[:, None] | ~wanted.tree.ancestors).all(-1)
     difference = relative_difference(got.logits[same], wanted.logits[same])

@@ -29,9 +29,9 @@ Layers = list[Tensor]  # hidden states (2, 2, N, d) of the nodes after every lay
 
 
 class Probed(Protocol):
-    """What the probe asks of a backbone; see `Backbone`."""
+    """What the probe asks of a backbone; see `TreeLM`."""
 
-    module: nn.Module
+    backbone: nn.Module
     decoder: nn.Module
     attention: str
     vocab_size: int
@@ -69,7 +69,7 @@ class Finding(NamedTuple):
     noise: float  # of the logits, relative to their spread
 
 
-def probe(backbone: Probed) -> float:
+def probe(lm: Probed) -> float:
     """Decode two small trees of random ids, one behind the other, on a row with padding and a row without, and compare the
     hidden states after every layer with the model's own on each path alone.
 
@@ -84,32 +84,32 @@ def probe(backbone: Probed) -> float:
     Raises:
         UnsupportedBackbone: tree decoding on this model would not be exact.
     """
-    name = type(backbone.module).__name__
+    name = type(lm.backbone).__name__
     for seed in range(ATTEMPTS):
         try:
-            finding = _run(backbone, seed)
+            finding = _run(lm, seed)
         except Exception as error:  # of whatever a model makes of a mask and a cache that are not its own
             raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {one_line(error)}") from error
         if finding.fault is None:
             return finding.noise
     raise UnsupportedBackbone(
-        f"{name} with {backbone.attention} attention is not exact under Medusa: {finding.fault}; "
+        f"{name} with {lm.attention} attention is not exact under Medusa: {finding.fault}; "
         "try attn_implementation='eager' or float32"
     )
 
 
-def _run(backbone: Probed, seed: int) -> Finding:
+def _run(lm: Probed, seed: int) -> Finding:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(backbone.vocab_size, (2, PROMPT + len(PARENTS)), generator=generator).to(backbone.device)
+    ids = torch.randint(lm.vocab_size, (2, PROMPT + len(PARENTS)), generator=generator).to(lm.device)
     prompts, nodes = ids[:, :PROMPT], ids[:, PROMPT:]
-    readings = _readings(backbone.device)
-    right, *mistakes = _read_trees(backbone, readings, prompts, nodes)
-    whole, chunks = _read_paths(backbone, prompts, nodes)
-    own_logits = backbone.module(input_ids=prompts[:1], use_cache=False).logits
-    logits = backbone.logits(backbone.decoder(input_ids=prompts[:1], use_cache=False).last_hidden_state)
+    readings = _readings(lm.device)
+    right, *mistakes = _read_trees(lm, readings, prompts, nodes)
+    whole, chunks = _read_paths(lm, prompts, nodes)
+    own_logits = lm.backbone(input_ids=prompts[:1], use_cache=False).logits
+    logits = lm.logits(lm.decoder(input_ids=prompts[:1], use_cache=False).last_hidden_state)
     # Roundings add up over layers like a random walk. Two passes through the same kernels may show none.
-    rounding = torch.finfo(backbone.dtype).eps * math.sqrt(len(whole))
-    noise = max(relative_difference(backbone.logits(chunks[-1][0]), backbone.logits(whole[-1][0])), rounding)
+    rounding = torch.finfo(lm.dtype).eps * math.sqrt(len(whole))
+    noise = max(relative_difference(lm.logits(chunks[-1][0]), lm.logits(whole[-1][0])), rounding)
     difference = relative_difference(logits, own_logits)
     if not difference <= max(LOGITS_LIMIT, rounding):  # NaN is no match either
         return Finding(f"its logits are not those of its LM head, by {difference:.1e} of their spread", noise)
@@ -118,7 +118,7 @@ def _run(backbone: Probed, seed: int) -> Finding:
         fault = f"a tree differs from its paths by {multiple:.1e} times the model's own noise (limit {NOISE_MULTIPLE:.0f})"
         return Finding(fault, noise)
     for reading, mistake in zip(readings[1:], mistakes, strict=True):
-        if not _part_of_mistake(right, mistake, whole, chunks, torch.finfo(backbone.dtype).eps) < NEARER:
+        if not _part_of_mistake(right, mistake, whole, chunks, torch.finfo(lm.dtype).eps) < NEARER:
             return Finding(f"a tree is decoded as if {reading.what}", noise)
     return Finding(None, noise)
 
@@ -159,22 +159,22 @@ def _readings(device: torch.device) -> list[Reading]:
     ]
 
 
-def _read_trees(backbone: Probed, readings: list[Reading], prompts: Tensor, nodes: Tensor) -> list[Layers]:
+def _read_trees(lm: Probed, readings: list[Reading], prompts: Tensor, nodes: Tensor) -> list[Layers]:
     """Both trees under every reading, all in one batch."""
-    device = backbone.device
+    device = lm.device
     trees = TreeTensors(*(torch.cat(tensors).repeat_interleave(2, dim=0) for tensors in zip(*(r.tree for r in readings))))
     pads = torch.cat([reading.pads for reading in readings])
     paths = torch.stack([reading.path for reading in readings]).repeat_interleave(2, dim=0)
     prompts, nodes = prompts.repeat(len(readings), 1), nodes.repeat(len(readings), 1)
     padding = torch.tensor(PADS, device=device).repeat(len(readings))
-    cache = backbone.new_cache(PROMPT + len(PATH) + len(PARENTS))
-    backbone.prefill(prompts, (torch.arange(PROMPT, device=device) >= padding[:, None]).long(), cache)
+    cache = lm.new_cache(PROMPT + len(PATH) + len(PARENTS))
+    lm.prefill(prompts, (torch.arange(PROMPT, device=device) >= padding[:, None]).long(), cache)
     lengths = torch.full_like(pads, PROMPT)
     both: list[list[Tensor]] = []
     for _ in range(2):
         layers: list[Tensor] = []
         base = lengths[0]
-        backbone.verify(nodes, trees, Frame(base, lengths, pads, int(base) + len(PARENTS)), cache, layers)
+        lm.verify(nodes, trees, Frame(base, lengths, pads, int(base) + len(PARENTS)), cache, layers)
         both.append(layers)
         cache.keep(base + paths, base + torch.arange(len(PATH), device=device).expand_as(paths))
         lengths = lengths + len(PATH)
@@ -182,7 +182,7 @@ def _read_trees(backbone: Probed, readings: list[Reading], prompts: Tensor, node
     return [[states[:, index] for states in stacked] for index in range(len(readings))]
 
 
-def _read_paths(backbone: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layers, Layers]:
+def _read_paths(lm: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layers, Layers]:
     """The model's own readings of every path as a text of its own: in one pass, and in chunks by a cache of its own."""
     lineages = tree_tensors(torch.tensor([PARENTS]), DEPTH).lineage[0]
     leaves = sorted(set(range(len(PARENTS))) - set(PARENTS))
@@ -198,11 +198,11 @@ def _read_paths(backbone: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layer
                 texts.append(torch.cat([prefix, nodes[row, path]]))
     # padded at the right, which a causal model does not see
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=0)
-    output = backbone.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
+    output = lm.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
     whole = [states[text_of, place] for states in hidden_states_of(output)]
     cache, parts = None, []
     for part in ids.split(CHUNKS, dim=1):
-        output = backbone.decoder(input_ids=part, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        output = lm.decoder(input_ids=part, past_key_values=cache, use_cache=True, output_hidden_states=True)
         cache = output.past_key_values
         parts.append(hidden_states_of(output))
     return whole, [torch.cat(states, dim=1)[text_of, place] for states in zip(*parts, strict=True)]

@@ -46,6 +46,7 @@ def chat_command(
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
     medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     common.note_tree(medusa, model, heads, tree)
+    from medusa.generation import Collected
     from medusa.text import Detokenizer
 
     terminal = sys.stdin.isatty()
@@ -73,13 +74,13 @@ def chat_command(
         messages.append({"role": "user", "content": said})
         ids = common.encode(tokenizer, "", messages)
         detokenizer = Detokenizer(tokenizer, ids[0].tolist())
-        answer, steps, count, words = "", 0, 0, showing.Words(showing.console())
+        answer, collected, words = "", Collected(), showing.Words(showing.console())
         start = time.perf_counter()
         try:
-            for step in medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options):
+            steps = medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options)
+            for step in collected.follow(steps):
                 piece = detokenizer.put(step.tokens[0])
                 answer += piece
-                steps, count = steps + 1, count + len(step.tokens[0])
                 words.put(piece)
         except KeyboardInterrupt:
             pass  # the answer ends here, the conversation goes on
@@ -92,5 +93,5 @@ def chat_command(
         words.put(rest)
         words.end()
         messages.append({"role": "assistant", "content": answer + rest})
-        if steps:
-            common.note(f"[{common.speed(count, steps, seconds)}]")
+        if lengths := collected.lengths[0]:
+            common.note(f"[{common.speed(sum(lengths), len(lengths), seconds)}]")

@@ -237,7 +237,7 @@ def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote
     Raises:
         ContextOverflow: prompt and new tokens do not fit.
     """
-    from medusa.backbone.backbone import context_of
+    from medusa.backbone.lm import context_of
     from medusa.checkpoints.hub import find_model
     from medusa.checkpoints.loading import load_config
     from medusa.decoding import check_length

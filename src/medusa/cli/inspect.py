@@ -101,7 +101,7 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     """What the model of a folder or a GGUF file is, as its files say; None where there is no model but heads."""
     if source.gguf_file is not None:
         return {"model": str(source), **gguf_facts(source.folder / source.gguf_file)}
-    from medusa.backbone.backbone import context_of
+    from medusa.backbone.lm import context_of
     from medusa.checkpoints.loading import load_config
     from medusa.checkpoints.names import belongs_to_heads
     from medusa.config import CONFIG_FILE, read_json_object

@@ -169,7 +169,7 @@ def train_command(
     recipe = resolve(method, settings, str(config) if config else "training options")
 
     common.quiet_transformers()
-    from medusa.backbone.backbone import context_of
+    from medusa.backbone.lm import context_of
     from medusa.checkpoints.hub import find_heads, find_model
     from medusa.checkpoints.loading import load_backbone, load_config
     from medusa.checkpoints.quantization import quantized

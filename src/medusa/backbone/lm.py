@@ -28,32 +28,32 @@ ATTENTION = ("sdpa", "eager")  # the implementations that add a float mask of fo
 Masks = Tensor | dict[str, Tensor] | None
 
 
-class Backbone:
+class TreeLM:
     """A causal LM as Medusa uses it. Nothing here changes after construction: requests on it may run in parallel.
 
     Args:
-        module: a loaded transformers causal LM; put into eval mode.
+        backbone: a loaded transformers causal LM; put into eval mode.
 
     Raises:
         UnsupportedBackbone: the model is no causal LM, or its attention or its logits cannot be reproduced.
     """
 
-    def __init__(self, module: PreTrainedModel):
-        self.module = module.eval()
-        name = type(module).__name__
-        if getattr(module.config, "is_encoder_decoder", False):
+    def __init__(self, backbone: PreTrainedModel):
+        self.backbone = backbone.eval()
+        name = type(backbone).__name__
+        if getattr(backbone.config, "is_encoder_decoder", False):
             raise UnsupportedBackbone(f"{name} is an encoder-decoder; Medusa needs a causal language model")
-        lm_head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        lm_head = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
         if lm_head is None:
             raise UnsupportedBackbone(f"{name} has no LM head; load it with AutoModelForCausalLM")
         self.lm_head: nn.Module = lm_head
-        decoder = module.get_decoder()
-        self.decoder: nn.Module = getattr(module, "model", module) if decoder is module else decoder  # Llama 4
-        if self.decoder is module:
+        decoder = backbone.get_decoder()
+        self.decoder: nn.Module = getattr(backbone, "model", backbone) if decoder is backbone else decoder  # Llama 4
+        if self.decoder is backbone:
             raise UnsupportedBackbone(f"{name} does not say which part of it is its decoder")
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
-        self.config = module.config.get_text_config(decoder=True)
+        self.config = backbone.config.get_text_config(decoder=True)
         self.attention = getattr(self.config, "_attn_implementation", "eager")
         if self.attention not in ATTENTION:
             raise UnsupportedBackbone(
@@ -96,17 +96,17 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return device_of(self.module.get_input_embeddings())
+        return device_of(self.backbone.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states and masks."""
-        return self.module.dtype
+        return self.backbone.dtype
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text, from the generation config."""
-        config = getattr(self.module, "generation_config", None) or self.config
+        config = getattr(self.backbone, "generation_config", None) or self.config
         return token_ids(config.eos_token_id)
 
     def new_cache(self, capacity: int) -> TreeCache:
