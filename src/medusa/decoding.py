@@ -16,8 +16,7 @@ from medusa.config import integer
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.sampling import Levels, NodePrefixes, Processors, choose, levels_of, uniforms
 from medusa.trees.files import Tree
-from medusa.trees.history import Context
-from medusa.trees.static import StaticDrafter
+from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
@@ -41,7 +40,7 @@ class Decodable(Protocol):
     """What the loop needs of a model; `MedusaModel` is one."""
 
     num_heads: int
-    context: int | None
+    max_length: int | None  # tokens that a row may hold; None: no limit
     vocab_size: int
     scored: int  # tokens that heads score
     static_shapes: bool  # every step of a request, and requests of similar length, must have the same shapes
@@ -54,7 +53,7 @@ class Decodable(Protocol):
     def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
 
     def draft_and_verify(
-        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: Context | None, frame: Frame, cache: Any
+        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted: ...
 
 
@@ -115,7 +114,7 @@ class DecodingState:
     root: Tensor  # (B,) long: decided, not in the cache
     hidden: Tensor  # (B, d): at the last committed token
     drafter: Drafter
-    history: Context | None  # where the drafter looks at it
+    history: History | None  # where the drafter looks at it
     levels: list[Levels] | None  # of the tree, where it is always the same and processors look at paths
     cache: RequestCache
     uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position; None: no draws
@@ -228,8 +227,8 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
         root=zeros,
         hidden=zeros[:, None],  # of a width that the first prompts say
         drafter=drafter,
-        history=Context.empty(batch, capacity, model.device) if drafter.reads_context else None,
-        levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
+        history=History.empty(batch, capacity, model.device) if drafter.reads_history else None,
+        levels=levels_of(drafter.fixed) if drafter.fixed is not None and options.processors.read_paths else None,
         cache=model.new_cache(capacity),
         uniforms=uniforms([(0, 0)], width, model.device).expand(batch, -1) if draws else None,  # each row's own when it joins
         host_pads=[0] * batch,
@@ -375,11 +374,11 @@ def check_request(
     ids, attention_mask = check_prompts(model, ids, attention_mask)
     tree.check(model.num_heads, model.scored)
     longest = ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
-    check_length(longest, options.max_new_tokens, model.context)
+    check_length(longest, options.max_new_tokens, model.max_length)
     return ids, attention_mask
 
 
-def check_length(prompt_tokens: int, max_new_tokens: int, context: int | None, option: str = "max_new_tokens") -> None:
+def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int | None, option: str = "max_new_tokens") -> None:
     """Refuse a prompt whose continuation does not fit the context.
 
     Args:
@@ -388,10 +387,10 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int | None, o
     Raises:
         ContextOverflow: it does not.
     """
-    if context is not None and prompt_tokens + max_new_tokens > context:
-        left = context - prompt_tokens
+    if max_length is not None and prompt_tokens + max_new_tokens > max_length:
+        left = max_length - prompt_tokens
         raise ContextOverflow(
-            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {context}; "
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {max_length}; "
             + (f"lower {option} to {left} or shorten the prompt" if left > 0 else "shorten the prompt")
         )
 

@@ -27,7 +27,7 @@ from medusa.generation import MedusaGenerationMixin
 from medusa.heads import MedusaHeads
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
-from medusa.trees.history import Context
+from medusa.trees.history import History
 from medusa.trees.static import MedusaTree
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
@@ -58,7 +58,7 @@ class MedusaModel(MedusaGenerationMixin):
         self.lm = TreeLM(backbone)
         self.backbone = backbone
         self.num_heads = len(heads) if heads is not None else 0
-        self.context = self.lm.context
+        self.max_length = self.lm.max_length
         self.vocab_size = self.lm.vocab_size
         if heads is not None:
             wanted = (self.lm.hidden_size, self.vocab_size)
@@ -196,7 +196,7 @@ class MedusaModel(MedusaGenerationMixin):
         root: Tensor,  # (B,) long
         hidden: Tensor,  # (B, d)
         drafter: Drafter,
-        history: Context | None,
+        history: History | None,
         frame: Frame,
         cache: TreeCache,
     ) -> Drafted:

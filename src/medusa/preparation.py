@@ -203,7 +203,7 @@ def prepare(
     for key in ("cache_implementation", "token_healing"):  # transformers acts on these before it hands over
         _refuse(key, setting(key))
     if setting("max_new_tokens") is None and setting("max_length") is None:
-        defaults["max_new_tokens"] = _default_length(options, model.context)
+        defaults["max_new_tokens"] = _default_length(options, model.max_length)
     if config is not None:  # transformers takes a config or keywords
         options["generation_config"] = copy.deepcopy(config)
         options["generation_config"].update(**defaults)
@@ -342,14 +342,14 @@ def _check_names(backbone: PreTrainedModel, method: str, options: dict[str, Any]
             raise InvalidInput(f"{name} cannot be followed by Medusa; leave it out, or call the backbone's own generate")
 
 
-def _default_length(options: dict[str, Any], context: int | None) -> int:
+def _default_length(options: dict[str, Any], max_length: int | None) -> int:
     """256 new tokens, or what the context leaves."""
-    if context is None:
+    if max_length is None:
         return DEFAULT_MAX_NEW_TOKENS
     prompt = options.get("inputs_embeds", options.get("input_ids"))
     mask = options.get("attention_mask")
     longest = int(mask.sum(-1).amax()) if mask is not None else prompt.shape[1] if prompt is not None else 1
-    return max(1, min(DEFAULT_MAX_NEW_TOKENS, context - longest))
+    return max(1, min(DEFAULT_MAX_NEW_TOKENS, max_length - longest))
 
 
 def _stop_strings(given: str | list[str], tokenizer: Any) -> Callable:

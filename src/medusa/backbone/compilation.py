@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medusa.backbone.probe import NOISE_MULTIPLE, relative_difference
-from medusa.trees.history import Context
+from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
 LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums even where the model's own passes do not
@@ -40,7 +40,7 @@ class Compiled:
         return getattr(self._model, name)
 
     def draft_and_verify(
-        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: Context | None, frame: Frame, cache: Any
+        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted:
         args = (root, hidden, drafter, history, frame, cache)
         shape = (len(root), *drafter.shape, frame.visible, 0 if history is None else history.table.shape[1])

@@ -65,7 +65,7 @@ class TreeLM:
         except Exception as error:
             raise UnsupportedBackbone(f"{name} has an LM head that does not run: {one_line(error)}") from error
         self.num_layers: int = self.config.num_hidden_layers
-        self.context = context_of(self.config)
+        self.max_length = max_length_of(self.config)
         self.lm_head_device = device_of(lm_head)
         if hasattr(self.config, "attention_types"):
             raise UnsupportedBackbone(f"{name} keeps its attention window in a buffer of fixed size (GPT-Neo)")
@@ -173,8 +173,8 @@ class TreeLM:
         """Hidden states of all nodes in one pass: each sees the committed tokens, its ancestors and itself."""
         slots = frame.base + torch.arange(tree.num_nodes, device=ids.device)
         positions = (frame.lengths - frame.pads)[:, None] + tree.depths
-        if self.context is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
-            positions = positions.clamp(max=self.context - 1)
+        if self.max_length is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
+            positions = positions.clamp(max=self.max_length - 1)
         cache.aim(slots, frame.visible)
         return self._decode(ids, self._tree_masks(tree, frame, positions), positions, cache, layers)
 
@@ -239,7 +239,7 @@ class TreeLM:
         return probe(self)
 
 
-def context_of(
+def max_length_of(
     config: Any,  # of the text model
 ) -> int | None:
     """The most tokens that a model takes; None where its config does not say."""

@@ -237,15 +237,15 @@ def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote
     Raises:
         ContextOverflow: prompt and new tokens do not fit.
     """
-    from medusa.backbone.lm import context_of
+    from medusa.backbone.lm import max_length_of
     from medusa.checkpoints.hub import find_model
     from medusa.checkpoints.loading import load_config
     from medusa.decoding import check_length
 
     source = find_model(model, code=trust_remote_code)
     if source.gguf_file is None:
-        context = context_of(load_config(source, trust_remote_code=trust_remote_code))
-        check_length(prompt_tokens, max_new_tokens, context, "--max-new-tokens")
+        max_length = max_length_of(load_config(source, trust_remote_code=trust_remote_code))
+        check_length(prompt_tokens, max_new_tokens, max_length, "--max-new-tokens")
 
 
 def note_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:

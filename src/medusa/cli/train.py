@@ -169,7 +169,7 @@ def train_command(
     recipe = resolve(method, settings, str(config) if config else "training options")
 
     common.quiet_transformers()
-    from medusa.backbone.lm import context_of
+    from medusa.backbone.lm import max_length_of
     from medusa.checkpoints.hub import find_heads, find_model
     from medusa.checkpoints.loading import load_backbone, load_config
     from medusa.checkpoints.quantization import quantized
@@ -190,7 +190,7 @@ def train_command(
     source = find_model(model, code=trust_remote_code)
     if preview:
         sizes = load_config(source, trust_remote_code=trust_remote_code)
-        length = min(recipe.max_length, context_of(sizes) or recipe.max_length)
+        length = min(recipe.max_length, max_length_of(sizes) or recipe.max_length)
         _preview(data, tokenizer, recipe, preview, length, sizes.vocab_size)
         return
     assert output is not None
@@ -202,7 +202,7 @@ def train_command(
         **quantized(recipe.quantization, common.dtype_named(dtype)),
     )
     medusa = MedusaModel(backbone, load_heads(find_heads(heads)) if heads else None)
-    length = min(recipe.max_length, medusa.context or recipe.max_length)
+    length = min(recipe.max_length, medusa.max_length or recipe.max_length)
     main = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=main)
     eval_rows = load_rows(eval_data, tokenizer, length, medusa.vocab_size) if eval_data else None

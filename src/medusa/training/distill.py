@@ -240,7 +240,7 @@ class ModelAnswerer:
                 job.fail(str(error))
                 return None
             ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        room = (self.model.context or 1 << 30) - self.options.max_new_tokens - len(self.model.tree)
+        room = (self.model.max_length or 1 << 30) - self.options.max_new_tokens - len(self.model.tree)
         if not 0 < len(ids) <= room:
             job.fail(DOES_NOT_FIT)
             return None

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import CheckpointError, InvalidInput, InvalidTree
+from medusa.runs.files import read_json, write_text
 from medusa.trees.dynamic import DynamicTree
-from medusa.trees.static import MedusaTree, read_tree_file, write_tree_file
+from medusa.trees.static import MedusaTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,17 @@ Tree = MedusaTree | DynamicTree | TreeChoice
 
 
 def save_tree(tree: Tree, path: str | Path) -> None:
-    """Write a tree file."""
-    write_tree_file(tree.to_dict(), path)
+    """Write a tree file, complete or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(tree.to_dict()) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _presets() -> dict[str, Any]:
@@ -96,7 +106,10 @@ def load_tree(path: str | Path) -> Tree:
     """
     if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
         return preset(str(path))
-    return _tree(read_tree_file(path), str(path))
+    if not Path(path).is_file():
+        what = f"cannot read the tree file {path}: it is no file" if Path(path).exists() else f"no tree file {path}"
+        raise CheckpointError(what)
+    return _tree(read_json(Path(path), CheckpointError), str(path))
 
 
 def _tree(found: Any, source: str) -> Tree:

@@ -12,7 +12,7 @@ SLOTS = 16  # of the table for each token there may be: so few collisions that d
 
 
 @dataclass
-class Context:
+class History:
     """What every row has said: its tokens, and where it last said each of its pairs and triples of tokens, by their hashes.
 
     It only ever proposes: a collision costs a node of a draft, never an output.
@@ -25,7 +25,7 @@ class Context:
     after: Tensor  # (B,) long: where the token stands that followed when the text last came to the root like this; 0: never
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, device: torch.device | str | None = None) -> Context:
+    def empty(cls, batch: int, capacity: int, device: torch.device | str | None = None) -> History:
         """The context of rows that have said nothing yet.
 
         Args:
@@ -42,11 +42,11 @@ class Context:
         pads: Tensor,  # (B,) long
         root: Tensor,  # (B,) long
         capacity: int,  # tokens that a row may come to hold, padding and root included
-    ) -> Context:
+    ) -> History:
         """The context at the start of a request."""
-        context = cls.empty(len(prompts), capacity, prompts.device)
-        context.place(torch.arange(len(prompts), device=prompts.device), prompts, pads, root)
-        return context
+        history = cls.empty(len(prompts), capacity, prompts.device)
+        history.place(torch.arange(len(prompts), device=prompts.device), prompts, pads, root)
+        return history
 
     def place(
         self,
@@ -62,7 +62,7 @@ class Context:
         )  # one more in front: three even where the prompt is one token
         length, last = torch.full_like(pads, width + 1), prompts[:, -1]
         tokens = pad(text[:, 1:], (0, self.tokens.shape[1] - width - 1))
-        part = Context(self.table.new_zeros(number, self.table.shape[1]), tokens, length, last, torch.zeros_like(pads))
+        part = History(self.table.new_zeros(number, self.table.shape[1]), tokens, length, last, torch.zeros_like(pads))
         at = torch.arange(-1, width + 1, device=prompts.device).expand(number, -1)  # where each token stands
         place = at - pads[:, None]  # and where in its text
         part._remember(text, at + 1, place >= 1, place >= 2, length)

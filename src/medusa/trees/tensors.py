@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from medusa.trees.history import Context
+from medusa.trees.history import History
 
 
 class TreeTensors(NamedTuple):
@@ -82,17 +82,25 @@ class Drafter(Protocol):
     def num_nodes(self) -> int: ...  # at most, the root included
 
     @property
-    def num_heads(self) -> int: ...  # heads asked
+    def num_heads(self) -> int: ...  # the heads it reads, the first ones
+
+    @property
+    def ranks(self) -> int: ...  # guesses that it takes of each head
 
     @property
     def depth(self) -> int: ...  # the greatest that a node may have
 
     @property
-    def reads_context(self) -> bool: ...
+    def reads_history(self) -> bool: ...
+
+    @property
+    def fixed(self) -> TreeTensors | None: ...  # the tree, if it is the same at every step
 
     @property
     def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
 
     def guess(self, head_logits: Tensor) -> Guesses: ...
 
-    def assemble(self, root: Tensor, guesses: Guesses | None, context: Context | None) -> tuple[Tensor, TreeTensors]: ...
+    def tempered(self, guesses: Guesses) -> Guesses: ...  # of heads as they are, with the probabilities that it believes
+
+    def assemble(self, root: Tensor, guesses: Guesses | None, history: History | None) -> tuple[Tensor, TreeTensors]: ...
