@@ -44,7 +44,7 @@ class FakeCache:
 
 
 class FakeModel:
-    """A text leads to one of a few states, by all its tokens in order; the next token depends on the state, and so do guesses."""
+    """All the tokens of a text, in order, lead to one of a few states, on which the next token depends, and so do guesses."""
 
     num_heads, max_length, vocab_size, scored, device = HEADS, None, VOCAB, VOCAB, torch.device("cpu")
 
