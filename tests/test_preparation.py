@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria
 from medusa import MedusaModel, MedusaTree
 from medusa.backbone.lm import TreeLM
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
-from medusa.preparation import ARGUMENTS
+from medusa.settings import ARGUMENTS
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 PROMPT = random_prompt(7)

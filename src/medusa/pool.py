@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa.decoding import Decodable, DecodingOptions, DecodingState, admit, check_request, room, step, vacant
+from medusa.decoding import check_request, step
+from medusa.state import Decodable, DecodingOptions, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
 
 JOIN_SHARE = 16  # of this many rows one may wait for others to join with: a pass over several prompts costs little more

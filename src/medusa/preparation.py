@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,73 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerationMixin
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.backbone.lm import token_ids
 from medusa.backbone.processors import check_sampling, classify
 from medusa.config import integer
-from medusa.decoding import Decodable, DecodingOptions, DecodingStep, StoppingCriterion, decode
-from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
+from medusa.decoding import DecodingStep, decode
+from medusa.errors import InvalidInput, MedusaError
+from medusa.settings import SAMPLING_KEYS, check_names, refuse, refuse_settings
+from medusa.state import Decodable, DecodingOptions, StoppingCriterion
 from medusa.trees.files import Tree
 
 DEFAULT_MAX_NEW_TOKENS = 256
-
-# Every key of transformers' GenerationConfig is one of three things here; a test fails for a key that is none of them.
-# fmt: off
-# Followed: transformers makes lengths, special tokens, processors and criteria of them, and we take those.
-FOLLOWED = frozenset({
-    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature",
-    "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
-    "no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id",
-    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-    "sequence_bias", "watermarking_config", "num_return_sequences", "return_dict_in_generate", "pad_token_id",
-    "bos_token_id", "eos_token_id",
-})
-# Without effect: of beams, assistants and encoders that are not there (transformers does not look at them then either), or how
-# transformers would hold and compile what is held and compiled otherwise here, which no token depends on.
-WITHOUT_EFFECT = frozenset({
-    "early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups", "decoder_start_token_id", "low_memory",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "max_matching_ngram_size",
-    "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_cache",
-    "cache_config", "max_cache_len", "compile_config", "disable_compile", "continuous_batching_config",
-    "prefill_chunk_size", "transformers_version",
-})
-# fmt: on
-# Refused but for the values that leave them off.
-ONE_SEQUENCE = "Medusa decodes greedily or by sampling, one sequence a row"
-OWN_DRAFTS = "Medusa's heads draft"
-OTHER_LOGITS = "it mixes the logits of other passes or layers into the backbone's"
-ENCODER = "it looks at the prompts of all rows at once"
-NOT_KEPT = "under Medusa a step has many tokens, of which most are dropped"
-REFUSED: dict[str, tuple[tuple, str]] = {
-    "num_beams": ((1,), ONE_SEQUENCE),
-    "constraints": ((), ONE_SEQUENCE),
-    "force_words_ids": ((), ONE_SEQUENCE),
-    "penalty_alpha": ((0,), ONE_SEQUENCE),
-    "dola_layers": ((), OTHER_LOGITS),
-    "guidance_scale": ((1,), OTHER_LOGITS),
-    "encoder_repetition_penalty": ((1,), ENCODER),
-    "encoder_no_repeat_ngram_size": ((0,), ENCODER),
-    "use_mtp": ((False,), OWN_DRAFTS),
-    "prompt_lookup_num_tokens": ((), OWN_DRAFTS),
-    "assistant_early_exit": ((), OWN_DRAFTS),
-    "is_assistant": ((False,), OWN_DRAFTS),
-    "token_healing": ((False,), "transformers hands no tokenizer on"),
-    # Ours is preallocated and holds keys and values as they are.
-    "cache_implementation": (
-        ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
-        "a tree is verified in a cache of our own, which is neither offloaded nor quantised nor paged",
-    ),
-    "output_scores": ((False,), NOT_KEPT),
-    "output_logits": ((False,), NOT_KEPT),
-    "output_attentions": ((False,), NOT_KEPT),
-    "output_hidden_states": ((False,), NOT_KEPT),
-}
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Arguments of transformers' `generate` that are no setting and that we pass on, or take ourselves.
-ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "tokenizer")
 # Of a pass over the prompt, what has no influence on its last hidden state, or is ours to say.
 CACHES = ("past_key_values", "cache", "cache_params")
 OURS_TO_SAY = ("use_cache", "return_dict", "logits_to_keep", "num_logits_to_keep", "cache_position")
@@ -182,7 +126,7 @@ def prepare(
     # numpy's numbers are numbers, but neither int nor float, which transformers asks for.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     own = OwnOptions(**{name: options.pop(name) for name in OWN & options.keys()})
-    _check_names(model.backbone, method, options)
+    check_names(model.backbone, method, options, OWN)
     config, theirs = options.get("generation_config"), model.backbone.generation_config
     defaults: dict[str, Any] = {}
 
@@ -201,7 +145,7 @@ def prepare(
     if setting("exponential_decay_length_penalty") is not None and setting("eos_token_id") is None:
         raise InvalidInput("exponential_decay_length_penalty makes the eos likelier, and there is none; pass eos_token_id")
     for key in ("cache_implementation", "token_healing"):  # transformers acts on these before it hands over
-        _refuse(key, setting(key))
+        refuse(key, setting(key))
     if setting("max_new_tokens") is None and setting("max_length") is None:
         defaults["max_new_tokens"] = _default_length(options, model.max_length)
     if config is not None:  # transformers takes a config or keywords
@@ -299,47 +243,6 @@ def handed_over(
         return_dict=bool(generation_config.return_dict_in_generate),
         compiled=own.compile,
     )
-
-
-def refuse_settings(config: GenerationConfig) -> None:
-    """Refuse the settings of a prepared generation config that cannot be followed, by name."""
-    defaults = config._get_default_generation_params()
-    for key in _config_keys() - FOLLOWED - WITHOUT_EFFECT:
-        value = getattr(config, key, None)
-        if key in REFUSED:
-            _refuse(key, value)
-        elif value is not None and value != defaults.get(key):
-            raise InvalidInput(f"{key} is a setting of a newer transformers that nobody has tried with Medusa; unset {key}")
-
-
-def _refuse(key: str, value: Any) -> None:
-    off, why = REFUSED[key]
-    if value is not None and value not in off:
-        raise InvalidInput(f"{key} is {value!r}, which Medusa cannot follow: {why}; unset {key}")
-
-
-@functools.cache
-def _config_keys() -> frozenset[str]:
-    return frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_"))
-
-
-def _check_names(backbone: PreTrainedModel, method: str, options: dict[str, Any]) -> None:
-    """Refuse keywords that nobody knows, and arguments of transformers' `generate` that cannot be followed."""
-    inputs: set[str] = set()
-    for function in (backbone.forward, backbone.prepare_inputs_for_generation):  # type: ignore[operator]
-        inputs |= inspect.signature(function).parameters.keys()
-    others = inspect.signature(GenerationMixin.generate).parameters.keys() - {"self", "kwargs"}
-    others |= {"assistant_tokenizer", "trust_remote_code"}
-    known = {"input_ids", "attention_mask", *ARGUMENTS, *_config_keys(), *inputs} - {"self", "kwargs", "labels"}
-    for name, value in options.items():
-        if name in known:
-            continue
-        if name not in others:
-            near = difflib.get_close_matches(name, [*known, *OWN], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UnexpectedKeyword(f"{method}() got an unexpected keyword {name!r}{hint}")
-        if value is not False:
-            raise InvalidInput(f"{name} cannot be followed by Medusa; leave it out, or call the backbone's own generate")
 
 
 def _default_length(options: dict[str, Any], max_length: int | None) -> int:

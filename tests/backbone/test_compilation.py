@@ -9,7 +9,8 @@ import torch
 from medusa import DynamicTree, MedusaModel
 from medusa.backbone.compilation import _check
 from medusa.backbone.lm import TreeLM
-from medusa.decoding import DecodingOptions, prefill, step
+from medusa.decoding import prefill, step
+from medusa.state import DecodingOptions
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
