@@ -20,11 +20,13 @@ from medusa.trees.tensors import Drafted
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """What one step emitted.
+    """The tokens that one step emitted.
 
-    `tokens[b]` are row b's new tokens, the root first (none where the row was finished before), `finish_reasons[b]` is
-    None while the row goes on, then "eos", "stop" or "length". Of the seconds, those of the first step that the prompts took
-    are `prefill_seconds`.
+    Args:
+        tokens: new tokens of every row, the root first; none if the row had finished before.
+        finish_reasons: None while a row goes on, then "eos", "stop" or "length".
+        seconds: duration of the step; for the first step, with the prefill.
+        prefill_seconds: the part of `seconds` spent on the prompts; 0 after the first step.
     """
 
     tokens: list[list[int]]
@@ -40,14 +42,14 @@ def decode(
     tree: Tree,
     options: DecodingOptions,
 ) -> Iterator[DecodingStep]:
-    """Decode to the end, a step at a time. The root-only tree is plain decoding: the same loop, without heads.
+    """Decode to the end, one step at a time. The root-only tree is plain decoding: the same loop, without heads.
 
     Raises:
         InvalidInput: an empty or right-padded prompt, or ids outside the vocabulary.
         ContextOverflow: the prompt and max_new_tokens do not fit the backbone's context.
         InvalidTree: the tree is deeper than the heads or uses ranks beyond the vocabulary.
     """
-    ids, attention_mask = check_request(model, ids, attention_mask, tree, options)  # now, not at the first step
+    ids, attention_mask = check_request(model, ids, attention_mask, tree, options)  # raises now, not at the first step
     return _steps(model, ids, attention_mask, tree, options)
 
 
@@ -76,7 +78,7 @@ def prefill(
 
 @torch.inference_mode()
 def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> list[list[int]]:
-    """One draft, one verification, one acceptance; returns every row's new tokens."""
+    """Draft, verify, accept, keep; returns the new tokens of every row."""
     if (roots := last_roots(state, options)) is not None:
         return emit(state, options, roots)
     frame = state.frame(model.static_shapes)
@@ -89,7 +91,7 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
 
 
 def accept(state: DecodingState, options: DecodingOptions, drafted: Drafted) -> Accepted:
-    """The longest path of every row's tree that the backbone would have said."""
+    """The longest path of every row's tree that agrees with the backbone."""
     tokens, tree = drafted.tokens, drafted.tree
     prefixes, nodes = [], None
     if options.processors.read_paths:
@@ -106,7 +108,7 @@ def accept(state: DecodingState, options: DecodingOptions, drafted: Drafted) -> 
 
 
 def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[list[int]]:
-    """Move the accepted paths' keys and values behind the committed ones; returns every path's tokens."""
+    """Move the accepted keys and values behind the committed ones; returns the tokens of every path."""
     tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
     rows = torch.arange(len(tokens), device=tokens.device)
     state.hidden, state.root = drafted.hidden[rows, accepted.node], accepted.bonus
@@ -116,7 +118,7 @@ def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[lis
     packet = torch.cat([tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
     base = state.base
     moved = any(
-        committed != base or node != length - 1  # nodes 0, 1, 2, ... at the end of the row are in place
+        committed != base or node != length - 1  # nodes 0, 1, 2, ... right behind the row are in place
         for (*_, node, length, _), committed, done in zip(packet, state.committed, state.finish_reasons, strict=True)
         if not done
     )
@@ -129,7 +131,7 @@ def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[lis
 
 
 def last_roots(state: DecodingState, options: DecodingOptions) -> list[list[int]] | None:
-    """The roots as paths, where each ends its row and there is nothing left to verify; else None."""
+    """The roots as paths if each ends its row, so that nothing is left to verify; else None."""
     for root, tokens, done in zip(state.host_roots, state.generated, state.finish_reasons, strict=True):
         if not done and root not in options.eos_token_ids and len(tokens) + 1 < options.max_new_tokens:
             return None
@@ -137,7 +139,7 @@ def last_roots(state: DecodingState, options: DecodingOptions) -> list[list[int]
 
 
 def emit(state: DecodingState, options: DecodingOptions, paths: list[list[int]]) -> list[list[int]]:
-    """Append each row's accepted tokens up to the one that ends it, just where plain decoding would end."""
+    """Append the accepted tokens of every row, up to the one that ends it, where plain decoding would end too."""
     emitted: list[list[int]] = []
     for row, path in enumerate(paths):
         emitted.append([])
@@ -167,7 +169,7 @@ def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, tok
 def check_request(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Refuse what cannot be decoded before any work is done; returns ids and mask on the model's device."""
+    """Check a request before any work is done; returns ids and mask on the model's device."""
     ids, attention_mask = check_prompts(model, ids, attention_mask)
     tree.check(model.num_heads, model.scored)
     longest = ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
@@ -176,13 +178,14 @@ def check_request(
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int | None, option: str = "max_new_tokens") -> None:
-    """Refuse a prompt whose continuation does not fit the context.
+    """Check that a prompt and its continuation fit the model.
 
     Args:
-        option: what the user knows max_new_tokens by.
+        max_length: the most tokens of a row; None: no limit.
+        option: the user's name for max_new_tokens, for the error.
 
     Raises:
-        ContextOverflow: it does not.
+        ContextOverflow: they do not fit.
     """
     if max_length is not None and prompt_tokens + max_new_tokens > max_length:
         left = max_length - prompt_tokens
@@ -193,7 +196,7 @@ def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int | None
 
 
 def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Refuse prompts that are none; returns ids and mask on the model's device, no mask where nothing is padded."""
+    """Check prompts and move them to the model's device; the mask is None if nothing is padded."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")

@@ -1,4 +1,4 @@
-"""The state of rows that decode together: how requests join, and what is known of each."""
+"""The state of rows that decode together, and how requests join them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
-CAPACITY_STEP = 256  # static shapes: a cache is rounded up to this, so that requests share a graph
-VACANT = "vacant"  # the finish reason of a row that has no request
+CAPACITY_STEP = 256  # static shapes: capacities are rounded up to this, so that requests share a graph
+VACANT = "vacant"  # the finish reason of a row without a request
 
 
 class RequestCache(Protocol):
@@ -33,13 +33,13 @@ class RequestCache(Protocol):
 
 
 class Decodable(Protocol):
-    """What the loop needs of a model; `MedusaModel` is one."""
+    """What the loop needs from a model; `MedusaModel` provides it."""
 
     num_heads: int
-    max_length: int | None  # tokens that a row may hold; None: no limit
+    max_length: int | None  # the most tokens of a row; None: no limit
     vocab_size: int
-    scored: int  # tokens that heads score
-    static_shapes: bool  # every step of a request, and requests of similar length, must have the same shapes
+    scored: int  # number of tokens that the heads score
+    static_shapes: bool  # every step must have the same shapes, as compiled graphs require
 
     @property
     def device(self) -> torch.device: ...
@@ -55,16 +55,16 @@ class Decodable(Protocol):
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How a request is decoded.
+    """Options of decoding, the same for all rows.
 
     Args:
-        max_new_tokens: the most tokens a row gets.
+        max_new_tokens: limit of new tokens per row.
         do_sample: draw from the backbone's distribution instead of taking its argmax.
-        typical: thresholds of typical acceptance; None is exact.
+        typical: thresholds of typical acceptance; None: acceptance is exact.
         processors: logits processors, temperature among them.
-        eos_token_ids: ids that end a row; the id itself is kept.
-        stopping_criteria: transformers' criteria, asked after every token as in plain decoding.
-        seed: of the draws; row b draws from its own stream (seed, b).
+        eos_token_ids: ids that end a row; the id itself is part of the output.
+        stopping_criteria: transformers' criteria, applied after every token as in plain decoding.
+        seed: seed of the draws; row b has a stream of its own, (seed, b).
     """
 
     max_new_tokens: int
@@ -82,9 +82,9 @@ class DecodingOptions:
 
 @dataclass
 class DecodingState:
-    """B rows that decode together, each at its own length: left-padded prompts and what they have got so far.
+    """B rows that decode together, each at its own length: left-padded prompts and the tokens generated so far.
 
-    A row without a request, or whose request has ended, takes part in every step and gets nothing; `admit` gives it the next.
+    A row without a request, or whose request has ended, takes part in every step without effect, until `admit` fills it.
     """
 
     prompts: list[Tensor]  # per row (P,) long, padding included
@@ -92,14 +92,14 @@ class DecodingState:
     starts: Tensor  # (B,) long: slots of the prompt, padding included
     lengths: Tensor  # (B,) long: committed slots, padding included
     active: Tensor  # (B,) bool
-    root: Tensor  # (B,) long: decided, not in the cache
-    hidden: Tensor  # (B, d): at the last committed token
+    root: Tensor  # (B,) long: the next token, decided but not yet in the cache
+    hidden: Tensor  # (B, d): hidden state of the last committed token
     drafter: Drafter
-    history: History | None  # where the drafter looks at it
-    levels: list[Levels] | None  # of the tree, where it is always the same and processors look at paths
+    history: History | None  # None: the drafter does not read it
+    levels: list[Levels] | None  # of a fixed tree, if processors read paths
     cache: RequestCache
-    uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position; None: no draws
-    # The same facts on the host, where a sync has brought them anyway.
+    uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position; None: nothing is drawn
+    # On the host, from the sync of each step.
     host_pads: list[int]
     host_roots: list[int]
     generated: list[list[int]]
@@ -111,12 +111,12 @@ class DecodingState:
 
     @property
     def committed(self) -> list[int]:
-        """Committed slots of every row, padding included: `lengths` on the host."""
+        """The number of committed slots of every row, padding included: `lengths` on the host."""
         return [len(prompt) + len(tokens) for prompt, tokens in zip(self.prompts, self.generated, strict=True)]
 
     @property
     def base(self) -> int:
-        """The slot of the next root, behind the longest unfinished row."""
+        """The slot of the next roots, behind the longest unfinished row."""
         return max(length for length, reason in zip(self.committed, self.finish_reasons, strict=True) if reason is None)
 
     def frame(self, static_shapes: bool) -> Frame:
@@ -138,7 +138,7 @@ class DecodingState:
             setattr(self, name, getattr(self, name).index_copy(0, rows, tensor))
 
     def prefixes(self) -> list[Tensor | None]:
-        """The tokens of every unfinished row, its padding included, for processors that look at them."""
+        """The tokens of every unfinished row, its padding included, for processors that read them."""
         return [
             None if done else torch.cat([prompt, prompt.new_tensor(tokens)])
             for prompt, tokens, done in zip(self.prompts, self.generated, self.finish_reasons, strict=True)
@@ -146,7 +146,7 @@ class DecodingState:
 
 
 def room(model: Decodable, prompt_length: int, drafter: Drafter, options: DecodingOptions) -> int:
-    """The most slots that a row can take."""
+    """The number of slots that a row may need."""
     # The tree is written behind the longest row, and a path may be moved to the end of any other.
     slots = prompt_length + options.max_new_tokens + drafter.num_nodes + drafter.depth + 1
     return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if model.static_shapes else slots
@@ -165,12 +165,12 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
         lengths=zeros,
         active=zeros.bool(),
         root=zeros,
-        hidden=zeros[:, None],  # of a width that the first prompts say
+        hidden=zeros[:, None],  # its width and dtype come with the first prompts
         drafter=drafter,
         history=History.empty(batch, capacity, model.device) if drafter.reads_history else None,
         levels=levels_of(drafter.fixed) if drafter.fixed is not None and options.processors.read_paths else None,
         cache=model.new_cache(capacity),
-        uniforms=uniforms([(0, 0)], width, model.device).expand(batch, -1) if draws else None,  # each row's own when it joins
+        uniforms=uniforms([(0, 0)], width, model.device).expand(batch, -1) if draws else None,  # replaced when a request joins
         host_pads=[0] * batch,
         host_roots=[0] * batch,
         generated=[[] for _ in range(batch)],
@@ -182,13 +182,13 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
 def admit(
     model: Decodable,
     state: DecodingState,
-    rows: Sequence[int],  # n rows that have no request or whose request has ended
+    rows: Sequence[int],  # n rows without a request, or whose request has ended
     ids: Tensor,  # (n, P) long, left-padded
     attention_mask: Tensor | None,  # (n, P), 1 for tokens
-    streams: Sequence[tuple[int, int]],  # of the draws of each, see `uniforms`
+    streams: Sequence[tuple[int, int]],  # n streams of draws, see `uniforms`
     options: DecodingOptions,
 ) -> None:
-    """Process the prompts of requests that join, and decide the first token of each; the other rows stay as they are."""
+    """Process the prompts of new requests and decide the first token of each. Other rows are not affected."""
     number, length = ids.shape
     batch, at = len(state.prompts), torch.tensor(rows, device=ids.device)
     state.grow(room(model, length, state.drafter, options))

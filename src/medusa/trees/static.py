@@ -1,4 +1,4 @@
-"""The candidate tree: which combinations of the heads' guesses are verified together (paper 2.1.2, 2.3.3)."""
+"""The static tree: which combinations of the heads' guesses are verified together, at every step (paper 2.1.2, 2.3.3)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Path_ = tuple[int, ...]
 
 class MedusaTree:
     """A prefix-closed set of rank paths. Path (i1, ..., ik) is the guess of rank i1 (0-based) of head 1, then rank i2 of
-    head 2, and so on; the root, the backbone's own next token, is implicit and is node 0.
+    head 2, and so on. The root, the backbone's own next token, is implicit: node 0.
 
     Nodes are numbered in lexicographic order of their paths: parents come before children, and the path of all first
-    guesses is nodes 0, 1, 2, ...: the usual outcome is then contiguous in the KV cache and nothing has to move.
+    guesses is nodes 0, 1, 2, ...: the usual outcome is then contiguous in the KV cache, and nothing has to move.
 
     Raises:
         InvalidTree: a path is empty, repeated, has a negative rank, or its parent is missing.
@@ -77,7 +77,7 @@ class MedusaTree:
 
     @property
     def depth(self) -> int:
-        """The longest path, hence the number of heads used; 0 for the root alone."""
+        """The length of the longest path, hence the number of heads used; 0 for the root alone."""
         return max(map(len, self.paths), default=0)
 
     @property
@@ -106,23 +106,23 @@ class MedusaTree:
 
     @classmethod
     def from_dict(cls, found: Any, source: str) -> MedusaTree:
-        """The tree of a saved mapping, or of a bare list of paths; CheckpointError where there is none."""
+        """The tree in a saved mapping or a bare list of paths; CheckpointError if it holds none."""
         paths = found.get("paths") if isinstance(found, dict) else found
         if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
             raise CheckpointError(f"{source} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
         return cls(paths)
 
     def tensors(self, device: torch.device | str | None = None) -> TreeTensors:
-        """The tree as index tensors on a device, the same for every row (b = 1)."""
+        """The tree as index tensors on a device, one for all rows (b = 1)."""
         return tree_tensors(torch.tensor([(0, *self.parents[1:])], device=device), self.depth)
 
     def drafter(self, device: torch.device | str | None = None) -> StaticDrafter:
-        """What fills the tree with tokens in a decoding request on a device."""
+        """The drafter that fills the tree during a request on this device."""
         guesses = torch.tensor([(len(path) - 1) * (self.max_rank + 1) + path[-1] for path in self.paths])
         return StaticDrafter(self.tensors(device), guesses.long().to(device), self.depth, self.max_rank + 1)
 
     def for_batch(self, batch: int) -> MedusaTree:
-        """The tree for a batch of so many rows: itself; see `TreeChoice`."""
+        """The tree for a batch of this size: itself; see `TreeChoice`."""
         return self
 
 
@@ -131,9 +131,9 @@ class StaticDrafter:
     """The same tree at every step: rank i_k of head k along each path."""
 
     fixed: TreeTensors  # b = 1: the tree of every step
-    guesses: Tensor  # (N - 1,) long: (head - 1) * ranks + rank of every node but the root
+    guesses: Tensor  # (N - 1,) long: (head - 1) * ranks + rank, for every node but the root
     num_heads: int
-    ranks: int  # guesses taken of each head
+    ranks: int  # guesses taken from each head
     reads_history = False
 
     @property
