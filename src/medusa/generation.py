@@ -29,7 +29,7 @@ class MedusaGenerateOutput(ModelOutput):
     timings: dict[str, float] | None = None  # seconds: first_step (with the prefill), total
 
     def new_tokens(self, row: int) -> Tensor:  # (n,) long
-        """The tokens that a row got, without its prompt and without padding."""
+        """The new tokens of a row, without padding."""
         assert self.sequences is not None and self.acceptance_lengths is not None
         counts = [sum(lengths) for lengths in self.acceptance_lengths]
         start = self.sequences.shape[1] - max(counts)
@@ -67,12 +67,12 @@ class Collected:
 
 
 class MedusaGenerationMixin:
-    """What a user calls to decode, for a class that prepares and decodes: `MedusaModel`."""
+    """The methods that decode, in transformers' conventions; `MedusaModel` has them."""
 
     def stream(
         self: Preparable, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Iterator[DecodingStep]:
-        """Decode step by step; arguments as for `generate`. Bad ones are refused here, before the first step."""
+        """Decode step by step, with the arguments of `generate`; they are checked here, before the first step."""
         return _prepare(self, "stream", input_ids, attention_mask, options).decode(self)
 
     def generate(
@@ -83,30 +83,30 @@ class MedusaGenerationMixin:
         streamer: Any = None,
         **options: Any,
     ) -> Tensor | MedusaGenerateOutput:
-        """Generate as transformers' `generate` does, which prepares the call; see `docs/architecture.md` for what is exact.
+        """Generate as transformers' `generate` does, which prepares the call; `docs/architecture.md` says what is exact.
 
-        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed or refused by name.
-        None is not given: the key is the generation config's. (Two departures: a top-k of 50 that nobody asked for is not
-        applied, and where nothing says how many, there are 256 new tokens or what the context leaves.)
+        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed, or refused by name.
+        An argument that is None counts as not given; the generation config then decides. Two defaults differ: top-k is off
+        (transformers: 50), and without a length there are 256 new tokens, or as many as fit the model.
 
         Args:
             input_ids: (B, P) long, left-padded.
-            attention_mask: (B, P), 1 for tokens; None: transformers tells padding by the pad id.
-            streamer: gets the prompt, then tokens as they come, as in transformers; batch of one.
+            attention_mask: (B, P), 1 for tokens; None: transformers recognises padding by the pad id.
+            streamer: a transformers streamer, for a batch of one: gets the prompt, then tokens as they come.
             max_new_tokens, do_sample, temperature, repetition_penalty, eos_token_id, …: keys of a generation config.
-            generation_config: a whole one.
+            generation_config: a complete generation config instead.
             stop_strings: strings that end a row, with `tokenizer`.
-            stopping_criteria, logits_processor: transformers' lists. A processor that nobody knows is tried out, and refused
-                where it keeps state from call to call.
-            inputs_embeds: (B, L, d), a soft prompt to be read in the place of `input_ids`.
-            acceptance: "exact" (lossless) or "typical" (paper 2.3.1; only where do_sample is set).
+            stopping_criteria, logits_processor: transformers' lists. An unknown processor is tried out, and refused if it
+                keeps state from call to call.
+            inputs_embeds: (B, L, d), a soft prompt that replaces the embeddings of `input_ids`.
+            acceptance: "exact" (lossless) or "typical" (paper 2.3.1; requires do_sample).
             epsilon, delta: thresholds of typical acceptance.
-            seed: of the draws; default: drawn from torch's generator, so that `torch.manual_seed` governs it.
-            tree: another tree for this call: a `MedusaTree` (`MedusaTree([])` decodes plainly), `DynamicTree` or `TreeChoice`.
+            seed: seed of the draws; default: drawn from torch's generator, so that `torch.manual_seed` decides.
+            tree: the tree of this call: `MedusaTree` (`MedusaTree([])` decodes plainly), `DynamicTree` or `TreeChoice`.
             compile: run each step through `torch.compile` with static shapes.
 
         Returns:
-            (B, P + new) long, right-padded; or MedusaGenerateOutput where return_dict_in_generate is set.
+            (B, P + new) long, right-padded; MedusaGenerateOutput if return_dict_in_generate is set.
 
         Raises:
             InvalidInput, ContextOverflow, InvalidTree: before any work is done.
@@ -134,8 +134,8 @@ class MedusaGenerationMixin:
     ) -> Tensor | MedusaGenerateOutput:
         """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
 
-        Takes Medusa's own keywords of `generate` besides. transformers hands neither a streamer nor a tokenizer on: use
-        `MedusaModel.generate` to stream, or for stop strings.
+        Also takes Medusa's own arguments of `generate`. transformers passes on neither streamer nor tokenizer: call
+        `MedusaModel.generate` for streaming and stop strings.
 
         Raises:
             InvalidInput: a setting, processor or model input that a tree cannot follow, by name.
@@ -152,7 +152,7 @@ class MedusaGenerationMixin:
 def _prepare(
     model: Preparable, method: str, input_ids: Tensor | None, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> Prepared:
-    """A call as transformers prepares it, with prompts and settings checked."""
+    """Check the prompts and let transformers prepare the call."""
     if input_ids is not None and "inputs_embeds" not in options:
         input_ids, mask = check_prompts(model, input_ids, attention_mask)
         attention_mask = mask if mask is not None or attention_mask is None else torch.ones_like(input_ids)
@@ -162,10 +162,10 @@ def _prepare(
 def _output(
     model: Preparable, prepared: Prepared, streamer: Any = None, home: torch.device | None = None
 ) -> Tensor | MedusaGenerateOutput:
-    """Decode a prepared call to its end. A streamer gets the prompt, then tokens as they come.
+    """Decode a prepared call to its end.
 
     Args:
-        home: the device that the output goes to; None: that of the prepared ids.
+        home: device of the output; None: that of the prepared ids.
     """
     ids = prepared.input_ids.to(home or prepared.input_ids.device)
     collected = Collected(len(ids))

@@ -1,4 +1,4 @@
-"""MedusaModel: a backbone, its heads and a tree, used like a transformers model."""
+"""MedusaModel: a backbone with heads and a tree, used like a transformers model."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from medusa.trees.tensors import Drafted, Drafter, Frame
 class MedusaModel(MedusaGenerationMixin):
     """A causal LM that decodes several tokens a step with Medusa heads and a candidate tree.
 
-    The model never changes while decoding, and state lives in the request: threads may share it.
+    The model does not change while decoding, and all state belongs to the request: threads can share it.
 
     Args:
         backbone: a loaded transformers causal LM with sdpa or eager attention.
-        heads: its heads; None decodes plainly.
-        tree: the candidate tree; None takes a dynamic one of all heads, of 64 nodes on a GPU and 16 elsewhere: `medusa tune`
+        heads: the heads; None: plain decoding.
+        tree: the candidate tree; None: a dynamic tree of all heads, with 64 nodes on a GPU and 16 elsewhere. `medusa tune`
             finds the fastest.
 
     Raises:
-        UnsupportedBackbone: tree decoding on this backbone would not be exact (probed here, on random ids).
-        CheckpointError: the heads are for another hidden size or vocabulary.
+        UnsupportedBackbone: tree decoding would not be exact with this backbone (probed here, with random ids).
+        CheckpointError: the heads have another hidden size or vocabulary.
         InvalidTree: the tree is deeper than the heads.
     """
 
@@ -76,7 +76,7 @@ class MedusaModel(MedusaGenerationMixin):
         self.scored = heads.scored if heads is not None else self.vocab_size
         tree.check(self.num_heads, self.scored)
         self.tree = tree
-        self.compiled = Compiled(self, noise=self.lm.probe())  # for the loop: the same steps through torch.compile
+        self.compiled = Compiled(self, noise=self.lm.probe())  # the same model, with compiled steps
 
     @classmethod
     def from_pretrained(
@@ -93,21 +93,21 @@ class MedusaModel(MedusaGenerationMixin):
         """Load a backbone with its heads and tree.
 
         Args:
-            backbone: a local folder, a GGUF file, a hub id, or a model known by name: `embedded`, `smollm2`;
-                or what `find_model` found.
+            backbone: a local folder, a GGUF file, a hub id, the name of a known model (`embedded`, `smollm2`), or a
+                `Source` from `find_model`.
             heads: a folder or hub id with the heads, in any format (docs/serving.md), and the adapter of a backbone
-                trained with them (Medusa-2); None where the backbone's folder holds them too.
-            tree: a tree, a tree file, or None for the `medusa_tree.json` beside the heads.
-            dtype: of backbone and heads; None keeps the backbone's own, and unpacks a GGUF file to bfloat16.
-            gguf_file: the GGUF file to take of a folder or hub id.
-            heads_options: `revision`, `subfolder`, `token`, … of the heads, where theirs are not the backbone's.
-            device_map, kwargs: passed on to transformers (`trust_remote_code` is off unless given). Those that say where a
-                hub id's files are hold for backbone and heads alike: `revision` (or a hub id with @ and a revision behind it),
-                `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+                trained with them (Medusa-2); None: the backbone's folder holds the heads too.
+            tree: a tree or a tree file; None: the `medusa_tree.json` beside the heads.
+            dtype: dtype of backbone and heads; None: the backbone's own, or bfloat16 for a GGUF file.
+            gguf_file: the GGUF file to use, if a folder or hub id has several.
+            heads_options: `revision`, `subfolder`, `token`, … for the heads, if they differ from the backbone's.
+            device_map, kwargs: passed on to transformers (`trust_remote_code` is off by default). Those that locate a hub id's
+                files apply to backbone and heads: `revision` (or `ID@REVISION` as the hub id), `subfolder`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
             CheckpointError: something is missing, broken or unsafe.
-            InvalidInput: a keyword that cannot be followed.
+            InvalidInput: a keyword is not supported.
             UnsupportedBackbone: see the class.
         """
         if kwargs.get("proxies"):
@@ -132,36 +132,36 @@ class MedusaModel(MedusaGenerationMixin):
         try:
             return cls(module, loaded, tree)
         except UnsupportedBackbone:
-            # Some models (Gemma 2 with its capped scores, GPT-J) add no mask under sdpa but do so under eager attention.
+            # Some models (Gemma 2 with its capped scores, GPT-J) add the mask only under eager attention.
             if "attn_implementation" in kwargs or not hasattr(module, "set_attn_implementation"):
                 raise
             module.set_attn_implementation("eager")
             return cls(module, loaded, tree)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the heads, their config and the tree; the backbone stays where it is."""
+        """Write the heads, their config and the tree, but not the backbone."""
         if self.heads is None:
             raise InvalidInput("this model has no heads to save")
         save_heads(self.heads, folder, base_model=self.backbone.config._name_or_path or None)
         save_tree(self.tree, Path(folder) / TREE_FILE)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Publish what `save_pretrained` writes, with a model card, and return its address."""
+        """Publish the files of `save_pretrained` with a model card; returns their address."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_to_hub(folder, repo_id, private, token)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device that token ids are expected on."""
         return self.lm.device
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a text, by the backbone's generation config."""
+        """The ids that end a text, from the backbone's generation config."""
         return self.lm.eos_token_ids
 
-    # What the decoding loop asks for.
+    # The decoding loop's protocol, `Decodable`.
 
     static_shapes = False
 
@@ -171,14 +171,14 @@ class MedusaModel(MedusaGenerationMixin):
     def prefill(
         self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache, embeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The last position's hidden state (B, d) and logits (B, V)."""
+        """Process prompts into a cache; returns hidden state (B, d) and logits (B, V) of the last position."""
         hidden = self.lm.prefill(ids, attention_mask, cache, embeds)
         return hidden, self.lm.logits(hidden)
 
     def hidden_states(
         self,
-        ids: Tensor,  # (B, T) long, padded at the right if at all
-        segments: Tensor | None = None,  # (B, T) long: the text each token belongs to, where rows hold several
+        ids: Tensor,  # (B, T) long, possibly right-padded
+        segments: Tensor | None = None,  # (B, T) long: number of the text that each token belongs to; None: one per row
     ) -> Tensor:  # (B, T, d)
         """The last hidden state of every position, as the heads read it."""
         return self.lm.hidden_states(ids, segments)
@@ -186,7 +186,7 @@ class MedusaModel(MedusaGenerationMixin):
     def logits(
         self,
         hidden: Tensor,  # (..., d)
-        lm_head: Any = None,  # some rows of the backbone's own; None: all
+        lm_head: Any = None,  # a part of the backbone's LM head; None: all of it
     ) -> Tensor:  # (..., V)
         """The backbone's logits of hidden states."""
         return self.lm.logits(hidden, lm_head)
@@ -213,5 +213,5 @@ class MedusaModel(MedusaGenerationMixin):
 
 
 def _span(name: str) -> AbstractContextManager:
-    """A named stretch for the profiler; compiled code has none."""
+    """A named span for the profiler, except in compiled code."""
     return nullcontext() if torch.compiler.is_compiling() else record_function(name)
