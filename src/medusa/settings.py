@@ -13,9 +13,9 @@ from transformers.generation import GenerationMixin
 
 from medusa.errors import InvalidInput, UnexpectedKeyword
 
-# Every key of transformers' GenerationConfig is one of three things here; a test fails for a key that is none of them.
+# Every key of transformers' GenerationConfig is in one of three lists; a test fails for a key in none of them.
 # fmt: off
-# Followed: transformers makes lengths, special tokens, processors and criteria of them, and we take those.
+# Followed: transformers turns them into lengths, special tokens, processors and criteria, which the loop takes.
 FOLLOWED = frozenset({
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature",
     "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
@@ -24,8 +24,8 @@ FOLLOWED = frozenset({
     "sequence_bias", "watermarking_config", "num_return_sequences", "return_dict_in_generate", "pad_token_id",
     "bos_token_id", "eos_token_id",
 })
-# Without effect: of beams, assistants and encoders that are not there (transformers does not look at them then either), or how
-# transformers would hold and compile what is held and compiled otherwise here, which no token depends on.
+# Without effect: settings of beams, assistants and encoders that are not used here (transformers ignores them then too), and of
+# transformers' own caches and compilation, on which no token depends.
 WITHOUT_EFFECT = frozenset({
     "early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups", "decoder_start_token_id", "low_memory",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "max_matching_ngram_size",
@@ -34,12 +34,12 @@ WITHOUT_EFFECT = frozenset({
     "prefill_chunk_size", "transformers_version",
 })
 # fmt: on
-# Refused but for the values that leave them off.
+# Refused, except for the values that switch them off.
 ONE_SEQUENCE = "Medusa decodes greedily or by sampling, one sequence a row"
 OWN_DRAFTS = "Medusa's heads draft"
 OTHER_LOGITS = "it mixes the logits of other passes or layers into the backbone's"
-ENCODER = "it looks at the prompts of all rows at once"
-NOT_KEPT = "under Medusa a step has many tokens, of which most are dropped"
+ENCODER = "it reads the prompts of all rows at once"
+NOT_KEPT = "a step of Medusa has many tokens, most of which are dropped"
 REFUSED: dict[str, tuple[tuple, str]] = {
     "num_beams": ((1,), ONE_SEQUENCE),
     "constraints": ((), ONE_SEQUENCE),
@@ -53,8 +53,8 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "prompt_lookup_num_tokens": ((), OWN_DRAFTS),
     "assistant_early_exit": ((), OWN_DRAFTS),
     "is_assistant": ((False,), OWN_DRAFTS),
-    "token_healing": ((False,), "transformers hands no tokenizer on"),
-    # Ours is preallocated and holds keys and values as they are.
+    "token_healing": ((False,), "transformers does not pass on the tokenizer"),
+    # Ours is preallocated and holds unchanged keys and values.
     "cache_implementation": (
         ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
         "a tree is verified in a cache of our own, which is neither offloaded nor quantised nor paged",
@@ -65,19 +65,19 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "output_hidden_states": ((False,), NOT_KEPT),
 }
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Arguments of transformers' `generate` that are no setting and that we pass on, or take ourselves.
+# Arguments of transformers' `generate` that are not settings, which we pass on or use ourselves.
 ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "tokenizer")
 
 
 def refuse_settings(config: GenerationConfig) -> None:
-    """Refuse the settings of a prepared generation config that cannot be followed, by name."""
+    """Refuse, by name, the settings of a prepared generation config that Medusa cannot follow."""
     defaults = config._get_default_generation_params()
     for key in _config_keys() - FOLLOWED - WITHOUT_EFFECT:
         value = getattr(config, key, None)
         if key in REFUSED:
             refuse(key, value)
         elif value is not None and value != defaults.get(key):
-            raise InvalidInput(f"{key} is a setting of a newer transformers that nobody has tried with Medusa; unset {key}")
+            raise InvalidInput(f"{key} is a setting of a newer transformers that has not been tried with Medusa; unset {key}")
 
 
 def refuse(key: str, value: Any) -> None:
@@ -92,7 +92,7 @@ def _config_keys() -> frozenset[str]:
 
 
 def check_names(backbone: PreTrainedModel, method: str, options: dict[str, Any], own: Collection[str]) -> None:
-    """Refuse keywords that nobody knows, and arguments of transformers' `generate` that cannot be followed."""
+    """Refuse unknown keywords, and arguments of transformers' `generate` that Medusa cannot follow."""
     inputs: set[str] = set()
     for function in (backbone.forward, backbone.prepare_inputs_for_generation):  # type: ignore[operator]
         inputs |= inspect.signature(function).parameters.keys()
