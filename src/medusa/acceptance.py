@@ -38,18 +38,18 @@ class Accepted:
 def accept_exact(
     tree: TreeTensors,
     tokens: Tensor,  # (B, N) long: the token of every node
-    said: Tensor,  # (B, N) long: the backbone's own token after every node
+    target: Tensor,  # (B, N) long: the backbone's own token after every node
 ) -> Accepted:
     """Descend while a child is the backbone's own token after its parent.
 
-    With the argmax as `said` this is greedy acceptance. With a draw from the backbone's distribution p at every node it
+    With the argmax as `target` this is greedy acceptance. With a draw from the backbone's distribution p at every node it
     is exact sampling: the token after each accepted node is that one draw, whether the tree held it or not, so the output
     is distributed as p for any tree that depends only on the past. The draw is accepted whenever the tree holds it, so no
     rule accepts more of the same candidates.
     """
-    agreed = tokens == said.gather(1, tree.parents.expand_as(tokens))
+    agreed = tokens == target.gather(1, tree.parents.expand_as(tokens))
     node = _reachable(tree, agreed).mul(tree.depths + 1).argmax(-1)  # at most one node at each depth is reachable
-    return _accepted(tree, node, said)
+    return _accepted(tree, node, target)
 
 
 def accept_typical(
@@ -85,12 +85,12 @@ def _reachable(
     return (accepted[:, None, :] | ~tree.ancestors).all(-1)
 
 
-def _accepted(tree: TreeTensors, node: Tensor, said: Tensor) -> Accepted:
+def _accepted(tree: TreeTensors, node: Tensor, target: Tensor) -> Accepted:
     rows = torch.arange(len(node), device=node.device)
     path = tree.lineage.expand(len(node), -1, -1)[rows, node]
     return Accepted(
         node=node,
         path=path,
         length=(path >= 0).sum(-1),
-        bonus=said.gather(1, node[:, None]).squeeze(1),
+        bonus=target.gather(1, node[:, None]).squeeze(1),
     )

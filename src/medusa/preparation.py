@@ -127,27 +127,7 @@ def prepare(
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     own = OwnOptions(**{name: options.pop(name) for name in OWN & options.keys()})
     check_names(model.backbone, method, options, OWN)
-    config, theirs = options.get("generation_config"), model.backbone.generation_config
-    defaults: dict[str, Any] = {}
-
-    def setting(key: str) -> Any:
-        """A key's value in the call, else in its generation config, else in the backbone's."""
-        found = (options.get(key), getattr(config, key, None), getattr(theirs, key, None))
-        return next((value for value in found if value is not None), None)
-
-    check_sampling(**{key: options.get(key) for key in (*SAMPLING_KEYS[:4], "repetition_penalty")})
-    if setting("do_sample"):
-        if setting("top_k") is None:
-            defaults["top_k"] = 0
-    elif any(key in options for key in SAMPLING_KEYS):
-        given = ", ".join(key for key in SAMPLING_KEYS if key in options)
-        warnings.warn(f"{given} and their like do nothing without do_sample=True", stacklevel=4)
-    if setting("exponential_decay_length_penalty") is not None and setting("eos_token_id") is None:
-        raise InvalidInput("exponential_decay_length_penalty makes the eos likelier, and there is none; pass eos_token_id")
-    for key in ("cache_implementation", "token_healing"):  # transformers acts on these before it calls us
-        refuse(key, setting(key))
-    if setting("max_new_tokens") is None and setting("max_length") is None:
-        defaults["max_new_tokens"] = _default_length(options, model.max_length)
+    config, defaults = options.get("generation_config"), _defaults(model, options)
     if config is not None:  # transformers takes either a config or keywords
         options["generation_config"] = copy.deepcopy(config)
         options["generation_config"].update(**defaults)
@@ -157,7 +137,7 @@ def prepare(
         options["max_new_tokens"] = integer("max_new_tokens", options["max_new_tokens"], least=1)
     if isinstance(eos := options.get("eos_token_id"), list | tuple | Tensor) and len(token_ids(eos)) == 0:
         options["eos_token_id"] = None  # transformers' way of saying "none"
-    if (strings := setting("stop_strings")) is not None:
+    if (strings := _setting(model, options, "stop_strings")) is not None:
         # transformers does not pass the tokenizer to a custom loop, so the criterion is made here.
         criterion = _stop_strings(strings, options.get("tokenizer"))
         options |= {"stop_strings": None, "stopping_criteria": [*options.get("stopping_criteria", []), criterion]}
@@ -173,6 +153,32 @@ def prepare(
     except Exception as error:  # nothing is decoded here, so any error is about the arguments
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise InvalidInput(f"transformers cannot prepare this {method}(): {reason}") from error
+
+
+def _setting(model: Preparable, options: dict[str, Any], key: str) -> Any:
+    """A key's value in the call, else in its generation config, else in the backbone's."""
+    configs = options.get("generation_config"), model.backbone.generation_config
+    found = (options.get(key), *(getattr(config, key, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+def _defaults(model: Preparable, options: dict[str, Any]) -> dict[str, Any]:
+    """Our defaults for what a call leaves open; its settings are checked first."""
+    setting, defaults = functools.partial(_setting, model, options), {}
+    check_sampling(**{key: options.get(key) for key in (*SAMPLING_KEYS[:4], "repetition_penalty")})
+    if setting("do_sample"):
+        if setting("top_k") is None:
+            defaults["top_k"] = 0
+    elif any(key in options for key in SAMPLING_KEYS):
+        given = ", ".join(key for key in SAMPLING_KEYS if key in options)
+        warnings.warn(f"{given} and their like do nothing without do_sample=True", stacklevel=5)
+    if setting("exponential_decay_length_penalty") is not None and setting("eos_token_id") is None:
+        raise InvalidInput("exponential_decay_length_penalty makes the eos likelier, and there is none; pass eos_token_id")
+    for key in ("cache_implementation", "token_healing"):  # transformers acts on these before it calls us
+        refuse(key, setting(key))
+    if setting("max_new_tokens") is None and setting("max_length") is None:
+        defaults["max_new_tokens"] = _default_length(options, model.max_length)
+    return defaults
 
 
 def options_of_rows(model: Preparable, method: str, **settings: Any) -> DecodingOptions:

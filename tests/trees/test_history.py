@@ -15,7 +15,7 @@ def found(history: History, row: int, vocab: int, n: int) -> set[tuple[int, ...]
     every = torch.cartesian_prod(*[torch.arange(vocab)] * n)
     *start, end = (every[:, i].expand(len(history.last), -1) for i in range(n))
     key = pair_start(*start) + pair_end(end) if n == 2 else triple_start(*start) + triple_end(end)
-    said = history.said(key)
+    said = history.contains(key)
     return {tuple(run) for run in every[said[row]].tolist()}
 
 
@@ -45,8 +45,8 @@ def test_collisions_are_rare_in_a_full_table():
     prompts = torch.randint(50_000, (1, capacity - 1), generator=generator)
     history = History.of(prompts, torch.tensor([0]), torch.tensor([1]), capacity)
     a, b = torch.randint(50_000, (2, 1, 10_000), generator=generator)
-    assert history.said(pair_start(a) + pair_end(b)).float().mean() < 0.15
-    assert history.said(pair_start(prompts[:, :-1]) + pair_end(prompts[:, 1:])).all()
+    assert history.contains(pair_start(a) + pair_end(b)).float().mean() < 0.15
+    assert history.contains(pair_start(prompts[:, :-1]) + pair_end(prompts[:, 1:])).all()
 
 
 def test_a_context_goes_on_as_it_did_before():

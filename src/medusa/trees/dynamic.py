@@ -186,7 +186,7 @@ class DynamicDrafter:
             if history is not None and (self.pair_bonus or self.triple_bonus):
                 pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
                 triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
-                said = history.said(torch.stack([pairs, triples], 1))
+                said = history.contains(torch.stack([pairs, triples], 1))
                 step = step.add(said[:, 0], alpha=self.pair_bonus).add_(said[:, 1], alpha=self.triple_bonus)
             candidates = (value[..., None] + logsigmoid(step) - LEAST_COST).flatten(1)  # (B, W * R)
             value, chosen = candidates.topk(min(wanted, candidates.shape[1]), dim=-1)

@@ -119,7 +119,7 @@ class History:
         pair, triple = places.where(torch.stack([same[:, 0, 1:].all(-1), same[:, 1].all(-1)], 1), 0).unbind(1)
         self.after = torch.where(triple > 0, triple, pair)
 
-    def said(
+    def contains(
         self,
         keys: Tensor,  # (B, ...) long: of pairs or triples
     ) -> Tensor:  # (B, ...) bool
