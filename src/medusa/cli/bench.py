@@ -117,7 +117,7 @@ def bench_command(
         compile,
         trees={name: given.to_dict() for name, given in (trees or {"own": medusa.tree}).items()},
         decoders=list(decoders),
-        draft=fingerprint(drafting) if drafting is not None else None,
+        draft=fingerprint(drafting.backbone) if drafting is not None else None,
         categories=category or [],
         limit=limit,
         temperature=temperature,

@@ -78,7 +78,7 @@ def experiment_command(
     from medusa.evaluation.experiments import named, run, save
     from medusa.evaluation.prompts import OVERALL, read_questions, select
     from medusa.evaluation.report import cells
-    from medusa.runs.provenance import fingerprint, heads_fingerprint
+    from medusa.runs.provenance import fingerprint
     from medusa.tuning.calibrate import record
 
     experiment = named(name)
@@ -135,8 +135,10 @@ def experiment_command(
         prompts,
         compile,
         tree=medusa.tree.to_dict(),
-        medusa_2=None if sibling is None or sibling.heads is None else [fingerprint(sibling), heads_fingerprint(sibling.heads)],
-        drafts={title: fingerprint(each) for title, each in subject.drafts.items()},
+        medusa_2=None
+        if sibling is None or sibling.heads is None
+        else [fingerprint(sibling.backbone), fingerprint(sibling.heads)],
+        drafts={title: fingerprint(each.backbone) for title, each in subject.drafts.items()},
     )
     scorer = None
     if experiment.quality:

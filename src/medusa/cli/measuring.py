@@ -125,12 +125,12 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 def made_with(medusa: MedusaModel, model: str, exam: Exam, prompts: str, compile: bool, **more: Any) -> dict[str, Any]:
     """What answers are made with; a folder holds those of one such record only."""
-    from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
+    from medusa.runs.provenance import environment, fingerprint
 
     return {
         "model": model,
-        "backbone": fingerprint(medusa),
-        "heads": heads_fingerprint(medusa.heads) if medusa.heads is not None else None,
+        "backbone": fingerprint(medusa.backbone),
+        "heads": fingerprint(medusa.heads) if medusa.heads is not None else None,
         **more,
         "prompts": prompts,
         "questions": exam.digest,

@@ -209,7 +209,7 @@ def _rows(texts: list[Recorded], batch: int, length: int) -> Tensor:
 
 
 def _made_with(medusa: MedusaModel, prompts: str | None, lengths: list[int], compile: bool) -> dict[str, Any]:
-    from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
+    from medusa.runs.provenance import environment, fingerprint
 
     assert medusa.heads is not None
     return {
@@ -217,8 +217,8 @@ def _made_with(medusa: MedusaModel, prompts: str | None, lengths: list[int], com
         "contexts": lengths,
         "compile": compile,
         "dtype": str(medusa.backbone.dtype).removeprefix("torch."),
-        "backbone": fingerprint(medusa),
-        "heads": heads_fingerprint(medusa.heads),
+        "backbone": fingerprint(medusa.backbone),
+        "heads": fingerprint(medusa.heads),
         **environment(medusa.device),
     }
 

@@ -22,7 +22,7 @@ from medusa.model import MedusaModel
 from medusa.output import MedusaGenerateOutput
 from medusa.pool import left_padded
 from medusa.runs.files import whole
-from medusa.runs.provenance import fingerprint, heads_fingerprint
+from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 
 MOST_PATHS = 1024
@@ -155,8 +155,8 @@ def record(
     if folder is not None:
         told = [prompt.tolist() for prompt in prompts]
         made_with = {
-            "backbone": fingerprint(model),
-            "heads": heads_fingerprint(model.heads),
+            "backbone": fingerprint(model.backbone),
+            "heads": fingerprint(model.heads),
             "settings": [max_new_tokens, ranks, temperature, seed, batch_size],
             "prompts": len(prompts),
             "prompts_digest": hashlib.sha256(repr(told).encode()).hexdigest()[:16],
