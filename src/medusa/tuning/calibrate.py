@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
 from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
 from medusa.output import MedusaGenerateOutput
-from medusa.pool import left_padded
 from medusa.runs.files import whole
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
