@@ -113,7 +113,7 @@ def _train(
     base_model = model.backbone.config._name_or_path or None
     heads = _new_heads(model, config, rows)
     model = _trainable(model, config)
-    heads.share(model.backbone.get_output_embeddings())  # which may have an adapter by now
+    heads.share(model.backbone.get_output_embeddings())  # with the adapter that it may have now
     objective = Objective(model, heads, config)
     arguments = _arguments(model, output, config)  # sets up the processes
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
@@ -195,7 +195,7 @@ def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> Medusa
     lm_head = model.backbone.get_output_embeddings()
     tokens = draft_vocabulary(rows, config.draft_vocabulary, model.vocab_size)
     if model.heads is not None and model.heads.config.medusa_draft_vocabulary is not None:
-        tokens = model.heads.token_map  # the tokens that they score already
+        tokens = model.heads.token_map  # those they know
     heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head, tokens)
     if model.heads is not None:
         wanted = {name: tensor.shape for name, tensor in heads.state_dict().items()}
