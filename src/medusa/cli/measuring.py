@@ -103,7 +103,7 @@ def calibration_prompts(
     found = [asking.prompt(question, []) for question in questions]
     if not asking.chat:
         found = [ids[:prompt_tokens] for ids in found]
-    room = None if medusa.context is None else medusa.context - max_new_tokens - medusa.num_heads
+    room = None if medusa.max_length is None else medusa.max_length - max_new_tokens - medusa.num_heads
     found = [ids for ids in found if ids and (room is None or len(ids) <= room)]
     if not found:
         raise InvalidInput(f"{prompts} holds no prompt that leaves room for {max_new_tokens} new tokens in the context")

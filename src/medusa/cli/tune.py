@@ -186,8 +186,8 @@ def _check(
 
 
 def _check_room(medusa: MedusaModel, lengths: list[int], room: int) -> None:
-    if medusa.context is not None and max(lengths, default=1) + room > medusa.context:
-        longest = medusa.context - room
+    if medusa.max_length is not None and max(lengths, default=1) + room > medusa.max_length:
+        longest = medusa.max_length - room
         raise InvalidInput(f"--context is {max(lengths)}, wanted at most {longest}: timing adds {room} tokens to it")
 
 
@@ -196,7 +196,7 @@ def _usual_length(texts: list[Recorded], medusa: MedusaModel, room: int) -> int:
     import statistics
 
     usual = int(statistics.median(text.start + 1 for text in texts))
-    return usual if medusa.context is None else max(1, min(usual, medusa.context - room))
+    return usual if medusa.max_length is None else max(1, min(usual, medusa.max_length - room))
 
 
 def _rows(texts: list[Recorded], batch: int, length: int) -> Tensor:

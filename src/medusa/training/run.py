@@ -38,6 +38,7 @@ from medusa.training.hidden_states import save_hidden_states
 from medusa.training.model_card import write_card
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
+from medusa.trees.files import save_tree
 
 RECORD = "training.json"
 IDENTITY = "run.json"  # configuration, data and backbone of the run, so that only the same run is resumed
@@ -300,7 +301,7 @@ def _report(
     config, evaluated = trainer.model.recipe, trainer.evaluated
     assert evaluated is not None
     tree = evaluated.tree(config.tree_nodes)
-    tree.save(output / TREE_FILE)
+    save_tree(tree, output / TREE_FILE)
     asked = max(evaluated.asked)
     write_card(output, config, base_model, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
     record = {
