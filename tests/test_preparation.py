@@ -76,10 +76,10 @@ def test_position_ids_that_follow_from_the_mask_are_taken(tiny_model):
 
 
 def test_setting_of_a_newer_transformers_is_refused_until_someone_decides(tiny_model, monkeypatch):
-    from medusa import preparation
+    from medusa import settings
 
-    keys = preparation._config_keys()
-    monkeypatch.setattr(preparation, "_config_keys", lambda: keys | {"braid_size"})
+    keys = settings._config_keys()
+    monkeypatch.setattr(settings, "_config_keys", lambda: keys | {"braid_size"})
     config = GenerationConfig(max_new_tokens=2, pad_token_id=0)
     assert tiny_model.generate(PROMPT, generation_config=config).shape == (1, 9)
     config.braid_size = 3

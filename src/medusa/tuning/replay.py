@@ -17,12 +17,13 @@ from torch import Tensor
 
 from medusa.acceptance import accept_exact
 from medusa.errors import InvalidInput
+from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicTree, tempered
 from medusa.trees.history import History
 from medusa.trees.search import search_joint_tree
 from medusa.trees.static import MedusaTree
 from medusa.trees.tensors import Guesses
-from medusa.tuning.calibrate import Calibration, Recorded
+from medusa.tuning.recording import Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]
 
