@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.placement import device_of, is_offloaded
+from medusa.runs.extras import require
 from medusa.runs.files import whole
 
 PEFT_PREFIX = "base_model.model."  # peft's wrapper, which its files name and we do not use
@@ -23,7 +24,7 @@ ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapte
 
 def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: float) -> None:
     """Put a new LoRA on every linear layer of a backbone, including the LM head; untrained, it changes nothing."""
-    peft = _peft()
+    peft = require("peft", "train", "an adapter")
     if getattr(backbone, "peft_config", None):
         raise InvalidInput("the backbone already has an adapter; merge it first (peft: merge_and_unload)")
     targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
@@ -60,7 +61,7 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
     Raises:
         CheckpointError: the adapter is broken, or made for another model.
     """
-    peft = _peft()
+    peft = require("peft", "train", "an adapter")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
@@ -83,7 +84,7 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
 
 def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:
     """Write the backbone's adapter as peft's two files, from tensors named as in the backbone (`trained`)."""
-    peft = _peft()
+    peft = require("peft", "train", "an adapter")
     (name, config) = next(iter(backbone.peft_config.items()))
     # Without the embedding and the LM head themselves, which peft would add if an adapter is on the LM head.
     tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
@@ -127,7 +128,7 @@ def _merge(backbone: PreTrainedModel) -> None:
 
 
 def _bring_adapter(backbone: PreTrainedModel) -> None:
-    """Allocate an adapter's tensors where its layers compute; peft leaves them on meta, like offloaded weights."""
+    """Allocate an adapter's tensors where its layers compute; peft leaves them on meta."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -165,11 +166,3 @@ def _untie(backbone: PreTrainedModel) -> None:
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is an nn.Linear, one of bitsandbytes' quantised layers or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InvalidInput("adapters need peft: pip install 'medusa-decoding[train]'") from None
-    return peft
