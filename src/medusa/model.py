@@ -29,6 +29,7 @@ from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.heads import MedusaHeads
 from medusa.output import MedusaGenerateOutput, collect
 from medusa.preparation import OwnOptions, Prepared, handed_over, prepare
+from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.trees.history import Context
@@ -71,7 +72,9 @@ class MedusaModel:
                     f"heads are for hidden size {got[0]} and {got[1]} tokens, the backbone has {wanted[0]} and "
                     f"{wanted[1]}; use heads trained on this backbone"
                 )
-            heads = heads.bound_to(self._backbone.lm_head, self._backbone.lm_head_device, self._backbone.dtype)
+            heads = heads.bound_to(
+                self._backbone.lm_head, self._backbone.lm_head_device, self._backbone.dtype, backbone.get_input_embeddings()
+            )
         self.heads = heads
         if tree is None:
             nodes = 64 if self.device.type == "cuda" else 16
@@ -211,8 +214,12 @@ class MedusaModel:
         with _span("medusa.heads"):
             guesses = None
             if drafter.num_heads and self.heads is not None:
-                guesses = drafter.guess(self.heads(hidden, drafter.num_heads))
-                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens))
+                states = self.heads.states(hidden, drafter.num_heads, root)
+                guesses = drafter.guess(self.heads.logits(states))
+                along = None
+                if self.heads.kind == "path" and guesses.log_p is not None:
+                    along = along_paths(self.heads, hidden, root, states, guesses.tokens, guesses.log_p)
+                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens), along=along)
             tokens, tree = drafter.assemble(root, guesses, context)
         with _span("medusa.backbone"):
             states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)

@@ -103,7 +103,7 @@ def test_what_cannot_be_drawn_is_refused(name, mark, message, tmp_path):
 def test_without_matplotlib_the_remedy_is_named(tmp_path):
     code = (
         "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.collections'] = None\n"
-        "from medusa import MedusaTree; from medusa.errors import InvalidInput; from medusa.tuning.draw import tree_figure\n"
+        "from medusa import MedusaTree; from medusa.errors import InvalidInput; from medusa.trees.draw import tree_figure\n"
         "try: tree_figure(MedusaTree([(0,)]))\n"
         "except InvalidInput as error: print(error)"
     )

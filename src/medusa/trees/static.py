@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,11 +201,17 @@ def paths_up(
     return up, ancestors.scatter_(2, up, True)
 
 
+# Scores along paths: of a depth k (from 0) and paths (B, W, k) long, the k tokens behind the root, (B, W, R) float32: the
+# logarithm of p(guess | path), up to a constant that leaves all other tokens as likely as they are from the root alone.
+Along = Callable[[int, Tensor], Tensor]
+
+
 class Guesses(NamedTuple):
     """The likeliest tokens of the first D heads for every row, best first."""
 
     tokens: Tensor  # (D, B, R) long
     log_p: Tensor | None  # (D, B, R) float32; None where nobody asks
+    along: Along | None = None  # their scores along paths, of heads that read them
 
 
 class Drafter(Protocol):
