@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from medusa import MedusaHeads, MedusaModel, MedusaTree
-from medusa.decoding import DecodingOptions, DecodingState, prefill, step
+from medusa.decoding import Decodable, DecodingOptions, DecodingState, prefill, step
 from medusa.simulation.hardware import Hardware, load_hardware
 from medusa.simulation.measure import copy_bandwidth, now
 from medusa.simulation.prediction import Setting
@@ -76,15 +76,16 @@ def cache_bytes(state: DecodingState) -> int:
 
 def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, device: str) -> list[dict]:
     ids = torch.randint(model.vocab_size, (1, args.context), device=device)
-    options = DecodingOptions(max_new_tokens=1024, compiled=args.compiled)
+    options = DecodingOptions(max_new_tokens=1024)
     trees = {nodes: tree_of(nodes, model.num_heads) for nodes in sizes}
-    states = {nodes: prefill(model, ids, None, tree, options) for nodes, tree in trees.items()}
+    decodable = model.compiled if args.compiled else model
+    states = {nodes: prefill(decodable, ids, None, tree, options) for nodes, tree in trees.items()}
     seconds: dict[int, list[float]] = {nodes: [] for nodes in trees}
     for round_ in range(args.rounds + 1):
         for nodes, state in states.items():
             for _ in range(args.steps):
                 start = now(device)
-                step(model, state, options)
+                step(decodable, state, options)
                 if round_:  # the first round warms up
                     seconds[nodes].append(now(device) - start)
     bandwidth = copy_bandwidth(device)
@@ -97,7 +98,7 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
                 "nodes": nodes,
                 "milliseconds": 1e3 * median,
                 "overhead": median / statistics.median(seconds[sizes[0]]),
-                "parts": split(model, state, options, args.steps, device),
+                "parts": split(decodable, state, options, args.steps, device),
                 "bytes": moved,
                 "bandwidth_share": moved / median / bandwidth,
             }
@@ -116,7 +117,7 @@ def add_prediction(rows: list[dict], model: MedusaModel, hardware: Hardware, arg
         row |= {"predicted_milliseconds": 1e3 * seconds, "predicted_overhead": overhead, "overhead_error": error}
 
 
-def split(model: MedusaModel, state: DecodingState, options: DecodingOptions, steps: int, device: str) -> dict[str, float]:
+def split(model: Decodable, state: DecodingState, options: DecodingOptions, steps: int, device: str) -> dict[str, float]:
     """The share of each part in the time of a step, from the profiler."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     start = now(device)

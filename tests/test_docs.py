@@ -1,5 +1,8 @@
 """Claims about the documentation: what it shows runs, and what it names exists."""
 
+import functools
+import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -9,10 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "assets", "results", "site"}.intersection(path.parts))
 
 
 def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@functools.cache
+def help_of(verb: str) -> str:
+    wide = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-m", "medusa", verb, "--help"], capture_output=True, text=True, env=wide)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_readmes_python_runs(capsys):
@@ -54,13 +66,26 @@ def test_files_that_documents_name_exist(document):
 )
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
-        verb, wide = line.split()[0], os.environ | {"COLUMNS": "200"}
-        done = subprocess.run([sys.executable, "-m", "medusa", verb, "--help"], capture_output=True, text=True, env=wide)
         options = re.findall(r"--[\w-]+", line)
-        assert done.returncode == 0 and all(option in done.stdout for option in options), line
+        assert all(option in help_of(line.split()[0]) for option in options), line
 
 
 @pytest.mark.parametrize("script", ["decode.py", "step_cost.py", "train.py", "recipes.py", "gpu_end_to_end.py"])
 def test_benchmark_scripts_start(script):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_lines_of_documents_are_at_most_132_characters():
+    lines = ((path.relative_to(ROOT), line) for path in DOCUMENTS for line in path.read_text().splitlines())
+    assert [(path, line) for path, line in lines if len(line) > 132] == []
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say():
+    pinned = re.search(r"^typer==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    if importlib.metadata.version("typer") != pinned:
+        pytest.skip("other versions of typer word types and defaults differently")
+    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "docs" / "cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.page(), "run python docs/cli.py"

@@ -3,7 +3,7 @@
     python continuations.py BACKBONE OUT.jsonl --batches 60
 
 Each line is `{"input_ids": [...]}`: a prompt cut from a training file and the backbone's continuation of it, greedy or
-sampled in turn. A killed run goes on where it stopped. Held-out files are never read.
+sampled in turn. If interrupted, run the same command again to resume. Held-out files are never read.
 """
 
 import argparse

@@ -18,7 +18,7 @@ def held_out(relative_path: str) -> bool:
 
 
 def documents(held: bool) -> list[tuple[str, str]]:
-    """(path relative to the standard library, text) of the held-out or of the training files, sorted by path."""
+    """(path relative to the standard library, text) of all held-out or all training files, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):

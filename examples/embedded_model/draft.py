@@ -1,7 +1,7 @@
 """A draft model for the embedded one, for speculative decoding: `python draft.py BACKBONE TEXT.jsonl OUT --layers 1`.
 
-The backbone's first layers under its own last norm and LM head, trained to say what the whole of it says: rows of
-`{"input_ids": [...]}`, KL divergence to the backbone's distribution (Medusa's competitor deserves a good draft).
+The backbone's first layers with its own final norm and LM head, trained to imitate the whole backbone: KL divergence to the
+backbone's distribution on rows of `{"input_ids": [...]}` (Medusa's competitor deserves a good draft model).
 """
 
 import argparse
@@ -46,18 +46,18 @@ def main() -> None:
         chosen = order[step * args.batch_size : (step + 1) * args.batch_size].tolist()
         ids = torch.tensor([rows[n] for n in chosen])
         with torch.no_grad():
-            wanted = teacher(ids, use_cache=False).logits.float().softmax(-1)
+            target = teacher(ids, use_cache=False).logits.float().softmax(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            said = draft(ids, use_cache=False).logits.float().log_softmax(-1)
-        loss = -(wanted * said).sum(-1).mean()
+            predicted = draft(ids, use_cache=False).logits.float().log_softmax(-1)
+        loss = -(target * predicted).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            agreed = (wanted.argmax(-1) == said.argmax(-1)).float().mean().item()
-            print(f"step {step + 1}: cross-entropy {loss.item():.3f}, first choice agreed on {agreed:.3f}", flush=True)
+            agreed = (target.argmax(-1) == predicted.argmax(-1)).float().mean().item()
+            print(f"step {step + 1}: cross-entropy {loss.item():.3f}, top-1 agreement {agreed:.3f}", flush=True)
     draft.to(torch.bfloat16).save_pretrained(args.out)
     AutoTokenizer.from_pretrained(args.backbone).save_pretrained(args.out)
 

@@ -1,7 +1,7 @@
 """Mix training text for the embedded heads: `python mix.py BACKBONE CONTINUATIONS.jsonl OUT.jsonl`.
 
-All of the backbone's own continuations and as many blocks of its training files: the first are what decoding meets, the
-second keep the heads from learning only what the backbone says greedily.
+All of the backbone's own continuations and as many blocks of its training files. The continuations are what decoding meets; the
+files keep the heads from learning only the backbone's greedy habits.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Cut the embedded model's held-out prompts: `python prompts.py BACKBONE OUT.jsonl`.
 
-Every fourth held-out file is for the tree's calibration, the others are for tests and benchmarks; no file is for both.
+Every fourth held-out file is for calibrating the tree, the others are for tests and benchmarks; no file is for both.
 """
 
 import json
@@ -12,7 +12,7 @@ from corpus import documents
 from transformers import AutoTokenizer
 
 PROMPT_TOKENS = 256
-PROMPTS_A_FILE = 4
+PROMPTS_PER_FILE = 4
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def main() -> None:
         for number, (source, text) in enumerate(documents(held=True)):
             ids = tokenizer(text, verbose=False)["input_ids"]
             split = "calibration" if number % 4 == 3 else "test"
-            # Apart by at least a prompt, and with text to come after each.
+            # At least one prompt apart, and each followed by more text.
             starts = range(0, len(ids) - 2 * PROMPT_TOKENS, 2 * PROMPT_TOKENS)
-            for start in sorted(rng.permutation(starts)[:PROMPTS_A_FILE].tolist()):
+            for start in sorted(rng.permutation(starts)[:PROMPTS_PER_FILE].tolist()):
                 record = {"source": source, "split": split, "input_ids": ids[start : start + PROMPT_TOKENS]}
                 file.write(json.dumps(record) + "\n")
 

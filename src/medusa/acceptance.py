@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medusa.errors import InvalidInput
-from medusa.trees.static import TreeTensors
+from medusa.trees.tensors import TreeTensors
 
 
 @dataclass(frozen=True)

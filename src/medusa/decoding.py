@@ -14,13 +14,14 @@ from torch.profiler import record_function
 from medusa.acceptance import Accepted, TypicalAcceptance, accept_exact, accept_typical
 from medusa.config import integer
 from medusa.errors import ContextOverflow, InvalidInput
-from medusa.sampling import Levels, NodePrefixes, Processors, draw, levels_of, uniforms
+from medusa.sampling import Levels, NodePrefixes, Processors, choose, levels_of, uniforms
 from medusa.trees.files import Tree
 from medusa.trees.history import Context
-from medusa.trees.static import Drafter, StaticDrafter, TreeTensors
+from medusa.trees.static import StaticDrafter
+from medusa.trees.tensors import Drafted, Drafter, Frame
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
-CAPACITY_STEP = 256  # compiled shapes: a cache is rounded up to this, so that requests share a graph
+CAPACITY_STEP = 256  # static shapes: a cache is rounded up to this, so that requests share a graph
 VACANT = "vacant"  # the finish reason of a row that has no request
 
 
@@ -43,6 +44,7 @@ class Decodable(Protocol):
     context: int | None
     vocab_size: int
     scored: int  # tokens that heads score
+    static_shapes: bool  # every step of a request, and requests of similar length, must have the same shapes
 
     @property
     def device(self) -> torch.device: ...
@@ -52,18 +54,8 @@ class Decodable(Protocol):
     def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
 
     def draft_and_verify(
-        self,
-        compiled: bool,
-        root: Tensor,
-        hidden: Tensor,
-        drafter: Drafter,
-        context: Context | None,
-        base: Tensor,
-        lengths: Tensor,
-        pads: Tensor,
-        visible: int,
-        cache: Any,
-    ) -> tuple[Tensor, TreeTensors, Tensor, Tensor]: ...
+        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: Context | None, frame: Frame, cache: Any
+    ) -> Drafted: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,6 @@ class DecodingOptions:
         eos_token_ids: ids that end a row; the id itself is kept.
         stopping_criteria: transformers' criteria, asked after every token as in plain decoding.
         seed: of the draws; row b draws from its own stream (seed, b).
-        compiled: run draft and verification through torch.compile, with static shapes.
     """
 
     max_new_tokens: int
@@ -88,7 +79,6 @@ class DecodingOptions:
     eos_token_ids: tuple[int, ...] = ()
     stopping_criteria: Sequence[StoppingCriterion] = ()
     seed: int = 0
-    compiled: bool = False
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("seed", None)):
@@ -125,7 +115,7 @@ class DecodingState:
     root: Tensor  # (B,) long: decided, not in the cache
     hidden: Tensor  # (B, d): at the last committed token
     drafter: Drafter
-    context: Context | None  # where the drafter looks at it
+    history: Context | None  # where the drafter looks at it
     levels: list[Levels] | None  # of the tree, where it is always the same and processors look at paths
     cache: RequestCache
     uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position; None: no draws
@@ -139,12 +129,33 @@ class DecodingState:
     def finished(self) -> bool:
         return None not in self.finish_reasons
 
+    @property
+    def committed(self) -> list[int]:
+        """Committed slots of every row, padding included: `lengths` on the host."""
+        return [len(prompt) + len(tokens) for prompt, tokens in zip(self.prompts, self.generated, strict=True)]
+
+    @property
+    def base(self) -> int:
+        """The slot of the next root, behind the longest unfinished row."""
+        return max(length for length, reason in zip(self.committed, self.finish_reasons, strict=True) if reason is None)
+
+    def frame(self, static_shapes: bool) -> Frame:
+        """Where the next trees stand in the cache."""
+        base = torch.full((), self.base, device=self.root.device)  # filled on the device: no copy from the host
+        visible = self.cache.capacity if static_shapes else self.base + self.drafter.num_nodes
+        return Frame(base, self.lengths, self.pads, visible)
+
     def grow(self, capacity: int) -> None:
-        """Make room for rows of so many slots."""
+        """Make room for rows of `capacity` slots."""
         if capacity > self.cache.capacity:
             self.cache.grow(capacity)
-            if self.context is not None:
-                self.context.grow(capacity)
+            if self.history is not None:
+                self.history.grow(capacity)
+
+    def place(self, rows: Tensor, **of_rows: Tensor) -> None:
+        """Replace tensors of the state in some rows, (n,) long."""
+        for name, tensor in of_rows.items():
+            setattr(self, name, getattr(self, name).index_copy(0, rows, tensor))
 
     def prefixes(self) -> list[Tensor | None]:
         """The tokens of every unfinished row, its padding included, for processors that look at them."""
@@ -190,16 +201,16 @@ def prefill(
 ) -> DecodingState:
     """Process the prompts and decide every row's first token, the first root."""
     drafter = tree.for_batch(len(ids)).drafter(ids.device)
-    state = vacant(model, len(ids), room(ids.shape[1], drafter, options), drafter, options)
+    state = vacant(model, len(ids), room(model, ids.shape[1], drafter, options), drafter, options)
     admit(model, state, list(range(len(ids))), ids, attention_mask, [(options.seed, row) for row in range(len(ids))], options)
     return state
 
 
-def room(prompt_length: int, drafter: Drafter, options: DecodingOptions) -> int:
-    """The slots that a row may take."""
+def room(model: Decodable, prompt_length: int, drafter: Drafter, options: DecodingOptions) -> int:
+    """The most slots that a row can take."""
     # The tree is written behind the longest row, and a path may be moved to the end of any other.
     slots = prompt_length + options.max_new_tokens + drafter.num_nodes + drafter.depth + 1
-    return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if options.compiled else slots
+    return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if model.static_shapes else slots
 
 
 @torch.inference_mode()
@@ -217,7 +228,7 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
         root=zeros,
         hidden=zeros[:, None],  # of a width that the first prompts say
         drafter=drafter,
-        context=Context.empty(batch, capacity, model.device) if drafter.reads_context else None,
+        history=Context.empty(batch, capacity, model.device) if drafter.reads_context else None,
         levels=levels_of(drafter.tree) if isinstance(drafter, StaticDrafter) and options.processors.read_paths else None,
         cache=model.new_cache(capacity),
         uniforms=uniforms([(0, 0)], width, model.device).expand(batch, -1) if draws else None,  # each row's own when it joins
@@ -240,38 +251,30 @@ def admit(
 ) -> None:
     """Process the prompts of requests that join, and decide the first token of each; the other rows stay as they are."""
     number, length = ids.shape
-    batch, device = len(state.prompts), ids.device
-    state.grow(room(length, state.drafter, options))
-    whole = number == batch
-    cache = state.cache if whole else model.new_cache(length)  # all rows at once need no copy
+    batch, at = len(state.prompts), torch.tensor(rows, device=ids.device)
+    state.grow(room(model, length, state.drafter, options))
+    cache = state.cache if number == batch else model.new_cache(length)  # all rows at once need no copy
     hidden, logits = model.prefill(ids, attention_mask, cache)
-    pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(number)
-    at = torch.tensor(rows, device=device)
-    if not whole:
+    if cache is not state.cache:
         state.cache.place(cache, at, batch)
+    pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(number)
     host_pads = pads.tolist()
-    scores = logits[:, None]
-    if options.processors:
-        scores = options.processors(scores, list(ids), host_pads)
+    scores, first = options.processors(logits[:, None], list(ids), host_pads), None
     if state.uniforms is not None:
-        numbers = uniforms(streams, state.uniforms.shape[1], device)
-        state.uniforms = state.uniforms.index_copy(0, at, numbers)
-        root = draw(scores.float(), numbers[:, :1])[:, 0]
-    else:
-        root = scores.argmax(-1)[:, 0]
+        numbers = uniforms(streams, state.uniforms.shape[1], ids.device)
+        state.place(at, uniforms=numbers)
+        first = numbers[:, :1]
+    root = choose(scores, first)[:, 0]
     if state.hidden.shape[1] != hidden.shape[1]:
         state.hidden = hidden.new_zeros(batch, hidden.shape[1])
     start = torch.full_like(pads, length)
-    state.hidden = state.hidden.index_copy(0, at, hidden)
-    state.root = state.root.index_copy(0, at, root)
-    state.pads = state.pads.index_copy(0, at, pads)
-    state.starts = state.starts.index_copy(0, at, start)
-    state.lengths = state.lengths.index_copy(0, at, start)
-    state.active = state.active.index_fill(0, at, True)
-    if state.context is not None:
-        state.context.place(at, ids, pads, root)
-    for row, prompt, padding, first in zip(rows, ids, host_pads, root.tolist(), strict=True):
-        state.prompts[row], state.host_pads[row], state.host_roots[row] = prompt, padding, first
+    state.place(
+        at, hidden=hidden, root=root, pads=pads, starts=start, lengths=start, active=torch.ones_like(pads, dtype=torch.bool)
+    )
+    if state.history is not None:
+        state.history.place(at, ids, pads, root)
+    for row, prompt, padding, token in zip(rows, ids, host_pads, root.tolist(), strict=True):
+        state.prompts[row], state.host_pads[row], state.host_roots[row] = prompt, padding, token
         state.generated[row], state.finish_reasons[row] = [], None
 
 
@@ -280,59 +283,53 @@ def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> li
     """One draft, one verification, one acceptance; returns every row's new tokens."""
     if (roots := last_roots(state, options)) is not None:
         return emit(state, options, roots)
-    committed = [len(prompt) + len(tokens) for prompt, tokens in zip(state.prompts, state.generated, strict=True)]
-    base = max(length for length, done in zip(committed, state.finish_reasons, strict=True) if not done)
-    visible = state.cache.capacity if options.compiled else base + state.drafter.num_nodes
-    tokens, tree, hidden, logits = model.draft_and_verify(
-        options.compiled,
-        state.root,
-        state.hidden,
-        state.drafter,
-        state.context,
-        torch.full((), base, device=state.root.device),  # filled on the device: no copy from the host
-        state.lengths,
-        state.pads,
-        visible,
-        state.cache,
-    )
+    frame = state.frame(model.static_shapes)
+    drafted = model.draft_and_verify(state.root, state.hidden, state.drafter, state.history, frame, state.cache)
     with record_function("medusa.accept"):
-        accepted = accept(state, options, tree, tokens, logits)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        state.hidden = hidden[rows, accepted.node]
-        state.root = accepted.bonus
-        path_tokens = tokens.gather(1, accepted.path.clamp(min=0))
-        if state.context is not None:
-            state.context.extend(path_tokens, accepted.length, accepted.bonus)
-        # The one host-device sync of the step.
-        packet = torch.cat([path_tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
+        accepted = accept(state, options, drafted)
     with record_function("medusa.keep"):
-        moved = any(
-            length != base or node != accepted_length - 1  # nodes 0, 1, 2, ... at the end of the row are in place
-            for (*_, node, accepted_length, _), length, done in zip(packet, committed, state.finish_reasons, strict=True)
-            if not done
-        )
-        if moved:
-            target = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
-            state.cache.keep(base + accepted.path.clamp(min=0), target)
-        state.lengths = torch.where(state.active, state.lengths + accepted.length, state.lengths)
-    state.host_roots = [row[-1] for row in packet]
-    return emit(state, options, [row[: row[-2]] for row in packet])
+        paths = keep(state, drafted, accepted)
+    return emit(state, options, paths)
 
 
-def accept(state: DecodingState, options: DecodingOptions, tree: TreeTensors, tokens: Tensor, logits: Tensor) -> Accepted:
-    """The longest path of the tree that the backbone would have said."""
-    scores = logits
-    if options.processors:
-        levels = levels_of(tree) if state.levels is None and options.processors.read_paths else state.levels
-        scores = options.processors(logits, state.prefixes(), state.host_pads, NodePrefixes(tokens, levels or []))
+def accept(state: DecodingState, options: DecodingOptions, drafted: Drafted) -> Accepted:
+    """The longest path of every row's tree that the backbone would have said."""
+    tokens, tree = drafted.tokens, drafted.tree
+    prefixes, nodes = [], None
+    if options.processors.read_paths:
+        prefixes, nodes = state.prefixes(), NodePrefixes(tokens, state.levels or levels_of(tree))
+    scores = options.processors(drafted.logits, prefixes, state.host_pads, nodes)
     if options.do_sample and options.typical is not None:
         return accept_typical(tree, tokens, scores.float(), options.typical)
-    if state.uniforms is None:
-        return accept_exact(tree, tokens, scores.argmax(-1))
-    # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
-    number = (state.lengths - state.starts)[:, None] + tree.depths + 1
-    uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
-    return accept_exact(tree, tokens, draw(scores.float(), uniform))
+    uniform = None
+    if state.uniforms is not None:
+        # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
+        number = (state.lengths - state.starts)[:, None] + tree.depths + 1
+        uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
+    return accept_exact(tree, tokens, choose(scores, uniform))
+
+
+def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[list[int]]:
+    """Move the accepted paths' keys and values behind the committed ones; returns every path's tokens."""
+    tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
+    rows = torch.arange(len(tokens), device=tokens.device)
+    state.hidden, state.root = drafted.hidden[rows, accepted.node], accepted.bonus
+    if state.history is not None:
+        state.history.extend(tokens, accepted.length, accepted.bonus)
+    # The one host-device sync of the step.
+    packet = torch.cat([tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
+    base = state.base
+    moved = any(
+        committed != base or node != length - 1  # nodes 0, 1, 2, ... at the end of the row are in place
+        for (*_, node, length, _), committed, done in zip(packet, state.committed, state.finish_reasons, strict=True)
+        if not done
+    )
+    if moved:
+        behind = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
+        state.cache.keep(base + accepted.path.clamp(min=0), behind)
+    state.lengths = torch.where(state.active, state.lengths + accepted.length, state.lengths)
+    state.host_roots = [row[-1] for row in packet]
+    return [row[: row[-2]] for row in packet]
 
 
 def last_roots(state: DecodingState, options: DecodingOptions) -> list[list[int]] | None:

@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
     """x + SiLU(W x + b), the identity when new: W and b start at zero.
 
     Args:
-        read: E times the most tokens whose embeddings it reads: then x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
+        read: E times the most tokens whose embeddings it reads: x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
     """
 
     def __init__(self, hidden_size: int, read: int = 0, **factory):

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from medusa.acceptance import TypicalAcceptance
 from medusa.backbone.backbone import Backbone
 from medusa.backbone.cache import TreeCache
-from medusa.backbone.compilation import CompiledStep
+from medusa.backbone.compilation import Compiled
 from medusa.checkpoints.adapter import has_adapter, load_adapter
 from medusa.checkpoints.hub import HUB_KEYWORDS, Source, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone
@@ -33,7 +33,8 @@ from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.trees.history import Context
-from medusa.trees.static import Drafter, MedusaTree, TreeTensors
+from medusa.trees.static import MedusaTree
+from medusa.trees.tensors import Drafted, Drafter, Frame
 
 
 class MedusaModel:
@@ -82,7 +83,7 @@ class MedusaModel:
         self.scored = heads.scored if heads is not None else self.vocab_size
         tree.check(self.num_heads, self.scored)
         self.tree = tree
-        self._compiled_step = CompiledStep(self._draft_and_verify, noise=self._backbone.probe())
+        self.compiled = Compiled(self, noise=self._backbone.probe())  # for the loop: the same steps through torch.compile
 
     @classmethod
     def from_pretrained(
@@ -169,6 +170,8 @@ class MedusaModel:
 
     # What the decoding loop asks for.
 
+    static_shapes = False
+
     def new_cache(self, capacity: int) -> TreeCache:
         return self._backbone.new_cache(capacity)
 
@@ -195,22 +198,16 @@ class MedusaModel:
         """The backbone's logits of hidden states."""
         return self._backbone.logits(hidden, lm_head)
 
-    def draft_and_verify(self, compiled: bool, *args) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
-        """The tree's tokens (B, N), the tree, hidden states (B, N, d) and logits (B, N, V), compiled if asked and possible."""
-        return self._compiled_step(*args) if compiled else self._draft_and_verify(*args)
-
-    def _draft_and_verify(
+    def draft_and_verify(
         self,
         root: Tensor,  # (B,) long
         hidden: Tensor,  # (B, d)
         drafter: Drafter,
-        context: Context | None,
-        base: Tensor,
-        lengths: Tensor,
-        pads: Tensor,
-        visible: int,
+        history: Context | None,
+        frame: Frame,
         cache: TreeCache,
-    ) -> tuple[Tensor, TreeTensors, Tensor, Tensor]:
+    ) -> Drafted:
+        """Fill the drafter's trees from the heads and read them in one pass of the backbone."""
         with _span("medusa.heads"):
             guesses = None
             if drafter.num_heads and self.heads is not None:
@@ -220,10 +217,10 @@ class MedusaModel:
                 if self.heads.kind == "path" and guesses.log_p is not None:
                     along = along_paths(self.heads, hidden, root, states, guesses.tokens, guesses.log_p)
                 guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens), along=along)
-            tokens, tree = drafter.assemble(root, guesses, context)
+            tokens, tree = drafter.assemble(root, guesses, history)
         with _span("medusa.backbone"):
-            states = self._backbone.verify(tokens, tree, base, lengths, pads, visible, cache)
-            return tokens, tree, states, self._backbone.logits(states)
+            states = self._backbone.verify(tokens, tree, frame, cache)
+            return Drafted(tokens, tree, states, self._backbone.logits(states))
 
     # What a user calls.
 

@@ -64,7 +64,7 @@ def decode_queue(
             if state is None:
                 drafter = tree.for_batch(rows).drafter(model.device)
                 longest = max(len(request.ids) for request in joining.values())
-                state = vacant(model, rows, room(longest, drafter, options), drafter, options)
+                state = vacant(model, rows, room(model, longest, drafter, options), drafter, options)
             _join(model, state, joining, tree, options)
         if state is None or state.finished:
             return

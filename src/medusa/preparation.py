@@ -131,10 +131,13 @@ class Prepared:
     tree: Tree | None  # None: the model's own
     pad_token_id: int  # fills rows that finished early
     return_dict: bool
+    compiled: bool  # run the steps through torch.compile
 
     def decode(self, model: Any) -> Iterator[DecodingStep]:
         """The steps of this call on a `MedusaModel`; refused now, if at all."""
         tree, ids = model.tree if self.tree is None else self.tree, self.input_ids
+        if self.compiled:
+            model = model.compiled
         if self.embeds is not None:  # a token for every slot; no one reads those of the unseen
             ids = torch.nn.functional.pad(ids, (self.embeds.shape[1] - ids.shape[1], 0))
             model = _Reading(model, self.embeds)
@@ -290,11 +293,11 @@ def handed_over(
             eos_token_ids=tuple(eos),
             stopping_criteria=[_of_seen(c, unseen) for c in criteria],
             seed=int(torch.randint(2**62, ())) if own.seed is None else own.seed,
-            compiled=own.compile,
         ),
         tree=own.tree,
         pad_token_id=pad,
         return_dict=bool(generation_config.return_dict_in_generate),
+        compiled=own.compile,
     )
 
 

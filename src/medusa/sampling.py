@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from medusa.trees.static import TreeTensors
+from medusa.trees.tensors import TreeTensors
 
 BLOCK = 256  # tokens, of a draw's first level
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -39,8 +39,10 @@ class Processors:
         prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, padded; None: the row is finished
         pads: Sequence[int],  # per row, how many of them are padding
         nodes: NodePrefixes | None = None,  # None: logits follow the prefixes themselves, N = 1
-    ) -> Tensor:  # (B, N, V) float32
-        """Scores of every node, each processor having seen the prefix of that node's own path."""
+    ) -> Tensor:  # (B, N, V), float32 where there are processors
+        """Scores of every node: each processor sees the prefix of that node's own path. Without processors, the logits."""
+        if not self.steps:
+            return logits
         scores = logits.float()
         prefixes = [prefix if prefix is None else prefix[self.unseen :] for prefix in prefixes]
         pads = [max(0, pad - self.unseen) for pad in pads]
@@ -105,6 +107,14 @@ def _mix(seed: int, number: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
         state ^= state >> 31
     return state >> 1
+
+
+def choose(
+    scores: Tensor,  # (B, N, V): logits after processors
+    uniform: Tensor | None,  # (B, N) in [0, 1); None: nothing is drawn
+) -> Tensor:  # (B, N) long
+    """The token that follows every node: its draw, or the likeliest."""
+    return scores.argmax(-1) if uniform is None else draw(scores.float(), uniform)
 
 
 def draw(

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from medusa import MedusaModel, MedusaTree
 from medusa.backbone.backbone import Backbone
 from medusa.errors import ContextOverflow, UnsupportedBackbone
+from medusa.trees.tensors import Frame
 from tiny import ARCHITECTURES, VOCAB, WINDOWED, random_prompt, tiny_backbone
 
 
@@ -31,7 +32,9 @@ def test_tree_logits_equal_path_logits_past_the_window(model_type):
     with torch.inference_mode():
         backbone.prefill(prompt, None, cache)
         length = torch.tensor([30])
-        hidden = backbone.verify(nodes, tree, length[0], length, torch.zeros(1, dtype=torch.long), 30 + tree.num_nodes, cache)
+        hidden = backbone.verify(
+            nodes, tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 30 + tree.num_nodes), cache
+        )
         for node, lineage in enumerate(tree.lineage[0]):
             chain = torch.cat([prompt[0], nodes[0, lineage[lineage >= 0]]])[None]
             wanted = module(input_ids=chain, use_cache=False).logits[0, -1]
@@ -47,7 +50,7 @@ def test_kept_cache_equals_a_fresh_prefill():
     with torch.inference_mode():
         backbone.prefill(prompt, None, kept)
         length = torch.tensor([10])
-        backbone.verify(nodes, tree, length[0], length, torch.zeros(1, dtype=torch.long), 10 + tree.num_nodes, kept)
+        backbone.verify(nodes, tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 10 + tree.num_nodes), kept)
         kept.keep(10 + path[None], 10 + torch.arange(4)[None])
         backbone.prefill(torch.cat([prompt, nodes[:, path]], 1), None, fresh)
     for a, b in zip(kept.layers, fresh.layers, strict=True):
@@ -63,7 +66,7 @@ def test_cache_is_allocated_once():
         backbone.prefill(random_prompt(10), None, cache)
         before = [layer.keys.data_ptr() for layer in cache.layers]
         length = torch.tensor([10])
-        backbone.verify(random_prompt(2), tree, length[0], length, torch.zeros(1, dtype=torch.long), 12, cache)
+        backbone.verify(random_prompt(2), tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 12), cache)
     assert [layer.keys.data_ptr() for layer in cache.layers] == before
     assert all(layer.keys.shape[2] == 40 for layer in cache.layers)
 

@@ -11,6 +11,7 @@ from medusa.backbone.backbone import Backbone
 from medusa.backbone.compilation import _check
 from medusa.decoding import DecodingOptions, prefill, step
 from medusa.trees.files import Tree
+from medusa.trees.tensors import Drafted
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 TREES = [random_tree(seed=1, nodes=24), DynamicTree(24, 3, copied=5)]
@@ -106,8 +107,8 @@ def test_cuda_graphs_give_the_same_output(tree):
 def test_compiled_step_that_computes_something_else_is_not_used(monkeypatch):
     def wrong(fn, **_options):
         def run(*args):
-            tokens, tree, states, logits = fn(*args)
-            return tokens, tree, states, logits.roll(1, dims=-1)
+            drafted = fn(*args)
+            return drafted._replace(logits=drafted.logits.roll(1, dims=-1))
 
         return run
 
@@ -125,5 +126,7 @@ def test_compiled_step_may_differ_by_the_noise_of_the_model(dtype, used):
     tokens, logits = torch.zeros(1, tree.num_nodes), torch.randn(1, tree.num_nodes, VOCAB)
     with nullcontext() if used else pytest.raises(RuntimeError, match="differ from the uncompiled one's by 4"):
         _check(
-            (tokens, tree, logits, 1.04 * logits), (tokens, tree, logits, logits), Backbone(tiny_backbone(dtype=dtype)).probe()
+            Drafted(tokens, tree, logits, 1.04 * logits),
+            Drafted(tokens, tree, logits, logits),
+            Backbone(tiny_backbone(dtype=dtype)).probe(),
         )

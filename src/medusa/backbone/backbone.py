@@ -14,7 +14,7 @@ from medusa.backbone.cache import TreeCache
 from medusa.backbone.probe import hidden_states_of, probe
 from medusa.errors import UnsupportedBackbone, one_line
 from medusa.placement import device_of, linear_sizes
-from medusa.trees.static import TreeTensors
+from medusa.trees.tensors import Frame, TreeTensors
 
 # What a causal LM does to its LM head's output, by the config field that says so.
 LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -166,21 +166,17 @@ class Backbone:
         self,
         ids: Tensor,  # (B, N) long: the tokens of the tree
         tree: TreeTensors,
-        base: Tensor,  # () long: the slot of the root
-        lengths: Tensor,  # (B,) long: slots committed, padding included
-        pads: Tensor,  # (B,) long: slots of padding at the left
-        visible: int,  # slots seen: at least base + N
+        frame: Frame,
         cache: TreeCache,
         layers: list[Tensor] | None = None,  # filled with the hidden states after every layer, for the probe
     ) -> Tensor:  # (B, N, d)
         """Hidden states of all nodes in one pass: each sees the committed tokens, its ancestors and itself."""
-        slots = base + torch.arange(tree.num_nodes, device=ids.device)
-        positions = (lengths - pads)[:, None] + tree.depths
+        slots = frame.base + torch.arange(tree.num_nodes, device=ids.device)
+        positions = (frame.lengths - frame.pads)[:, None] + tree.depths
         if self.context is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
             positions = positions.clamp(max=self.context - 1)
-        cache.aim(slots, visible)
-        masks = self._tree_masks(tree, base, positions, lengths, pads, visible)
-        return self._decode(ids, masks, positions, cache, layers)
+        cache.aim(slots, frame.visible)
+        return self._decode(ids, self._tree_masks(tree, frame, positions), positions, cache, layers)
 
     def _decode(
         self,
@@ -199,10 +195,9 @@ class Backbone:
             layers += hidden_states_of(output)
         return output.last_hidden_state
 
-    def _tree_masks(
-        self, tree: TreeTensors, base: Tensor, positions: Tensor, lengths: Tensor, pads: Tensor, visible: int
-    ) -> Masks:
+    def _tree_masks(self, tree: TreeTensors, frame: Frame, positions: Tensor) -> Masks:
         """The masks of every kind of layer, (B, 1, N, visible), to be added to attention scores."""
+        base, lengths, pads, visible = frame
         slot = torch.arange(visible, device=base.device)
         committed = (slot < lengths[:, None]) & (slot >= pads[:, None])  # (B, visible)
         # Gathered rather than copied in with index_copy, which inductor gets wrong for bool on a CPU (torch 2.13).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medusa.backbone.cache import TreeCache
 from medusa.errors import UnsupportedBackbone, one_line
-from medusa.trees.static import TreeTensors, tree_tensors
+from medusa.trees.tensors import Frame, TreeTensors, tree_tensors
 
 # Nodes in an order in which few have only their ancestors before them, so that a wrong mask shows at most of them.
 PARENTS = (0, 0, 0, 0, 2, 1, 3, 4, 1, 5)
@@ -47,10 +47,7 @@ class Probed(Protocol):
         self,
         ids: Tensor,
         tree: TreeTensors,
-        base: Tensor,
-        lengths: Tensor,
-        pads: Tensor,
-        visible: int,
+        frame: Frame,
         cache: TreeCache,
         layers: list[Tensor] | None = None,
     ) -> Tensor: ...
@@ -177,7 +174,7 @@ def _read_trees(backbone: Probed, readings: list[Reading], prompts: Tensor, node
     for _ in range(2):
         layers: list[Tensor] = []
         base = lengths[0]
-        backbone.verify(nodes, trees, base, lengths, pads, int(base) + len(PARENTS), cache, layers)
+        backbone.verify(nodes, trees, Frame(base, lengths, pads, int(base) + len(PARENTS)), cache, layers)
         both.append(layers)
         cache.keep(base + paths, base + torch.arange(len(PATH), device=device).expand_as(paths))
         lengths = lengths + len(PATH)

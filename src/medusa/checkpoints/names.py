@@ -7,7 +7,8 @@
 | NVIDIA ModelOpt | `medusa_heads.{k}.{l}.linear.weight` | `medusa_heads.{k}.{L}.weight` |
 | vLLM | `blocks.{k}.layers.{l}.weight` | `lm_heads.{k}.weight`, or one `lm_head.weight` for all |
 
-and the same with `bias`. Heads that read tokens do so with `{k}.0.tokens.weight`, in our formats alone. ModelOpt's are those of its exporter (NVIDIA/Model-Optimizer,
+and the same with `bias`. Heads that read tokens do so with `{k}.0.tokens.weight`, in our formats alone.
+ModelOpt's are those of its exporter (NVIDIA/Model-Optimizer,
 modelopt/torch/export/plugins/mcore_llama.py) and of the reader they were made for (NVIDIA/TensorRT-LLM,
 tensorrt_llm/models/medusa/weight.py). vLLM drops a `medusa_heads.` before its own names (vllm/model_executor/models/medusa.py).
 """

@@ -219,10 +219,10 @@ class ModelAnswerer:
             max_new_tokens=options.max_new_tokens,
             do_sample=bool(sampling),
             eos_token_id=list(self._ends),
-            compile=options.compile,
             **sampling,
         )
-        for finished in decode_queue(model, take, options.batch_size, model.tree, decoding):
+        decodable = model.compiled if options.compile else model
+        for finished in decode_queue(decodable, take, options.batch_size, model.tree, decoding):
             yield finished.request.tag, finished.tokens
 
     def _prompt(self, job: _Talk | _Text) -> list[int] | None:

@@ -107,7 +107,6 @@ def _written(
         "distill",
         max_new_tokens=LONGEST,
         eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)),
-        compile=compiled,
         **sampling,
     )
 
@@ -115,7 +114,7 @@ def _written(
         number = next(numbers, None)
         return None if number is None else Request(prompt, seed * 1_000_003 + number, number)
 
-    for finished in decode_queue(model, take, rows, MedusaTree([]), options):
+    for finished in decode_queue(model.compiled if compiled else model, take, rows, MedusaTree([]), options):
         ended = finished.finish_reason == "eos"
         text = tokenizer.decode(finished.tokens[:-1], skip_special_tokens=True).strip() if ended else None
         yield finished.request.tag, text

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid, pad
 from medusa.config import from_mapping
 from medusa.errors import InvalidTree
 from medusa.trees.history import Context, pair_end, pair_start, triple_end, triple_start
-from medusa.trees.static import Guesses, TreeTensors, paths_up, tree_tensors
+from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
 BEAM = 16  # paths of each depth, the likeliest, along which path heads score their guesses

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from medusa.errors import CheckpointError, InvalidTree
 from medusa.runs.files import read_json, write_text
 from medusa.trees.history import Context
+from medusa.trees.tensors import Guesses, TreeTensors, tree_tensors
 
 Path_ = tuple[int, ...]
 
@@ -159,82 +160,6 @@ def read_tree_file(path: str | Path) -> Any:
         what = f"cannot read the tree file {path}: it is no file" if path.exists() else f"no tree file {path}"
         raise CheckpointError(what)
     return read_json(path, CheckpointError)
-
-
-class TreeTensors(NamedTuple):
-    """A tree of N nodes (the root included) and depth D as index tensors, for b rows: all of a batch, or 1 for the same tree
-    in every row."""
-
-    parents: Tensor  # (b, N) long; the root is its own parent
-    depths: Tensor  # (b, N) long; the root's is 0
-    lineage: Tensor  # (b, N, D + 1) long: the nodes from the root to the node, then -1
-    ancestors: Tensor  # (b, N, N) bool: [n, m] whether m is n or above it
-
-    @property
-    def num_nodes(self) -> int:
-        return self.parents.shape[1]
-
-
-def tree_tensors(
-    parents: Tensor,  # (b, N) long; the root, node 0, is its own parent
-    depth: int,  # D: at least the tree's
-) -> TreeTensors:
-    """The trees that parents describe; no sync."""
-    up, ancestors = paths_up(parents, depth)
-    depths = ancestors.sum(-1) - 1
-    left = depths[..., None] - torch.arange(depth + 1, device=parents.device)  # steps up from the node to each depth
-    lineage = up.gather(2, left.clamp(min=0)).where(left >= 0, -1)
-    return TreeTensors(parents, depths, lineage, ancestors)
-
-
-def paths_up(
-    parents: Tensor,  # (b, N) long
-    depth: int,
-) -> tuple[Tensor, Tensor]:
-    """From every node upwards (b, N, depth + 1), the root repeated once it is reached; and its ancestors (b, N, N) bool."""
-    at = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
-    steps = [at]
-    for _ in range(depth):
-        steps.append(at := parents.gather(1, at))
-    up = torch.stack(steps, -1)
-    ancestors = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
-    return up, ancestors.scatter_(2, up, True)
-
-
-# Scores along paths: of a depth k (from 0) and paths (B, W, k) long, the k tokens behind the root, (B, W, R) float32: the
-# logarithm of p(guess | path), up to a constant that leaves all other tokens as likely as they are from the root alone.
-Along = Callable[[int, Tensor], Tensor]
-
-
-class Guesses(NamedTuple):
-    """The likeliest tokens of the first D heads for every row, best first."""
-
-    tokens: Tensor  # (D, B, R) long
-    log_p: Tensor | None  # (D, B, R) float32; None where nobody asks
-    along: Along | None = None  # their scores along paths, of heads that read them
-
-
-class Drafter(Protocol):
-    """How a request's trees get their tokens; `MedusaTree` and `DynamicTree` make one each."""
-
-    @property
-    def num_nodes(self) -> int: ...  # at most, the root included
-
-    @property
-    def num_heads(self) -> int: ...  # heads asked
-
-    @property
-    def depth(self) -> int: ...  # the greatest that a node may have
-
-    @property
-    def reads_context(self) -> bool: ...
-
-    @property
-    def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
-
-    def guess(self, head_logits: Tensor) -> Guesses: ...
-
-    def assemble(self, root: Tensor, guesses: Guesses | None, context: Context | None) -> tuple[Tensor, TreeTensors]: ...
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree, rest_of, tempered
 from medusa.trees.history import Context
 from medusa.trees.search import search_joint_tree
-from medusa.trees.static import Along, Guesses, MedusaTree
+from medusa.trees.static import MedusaTree
+from medusa.trees.tensors import Along, Guesses
 from medusa.tuning.calibrate import Calibration, Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]
@@ -142,6 +143,7 @@ def fit_static_tree(texts: Sequence[Recorded], num_nodes: int, depth: int | None
         best, rate, places = tree, found.acceleration_rate, found.began
 
 
+@torch.inference_mode()
 def fit_temperatures(texts: Sequence[Recorded]) -> tuple[float, ...]:
     """Per head the temperature under which what was said is likeliest: temperature scaling, which leaves the order of guesses
     alone and makes their probabilities honest."""
