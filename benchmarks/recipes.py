@@ -29,7 +29,7 @@ from medusa.evaluation.prompts import held_out_prompts
 from medusa.training.config import resolve
 from medusa.training.data import load_rows
 from medusa.training.losses import cross_entropy
-from medusa.training.run import train
+from medusa.training.run import train_heads
 from medusa.trees.search import search_joint_tree
 from medusa.tuning.calibrate import calibrate
 
@@ -133,7 +133,7 @@ def run(variant: Variant, folder: Path, rows, args: argparse.Namespace) -> None:
     config = resolve("medusa-1", options)
     start = load_heads(args.work / variant.start) if variant.start else None
     model = MedusaModel(load_backbone(EMBEDDED, dtype=torch.bfloat16), start)
-    train(model, rows, folder, config, hidden_states=None if joint else args.work / f"hidden-states-{variant.data}")
+    train_heads(model, rows, folder, config, hidden_states=None if joint else args.work / f"hidden-states-{variant.data}")
 
 
 def measure(model: MedusaModel, nodes: int, num_heads: int | None = None) -> dict:

@@ -9,7 +9,7 @@ from medusa.checkpoints.writer import save_heads, write_checkpoint
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Row, Rows, draft_vocabulary
-from medusa.training.run import train
+from medusa.training.run import train_heads
 from tiny import plain_greedy, random_prompt, tiny_backbone
 
 TOKENS = torch.tensor([1, 3, 4, 9, 17, 30, 31, 40, 55, 62])
@@ -99,8 +99,8 @@ def test_a_draft_vocabulary_of_nonsense_is_refused(tmp_path):
 
 def test_the_commonest_tokens_are_chosen():
     ids = torch.tensor([5] * 97 + [7] * 2 + [9] + [1] * 50, dtype=torch.int32)
-    spoken = torch.tensor([True] * 100 + [False] * 50)
-    rows = Rows([Row(ids, spoken, (150,))])
+    loss_mask = torch.tensor([True] * 100 + [False] * 50)
+    rows = Rows([Row(ids, loss_mask, (150,))])
     assert draft_vocabulary(rows, "all", 64) is None
     assert draft_vocabulary(rows, "auto", 64).tolist() == [5, 7]
     assert draft_vocabulary(rows, "3", 64).tolist() == [5, 7, 9]
@@ -122,7 +122,7 @@ def test_heads_learn_within_their_draft_vocabulary(tmp_path, shared, targets):
         num_heads=2, shared_lm_head=shared, draft_vocabulary="16", targets=targets, max_steps=30, batch_size=8, warmup_steps=2,
         learning_rate=1e-2,
     )  # fmt: skip
-    metrics = train(MedusaModel(backbone), Rows(rows), tmp_path, config)
+    metrics = train_heads(MedusaModel(backbone), Rows(rows), tmp_path, config)
     heads = load_heads(tmp_path)
     assert heads.scored == 16 and heads.config.vocab_size == 64
     assert metrics["eval_head1_top1"] > 0.3
@@ -139,5 +139,5 @@ def test_heads_learn_within_it_through_an_lm_head_that_learns_too(tmp_path):
     config = TrainingConfig(
         num_heads=2, shared_lm_head=True, draft_vocabulary="16", backbone="lora", max_steps=2, batch_size=8, warmup_steps=1
     )
-    metrics = train(MedusaModel(tiny_backbone(dtype=torch.bfloat16)), rows, tmp_path, config)
+    metrics = train_heads(MedusaModel(tiny_backbone(dtype=torch.bfloat16)), rows, tmp_path, config)
     assert "eval_head1_top1" in metrics and load_heads(tmp_path).scored == 16

@@ -19,7 +19,7 @@ from medusa.checkpoints.reader import load_heads
 from medusa.model import load_backbone
 from medusa.training.config import TrainingConfig, resolve
 from medusa.training.data import Row, Rows
-from medusa.training.run import RECORD, train
+from medusa.training.run import RECORD, train_heads
 
 OWN, MEDUSA_1, MEDUSA_2 = "own", "medusa-1", "medusa-2"
 TEMPERATURES = (0.0, 0.8)  # batch by batch; 0 is greedy
@@ -103,7 +103,7 @@ def _trained(work: Work, name: str, model: Callable[[], MedusaModel], recipe: st
         steps = max(LEAST_STEPS, int((work.left_of_stage() - ENDING) / seconds))
         work.write(PLAN.format(name), steps)
     work.room(2 * RESERVE)
-    train(model(), data, folder, config(steps), resume=True, callbacks=[StopWithSlice(work)])
+    train_heads(model(), data, folder, config(steps), resume=True, callbacks=[StopWithSlice(work)])
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     kept = {key: record[key] for key in ("config", "data", "metrics", "accuracies")}
     return {"steps": steps, "tokens": steps * size.head_batch * len(data.rows[0]), **kept}
@@ -114,7 +114,7 @@ def _seconds_a_step(work: Work, model: MedusaModel, data: Rows, config: Training
     folder = work.folder / "probe"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     stopwatch = Stopwatch(work)
-    train(model, Rows(data.rows[: last * config.batch_size]), folder, config, callbacks=[stopwatch])
+    train_heads(model, Rows(data.rows[: last * config.batch_size]), folder, config, callbacks=[stopwatch])
     shutil.rmtree(folder)
     return (stopwatch.times[last] - stopwatch.times[first]) / (last - first)
 

@@ -6,15 +6,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from medusa.config import MedusaConfig
+    from medusa.evaluation.grading import judge
     from medusa.heads import MedusaHeads
     from medusa.model import MedusaModel
+    from medusa.training.verbs import distill, train
     from medusa.trees.static import MedusaTree
 
 __version__ = "0.1.0"
-__all__ = ["EMBEDDED", "DynamicTree", "MedusaConfig", "MedusaHeads", "MedusaModel", "MedusaTree", "__version__", "load_tree"]
+__all__ = [
+    "EMBEDDED",
+    "DynamicTree",
+    "MedusaConfig",
+    "MedusaHeads",
+    "MedusaModel",
+    "MedusaTree",
+    "__version__",
+    "distill",
+    "judge",
+    "load_tree",
+    "train",
+]
 
 EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
-"""The folder of the embedded model: backbone, tokenizer, heads and tree, good for transformers' Auto classes too."""
+"""The folder of the embedded model: backbone, tokenizer, heads and tree; transformers' Auto classes load it too."""
 
 _HOMES = {
     "MedusaConfig": "medusa.config",
@@ -23,6 +37,9 @@ _HOMES = {
     "DynamicTree": "medusa.trees.dynamic",
     "MedusaTree": "medusa.trees.static",
     "load_tree": "medusa.trees.files",
+    "distill": "medusa.training.verbs",
+    "judge": "medusa.evaluation.grading",
+    "train": "medusa.training.verbs",
 }
 
 

@@ -26,7 +26,7 @@ def repositories(tmp_path, monkeypatch):
         asked.append((name, hub))
         return str(tmp_path / name)
 
-    monkeypatch.setattr(medusa.hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(medusa.checkpoints.hub, "snapshot_download", snapshot_download)
     return asked
 
 

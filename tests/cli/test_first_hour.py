@@ -2,14 +2,13 @@
 
 import io
 import json
-import sys
 
 import pytest
 import torch
 from rich.console import Console
 
 from medusa import MedusaModel, MedusaTree
-from medusa.cli import main, showing
+from medusa.cli import showing
 from medusa.cli.train import FIELDS, GROUPS
 from medusa.training.config import resolve
 from tiny import random_heads, random_tree, tiny_backbone
@@ -17,22 +16,6 @@ from tiny import random_heads, random_tree, tiny_backbone
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
-
-
-@pytest.fixture
-def medusa(monkeypatch, capsys):
-    """Runs a command in this process: its exit status, stdout and stderr."""
-
-    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medusa", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +74,6 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
             ["distill", "{own}/chat", "--data", "{set}", "--heads", "{own}/text", "-o", "{new}"],
             "has no Medusa heads; give some",
         ),
-        (["distill", "{own}/chat", "--data", "{set}", "--limit", "0", "-o", "{new}"], "--limit 0"),
         (["tune", "{own}/text", "--heads", "{own}/heads", "--prompts", "no.jsonl"], "no data file no.jsonl"),
         (["tune", "{own}/text", "--heads", "{own}/heads", "--prompts", "{one}"], "holds one prompt"),
         (
@@ -104,7 +86,7 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
         (["generate", "{own}/text", "--prompt-file", "{empty}"], "holds no prompt"),
         (["chat", "Tell me a story"], "looks like a prompt; start with medusa chat MODEL"),
         (["demo", "Tell me a story"], "looks like a prompt; give it with --prompt"),
-        (["demo", "{own}/text", "--heads", "{own}/heads"], "is no chat model, to which our questions could be put"),
+        (["demo", "{own}/text", "--heads", "{own}/heads"], "is not a chat model, which could answer our questions"),
     ],
 )
 def test_what_can_be_known_without_a_model_is_said_before_one_is_loaded(medusa, own, tmp_path, no_model, arguments, message):
@@ -279,7 +261,7 @@ def test_inspect_tells_a_fact_a_line_of_backbone_and_heads(medusa, own):
 
 def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
     status, out, err = medusa(
-        "demo", own / "chat", "--heads", own / "heads", "--prompts", "2", "-n", "8", "--no-compile", "--dtype", "float32"
+        "demo", own / "chat", "--heads", own / "heads", "--limit", "2", "-n", "8", "--no-compile", "--dtype", "float32"
     )
     assert status == 0, err
     assert out.startswith("> Explain in a few sentences why the sky is blue.\n")
@@ -290,7 +272,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
 
 def test_the_demo_is_of_the_embedded_model_where_smollm2_is_not_installed(medusa, monkeypatch):
     monkeypatch.setattr("medusa.checkpoints.hub.SMOLLM2_PACKAGE", "no_such_package_here")
-    status, out, err = medusa("demo", "--prompts", "1", "-n", "8", "--no-compile", "--no-float32-check", "--json")
+    status, out, err = medusa("demo", "--limit", "1", "-n", "8", "--no-compile", "--no-float32-check", "--json")
     assert status == 0 and "smollm2 is not installed here: the demo is of `embedded`" in err
     assert json.loads(out)["model"] == "embedded"
 

@@ -170,13 +170,13 @@ def conversation(turns, family: str = ""):
     return [{"role": role, "content": text} for role, text in turns if not (family == "gemma" and role == "system")]
 
 
-def shown(tokenizer, ids, spoken) -> str:
-    """The text with « and » around what is spoken."""
+def shown(tokenizer, ids, loss_mask) -> str:
+    """The text with « and » around what is loss_mask."""
     pieces, start = "", 0
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or spoken[end] != spoken[start]:
+        if end == len(ids) or loss_mask[end] != loss_mask[start]:
             piece = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-            pieces += f"«{piece}»" if spoken[start] else piece
+            pieces += f"«{piece}»" if loss_mask[start] else piece
             start = end
     return pieces
 
@@ -186,8 +186,8 @@ def test_mask_is_the_assistants_speech_and_the_end_of_its_turn(family):
     template, expected = EXPECTED[family]
     tokenizer = tokenizer_with(template, family)
     messages = conversation(TWO_TURNS, family)
-    ids, spoken = encode_conversation(tokenizer, messages)
-    assert shown(tokenizer, ids, spoken) == expected
+    ids, loss_mask = encode_conversation(tokenizer, messages)
+    assert shown(tokenizer, ids, loss_mask) == expected
     # The ids are those that the model is served with.
     assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
 
@@ -202,8 +202,8 @@ def test_contents_that_look_like_the_template_do_not_mislead(family):
         ("user", "Yes"),
         ("assistant", "Yes"),
     ]
-    ids, spoken = encode_conversation(tokenizer, conversation(turns))
-    text = shown(tokenizer, ids, spoken)
+    ids, loss_mask = encode_conversation(tokenizer, conversation(turns))
+    text = shown(tokenizer, ids, loss_mask)
     assert text.count("«") == 2
     first, second = (part.partition("»")[0] for part in text.split("«")[1:])
     assert first.strip().startswith("Yes USER: ASSISTANT:\n\n[/INST] Yes") and second.strip().startswith("Yes")
@@ -217,9 +217,9 @@ def test_thinking_that_a_template_drops_is_not_looked_for():
         ("user", "Bye"),
         ("assistant", "<think>oh</think>So long"),
     ]
-    ids, spoken = encode_conversation(tokenizer, conversation(turns))
-    assert shown(tokenizer, ids, spoken).count("«Hello<|end▁of▁sentence|>»") == 1
-    assert "«So long<|end▁of▁sentence|>»" in shown(tokenizer, ids, spoken)
+    ids, loss_mask = encode_conversation(tokenizer, conversation(turns))
+    assert shown(tokenizer, ids, loss_mask).count("«Hello<|end▁of▁sentence|>»") == 1
+    assert "«So long<|end▁of▁sentence|>»" in shown(tokenizer, ids, loss_mask)
 
 
 @pytest.mark.parametrize(
@@ -254,12 +254,12 @@ def test_the_thinking_of_the_last_turn_is_speech():
         ("user", "Bye"),
         ("assistant", "<think>\noh\n</think>\n\nSo"),
     ]
-    ids, spoken = encode_conversation(tokenizer, conversation(turns))
-    assert shown(tokenizer, ids, spoken).endswith("assistant\n«<think>\noh\n</think>\n\nSo<|im_end|>»\n")
+    ids, loss_mask = encode_conversation(tokenizer, conversation(turns))
+    assert shown(tokenizer, ids, loss_mask).endswith("assistant\n«<think>\noh\n</think>\n\nSo<|im_end|>»\n")
 
 
 def test_an_end_of_turn_in_plain_letters_is_speech_too():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     tokenizer.chat_template = CHATML
-    ids, spoken = encode_conversation(tokenizer, conversation(TWO_TURNS))
-    assert shown(tokenizer, ids, spoken).count("<|im_end|>»") == 2
+    ids, loss_mask = encode_conversation(tokenizer, conversation(TWO_TURNS))
+    assert shown(tokenizer, ids, loss_mask).count("<|im_end|>»") == 2

@@ -12,11 +12,12 @@ import pytest
 
 pytest.importorskip("httpx")
 
+import medusa
 from data.test_endpoint import Server
 from medusa.cli import main
 from medusa.data.endpoint import Endpoint, EndpointRefused
 from medusa.errors import InvalidInput
-from medusa.evaluation.judge import grades, judge, read_grade, read_tasks, spent
+from medusa.evaluation.grading import grade_tasks, grades, read_grade, read_tasks, spent
 from medusa.runs.records import Journal
 
 MATH = {
@@ -65,7 +66,7 @@ def journal(tmp_path) -> Journal:
 def test_an_answer_that_several_decoders_gave_is_graded_once_and_counts_for_each(tmp_path, server):
     tasks = read_tasks(write(tmp_path / "answers.jsonl", MATH, POEM))
     kept = journal(tmp_path)
-    assert not judge(tasks, Endpoint(server.url, "j"), kept, at_once=2)
+    assert not grade_tasks(tasks, Endpoint(server.url, "j"), kept, at_once=2)
     # First turn alike; second turn and poem in two versions each.
     assert len(server.requests) == len(tasks) == 5 and server.most_under_way <= 2
     found = grades(tasks, kept)
@@ -112,16 +113,16 @@ def test_nonsense_is_asked_again_then_counted_and_tried_by_the_next_run(tmp_path
     tasks = read_tasks(write(tmp_path / "answers.jsonl", POEM))
     server.script = [(200, {}, said("Nice.")), (200, {}, said("Grade: 77")), (200, {}, said("Nice.\nGrade: 5"))]
     kept = journal(tmp_path)
-    assert not judge(tasks[:1], Endpoint(server.url, "j"), kept)
+    assert not grade_tasks(tasks[:1], Endpoint(server.url, "j"), kept)
     assert len(server.requests) == 3 and server.requests[0][1]["temperature"] == 0.0 < server.requests[1][1]["temperature"]
     assert kept.records[tasks[0].id]["grade"] == 5.0 and spent(kept).prompt_tokens == 300
 
     server.script = [(200, {}, said("Nice.")) for _ in range(3)]
     kept = journal(tmp_path)
-    failed = judge(tasks, Endpoint(server.url, "j"), kept)
+    failed = grade_tasks(tasks, Endpoint(server.url, "j"), kept)
     assert failed == {"no grade from 1 to 10 in 3 verdicts": 1} and grades(tasks, kept)["typical"]["overall"]["failed"] == 1
     kept = journal(tmp_path)
-    assert not judge(tasks, Endpoint(server.url, "j"), kept)
+    assert not grade_tasks(tasks, Endpoint(server.url, "j"), kept)
     assert grades(tasks, kept)["typical"]["overall"]["grade"] == 6.0
     assert spent(kept).prompt_tokens == 700  # the tries that failed were paid for too
 
@@ -130,9 +131,9 @@ def test_failures_of_the_endpoint_are_waited_out_or_counted(tmp_path, server):
     tasks = read_tasks(write(tmp_path / "answers.jsonl", POEM))
     server.script = [(429, {"Retry-After": "0.05"}, "slow down"), (503, {}, "busy")]
     kept = journal(tmp_path)
-    assert not judge(tasks[:1], Endpoint(server.url, "j", sleep=lambda _: None), kept)
+    assert not grade_tasks(tasks[:1], Endpoint(server.url, "j", sleep=lambda _: None), kept)
     server.script = [(200, {}, b"<html>")]
-    (reason,) = judge(tasks, Endpoint(server.url, "j"), kept)
+    (reason,) = grade_tasks(tasks, Endpoint(server.url, "j"), kept)
     assert "something else than a chat completion" in reason
 
 
@@ -140,7 +141,7 @@ def test_a_refused_key_stops_the_run_and_keeps_the_grades(tmp_path, server):
     tasks = read_tasks(write(tmp_path / "answers.jsonl", MATH, POEM))
     server.script = [(200, {}, said("Grade: 4")), (401, {}, "bad key")]
     with pytest.raises(EndpointRefused, match="bad key"):
-        judge(tasks, Endpoint(server.url, "j"), journal(tmp_path), at_once=1)
+        grade_tasks(tasks, Endpoint(server.url, "j"), journal(tmp_path), at_once=1)
     assert [record["grade"] for record in journal(tmp_path).records.values()][:1] == [4.0]
 
 
@@ -148,7 +149,7 @@ def test_a_refused_key_stops_the_run_and_keeps_the_grades(tmp_path, server):
     ("records", "message"),
     [
         ([], "holds no answers"),
-        ([{"id": "x", "turns": ["a"]}], "answers.jsonl:1 is no answer of a bench"),
+        ([{"id": "x", "turns": ["a"]}], "answers.jsonl:1 is not an answer of `medusa bench`"),
         ([{**POEM, "answers": {"plain": ["a", "b"]}}], "the answers of 'plain' are not a list of strings, one a turn"),
         ([{**POEM, "answers": {"plain": [1]}}], "are not a list of strings"),
     ],
@@ -202,6 +203,16 @@ def test_the_command_shows_a_table_and_says_what_failed(tmp_path, server, monkey
     assert stop.value.code == 1 and "1 answers have no grade; the same command tries them again" in shown.err
     assert re.search(r"writing\W+6\.00", shown.out) and "cost 0.0002" in shown.err
     monkeypatch.setattr(sys, "argv", ["medusa", *arguments(answers, server, "--price-in", "-1")])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main()
-    assert "--price-in is -1.0, wanted at least 0" in capsys.readouterr().err
+    assert "--price-in" in capsys.readouterr().err
+
+
+def test_judge_from_python_returns_the_record_that_it_saves(tmp_path, server):
+    answers = write(tmp_path / "answers.jsonl", MATH, POEM)
+    record = medusa.judge(answers, server.url, "a/j", tmp_path / "grades", price_out=5.0)
+    assert json.loads((tmp_path / "grades" / "judge.json").read_text()) == record
+    assert record["failed"] == {} and record["decoders"]["plain"]["writing"]["grade"] == 6.0
+    asked = len(server.requests)
+    assert medusa.judge(answers, server.url, "a/j", tmp_path / "grades", price_out=5.0) == record
+    assert len(server.requests) == asked

@@ -13,8 +13,8 @@ from medusa.errors import InvalidInput
 from medusa.runs.records import Journal, hold
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows
-from medusa.training.distill import Shards
-from medusa.training.run import IDENTITY, train
+from medusa.training.distillation import Shards
+from medusa.training.run import IDENTITY, train_heads
 from tiny import tiny_backbone
 
 HOLDING = """
@@ -42,7 +42,7 @@ def another_process_holding(path):
     [
         ("samples", lambda folder: Shards(folder).add("a", {"text": "x"})),
         ("runs.jsonl", lambda folder: Journal(folder / "runs.jsonl", "run of a bench").add({"id": "a"})),
-        (IDENTITY, lambda folder: train(MedusaModel(tiny_backbone()), Rows([]), folder, TrainingConfig())),
+        (IDENTITY, lambda folder: train_heads(MedusaModel(tiny_backbone()), Rows([]), folder, TrainingConfig())),
     ],
 )
 def test_a_second_process_is_refused_and_the_first_being_killed_lets_go(tmp_path, name, write):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from data.test_templates import CHATML, tokenizer_with
 from medusa import EMBEDDED
 from medusa.errors import InvalidInput
-from medusa.training.data import Row, collate, load_rows, pack, spoken_runs
+from medusa.training.data import Row, collate, load_rows, masked_runs, pack
 from medusa.training.losses import IGNORED
 
 VOCAB = 5000
@@ -33,11 +33,11 @@ def row(*lengths: int) -> Row:
 
 def test_a_completion_is_learnt_and_its_prompt_is_not(tmp_path, tokenizer):
     (found,) = load(tmp_path, [{"prompt": "def f(x):\n", "completion": "    return x + 1"}], tokenizer)
-    runs = [(spoken, tokenizer.decode(ids)) for spoken, ids in spoken_runs(found)]
-    assert [spoken for spoken, _ in runs] == [False, True]
+    runs = [(loss_mask, tokenizer.decode(ids)) for loss_mask, ids in masked_runs(found)]
+    assert [loss_mask for loss_mask, _ in runs] == [False, True]
     assert runs[1][1].replace(tokenizer.eos_token or "", "").strip() == "return x + 1"
     if tokenizer.eos_token_id is not None:
-        assert found.ids[-1] == tokenizer.eos_token_id and found.spoken[-1]
+        assert found.ids[-1] == tokenizer.eos_token_id and found.loss_mask[-1]
 
 
 def test_text_is_cut_into_rows_and_conversations_at_their_end(tmp_path):
@@ -47,7 +47,7 @@ def test_text_is_cut_into_rows_and_conversations_at_their_end(tmp_path):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "import os\n" * 30}]
     rows = load(tmp_path, [{"messages": turns}], tokenizer, max_length=16)
     (found,) = rows
-    assert len(found) == 16 and rows.cut == 1 and found.spoken[-1] and not found.spoken[0]
+    assert len(found) == 16 and rows.cut == 1 and found.loss_mask[-1] and not found.loss_mask[0]
 
 
 def test_samples_that_teach_nothing_are_counted(tmp_path):

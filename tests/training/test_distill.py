@@ -17,8 +17,9 @@ from data.test_templates import CHATML, GEMMA, VICUNA, tokenizer_with
 from medusa import EMBEDDED, MedusaModel
 from medusa.data.samples import Skips, read_samples
 from medusa.errors import InvalidInput
+from medusa.training.answerers import EndpointAnswerer, ModelAnswerer
 from medusa.training.data import load_rows
-from medusa.training.distill import Distillation, EndpointAnswerer, ModelAnswerer, Seed, Shards, distill, read_seeds
+from medusa.training.distillation import Distillation, Seed, Shards, answer_seeds, read_seeds
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
 
 SYSTEM, HI, BYE = (
@@ -68,11 +69,11 @@ PROMPTS = [{"prompt": "Hi"}, {"instruction": "Hi"}, {"turns": ["Hi"]}, {"message
 def test_prompts_of_every_format_are_answered(tmp_path, model, tokenizer, embedded_tokenizer, record):
     (seed,) = read_seeds(write(tmp_path / "a.jsonl", [record]), Skips())
     options = Distillation(temperature=0.0, max_new_tokens=4)
-    distill([seed], ModelAnswerer(model, tokenizer, options), Shards(tmp_path / "chat"))
+    answer_seeds([seed], ModelAnswerer(model, tokenizer, options), Shards(tmp_path / "chat"))
     (made,) = records(tmp_path / "chat")
     assert "text" in record or made["messages"][0] == HI  # a chat model is asked; a document is continued
     if "messages" not in record:  # a model without a template continues
-        distill([seed], ModelAnswerer(model, embedded_tokenizer, options), Shards(tmp_path / "plain"))
+        answer_seeds([seed], ModelAnswerer(model, embedded_tokenizer, options), Shards(tmp_path / "plain"))
         (made,) = records(tmp_path / "plain")
         assert made["input_ids"][: made["prompt_tokens"]] == embedded_tokenizer("Hi")["input_ids"]
 
@@ -81,7 +82,9 @@ def test_a_line_of_a_text_file_is_a_prompt_and_token_ids_are_continued(tmp_path,
     (tmp_path / "a.txt").write_text("Hi\n\nBye\n")
     assert [seed.turns for seed in read_seeds(tmp_path / "a.txt", Skips())] == [(HI,), (BYE,)]
     (seed,) = read_seeds(write(tmp_path / "b.jsonl", [{"input_ids": [5, 6, 7, 8], "prompt_tokens": 3}]), Skips())
-    distill([seed], ModelAnswerer(model, tokenizer, Distillation(temperature=0.0, max_new_tokens=4)), Shards(tmp_path / "ids"))
+    answer_seeds(
+        [seed], ModelAnswerer(model, tokenizer, Distillation(temperature=0.0, max_new_tokens=4)), Shards(tmp_path / "ids")
+    )
     (made,) = records(tmp_path / "ids")
     assert made["input_ids"][:3] == [5, 6, 7] and made["prompt_tokens"] == 3
 
@@ -89,7 +92,7 @@ def test_a_line_of_a_text_file_is_a_prompt_and_token_ids_are_continued(tmp_path,
 def test_greedy_answers_are_the_models_own_turn_by_turn(tmp_path, model, tokenizer):
     seeds = [Seed("a", (SYSTEM, HI, BYE)), Seed("b", (HI,)), Seed("c", (BYE, HI))]
     options = Distillation(temperature=0.0, max_new_tokens=12, batch_size=8)
-    done = distill(seeds, ModelAnswerer(model, tokenizer, options), Shards(tmp_path))
+    done = answer_seeds(seeds, ModelAnswerer(model, tokenizer, options), Shards(tmp_path))
     assert done.made == 3 and not done.failed
     ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for record in records(tmp_path):
@@ -121,7 +124,7 @@ def test_replayed_conversations_have_every_turn_and_self_talk_its_rounds(tmp_pat
     for self_talk, wanted in ((0, ["system", "user", "assistant", "user", "assistant"]), (2, None)):
         answerer = ModelAnswerer(model, tokenizer, Distillation(self_talk=self_talk, batch_size=2, max_new_tokens=32))
         monkeypatch.setattr(answerer, "_answers", ends_after(3, tokenizer))
-        distill([Seed("a", (SYSTEM, HI, BYE))], answerer, Shards(tmp_path / str(self_talk)))
+        answer_seeds([Seed("a", (SYSTEM, HI, BYE))], answerer, Shards(tmp_path / str(self_talk)))
         (record,) = records(tmp_path / str(self_talk))
         roles = [message["role"] for message in record["messages"]]
         if wanted:
@@ -134,7 +137,7 @@ def test_replayed_conversations_have_every_turn_and_self_talk_its_rounds(tmp_pat
 
 def test_plain_text_is_continued_as_token_ids(tmp_path, model, tokenizer):
     options = Distillation(temperature=0.0, max_new_tokens=9, prompt_tokens=5)
-    distill(
+    answer_seeds(
         [Seed("a", text="import os\nimport sys\nimport json\n")], ModelAnswerer(model, tokenizer, options), Shards(tmp_path)
     )
     (record,) = records(tmp_path)
@@ -142,23 +145,25 @@ def test_plain_text_is_continued_as_token_ids(tmp_path, model, tokenizer):
     assert record["input_ids"][:5] == prompt and len(record["input_ids"]) == 14
     assert record["input_ids"][5:] == plain_greedy(model.backbone, torch.tensor([prompt]), 9)
     (row,) = load_rows(tmp_path, tokenizer, 64, len(tokenizer))
-    assert row.spoken.tolist() == [False] * 5 + [True] * 9  # the prompt is not the model's speech
+    assert row.loss_mask.tolist() == [False] * 5 + [True] * 9  # the prompt is not the model's speech
 
 
 def test_an_answer_that_was_cut_off_does_not_teach_to_stop(tmp_path, model, tokenizer):
     options = Distillation(temperature=0.0, max_new_tokens=3)
-    distill([Seed("a", (HI, BYE))], ModelAnswerer(model, tokenizer, options), Shards(tmp_path))
+    answer_seeds([Seed("a", (HI, BYE))], ModelAnswerer(model, tokenizer, options), Shards(tmp_path))
     (record,) = records(tmp_path)
     assert record["cut"] and len(record["messages"]) == 2
     (row,) = load_rows(tmp_path, tokenizer, 64, len(tokenizer))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert row.spoken.sum() >= 1 and not any(spoken and token == end for token, spoken in zip(row.ids, row.spoken, strict=True))
+    assert row.loss_mask.sum() >= 1 and not any(
+        loss_mask and token == end for token, loss_mask in zip(row.ids, row.loss_mask, strict=True)
+    )
 
 
 def test_one_seed_that_the_template_refuses_fails_alone(tmp_path, model):
     tokenizer = tokenizer_with(GEMMA)
     answerer = ModelAnswerer(model, tokenizer, Distillation(temperature=0.0, max_new_tokens=4))
-    done = distill([Seed("a", (SYSTEM, HI)), Seed("b", (HI,))], answerer, Shards(tmp_path))
+    done = answer_seeds([Seed("a", (SYSTEM, HI)), Seed("b", (HI,))], answerer, Shards(tmp_path))
     assert done.made == 1 and "System role not supported" in next(iter(done.failed))
 
 
@@ -181,7 +186,9 @@ def test_a_folder_made_otherwise_is_refused(tmp_path):
 def test_sampled_answers_are_the_same_for_the_same_seed(tmp_path, model, tokenizer):
     def run(seed: int):
         options = Distillation(temperature=1.0, max_new_tokens=12, seed=seed)
-        distill([Seed("a", (HI,)), Seed("b", (BYE,))], ModelAnswerer(model, tokenizer, options), Shards(tmp_path / str(seed)))
+        answer_seeds(
+            [Seed("a", (HI,)), Seed("b", (BYE,))], ModelAnswerer(model, tokenizer, options), Shards(tmp_path / str(seed))
+        )
         return records(tmp_path / str(seed))
 
     first = run(1)
@@ -192,7 +199,7 @@ def test_sampled_answers_are_the_same_for_the_same_seed(tmp_path, model, tokeniz
 def test_a_prompt_that_does_not_fit_fails_alone(tmp_path, model, tokenizer):
     long = {"role": "user", "content": "import os\n" * 400}
     answerer = ModelAnswerer(model, tokenizer, Distillation(temperature=0.0, max_new_tokens=8))
-    done = distill([Seed("a", (long,)), Seed("b", (HI,))], answerer, Shards(tmp_path))
+    done = answer_seeds([Seed("a", (long,)), Seed("b", (HI,))], answerer, Shards(tmp_path))
     assert done.made == 1 and done.failed == {"whose prompt is empty or does not fit the context": 1}
     assert [record["id"] for record in records(tmp_path)] == ["b"]
 
@@ -220,7 +227,7 @@ def test_shards_repair_a_half_written_line_and_write_nothing_twice(tmp_path):
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
     code = """
 import resource, sys
-from medusa.training.distill import Shards
+from medusa.training.distillation import Shards
 from medusa.errors import InvalidInput
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -260,7 +267,7 @@ def test_an_endpoint_is_asked_with_bounded_concurrency_and_failures_leave_no_hal
         fail = {"role": "user", "content": "fail"}
         seeds = [Seed(f"s{n}", (HI, {"role": "user", "content": f"and {n}?"})) for n in range(12)] + [Seed("bad", (HI, fail))]
         answerer = EndpointAnswerer(Endpoint(server.url, "m", sleep=lambda _: None), Distillation(batch_size=3))
-        done = distill(seeds, answerer, Shards(tmp_path))
+        done = answer_seeds(seeds, answerer, Shards(tmp_path))
     finally:
         server.close()
     assert done.made == 12 and done.tokens == 12 * 4 + 2 and done.failed.total() == 1
@@ -268,7 +275,7 @@ def test_an_endpoint_is_asked_with_bounded_concurrency_and_failures_leave_no_hal
     found = {record["id"]: record["messages"] for record in records(tmp_path)}
     assert "bad" not in found and len(found) == 12
     assert [m["content"] for m in found["s5"]] == ["Hi", "re: Hi", "and 5?", "re: and 5?"]
-    assert not distill(seeds[:12], answerer, Shards(tmp_path)).made
+    assert not answer_seeds(seeds[:12], answerer, Shards(tmp_path)).made
 
 
 @pytest.mark.parametrize("moment", [3, 11])

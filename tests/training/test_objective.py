@@ -14,8 +14,8 @@ def rows_of(*lengths: int) -> list[Row]:
     """Random rows, each with random tokens of it to be learnt."""
     rows = []
     for seed, length in enumerate(lengths):
-        spoken = torch.rand(length, generator=torch.Generator().manual_seed(seed)) > 0.4
-        rows.append(Row(random_prompt(length, seed=seed)[0].int(), spoken, (length,)))
+        loss_mask = torch.rand(length, generator=torch.Generator().manual_seed(seed)) > 0.4
+        rows.append(Row(random_prompt(length, seed=seed)[0].int(), loss_mask, (length,)))
     return rows
 
 
@@ -40,7 +40,7 @@ def test_loss_is_equation_1_with_each_heads_own_shift(targets, packed):
                 hidden = model.hidden_states(ids[None])[0]
                 p, log_p = model.logits(hidden).softmax(-1), heads(hidden)[k - 1].log_softmax(-1)
                 for t in range(len(ids) - k - 1):
-                    if row.spoken[t + k + 1]:
+                    if row.loss_mask[t + k + 1]:
                         hard = -log_p[t, ids[t + k + 1]]
                         losses.append(hard if targets == "hard" else -(p[t + k] * log_p[t]).sum())
             torch.testing.assert_close(got["head_losses"][k - 1], torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
@@ -88,7 +88,7 @@ def test_joint_loss_is_equation_2(lm_loss):
                 teacher = backbone(ids[None]).logits[0].log_softmax(-1)
             assert not torch.allclose(log_p, teacher, atol=1e-2)
             for t in range(len(ids) - 1):
-                if row.spoken[t + 1]:
+                if row.loss_mask[t + 1]:
                     counted += 1
                     kl = (teacher[t].exp() * (teacher[t] - log_p[t])).sum()
                     losses.append(-log_p[t, ids[t + 1]] if lm_loss == "labels" else kl)
@@ -117,7 +117,7 @@ def test_a_shared_lm_head_with_an_adapter_is_asked_with_it():
         got = Objective(model, heads, config)(**batch_of([row]))["head_losses"][0]
         ids = row.ids.long()
         log_p = backbone.get_output_embeddings()(heads.residual(model.hidden_states(ids[None])[0], 0)).log_softmax(-1)
-        wanted = torch.stack([-log_p[t, ids[t + 2]] for t in range(10) if row.spoken[t + 2]]).mean()
+        wanted = torch.stack([-log_p[t, ids[t + 2]] for t in range(10) if row.loss_mask[t + 2]]).mean()
     torch.testing.assert_close(got, wanted)
 
 

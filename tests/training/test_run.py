@@ -20,7 +20,7 @@ from medusa.errors import InvalidInput, MedusaError
 from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
 from medusa.training.data import Row, Rows, load_rows
 from medusa.training.hidden_states import keep
-from medusa.training.run import train
+from medusa.training.run import train_heads
 from tiny import VOCAB, plain_greedy, random_prompt, tiny_backbone
 
 SUCCESSOR = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(5))  # of one token, the next
@@ -77,7 +77,7 @@ def test_every_head_learns_the_token_that_is_its_own(data, way):
     if way == "packed":
         assert max(len(row.lengths) for row in found) > 1
     kept = data / "hidden" if way == "offline" else None
-    metrics = train(MedusaModel(backbone), found, data / "heads", config, rows(data / "eval.jsonl"), hidden_states=kept)
+    metrics = train_heads(MedusaModel(backbone), found, data / "heads", config, rows(data / "eval.jsonl"), hidden_states=kept)
     assert all(metrics[f"eval_head{k}_top1"] >= 0.99 for k in range(1, 6)), metrics
     assert metrics["eval_acceleration_rate"] > 5.9  # of 6
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
@@ -94,7 +94,7 @@ def test_offline_training_gives_the_heads_of_online_training(data):
     config = TrainingConfig(num_heads=2, max_steps=6, batch_size=8, learning_rate=1e-2, warmup_steps=0)
     found = rows(data / "train.jsonl")
     for name, kept in (("online", None), ("offline", data / "hidden")):
-        train(MedusaModel(tiny_backbone()), found, data / name, config, hidden_states=kept)
+        train_heads(MedusaModel(tiny_backbone()), found, data / name, config, hidden_states=kept)
     online, offline = load_heads(data / "online").state_dict(), load_heads(data / "offline").state_dict()
     for name in online:
         torch.testing.assert_close(offline[name], online[name], atol=1e-4, rtol=1e-3)
@@ -127,11 +127,11 @@ def test_hidden_states_once_written_are_not_made_again_and_a_half_written_shard_
 def test_resumed_run_ends_with_the_same_heads_whatever_was_half_written(data):
     config = TrainingConfig(num_heads=2, batch_size=8, warmup_steps=2, save_steps=4, max_steps=12)
     for output in ("whole", "cut"):
-        train(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / output, config)
+        train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / output, config)
     # As if killed while checkpoint 12 was being written: its last file is not there.
     (data / "cut" / "checkpoint-12" / "trainer_state.json").unlink()
     (data / "cut" / "medusa_lm_head.safetensors").unlink()
-    train(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "cut", config, resume=True)
+    train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "cut", config, resume=True)
     whole, cut = load_heads(data / "whole").state_dict(), load_heads(data / "cut").state_dict()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -175,7 +175,7 @@ def test_medusa_2_trains_an_adapter_that_loads_with_its_heads(data, tied):
         ),
     )
     model = MedusaModel(load_backbone(data / "backbone"))
-    metrics = train(model, rows(data / "train.jsonl"), data / "out", config, rows(data / "eval.jsonl"))
+    metrics = train_heads(model, rows(data / "train.jsonl"), data / "out", config, rows(data / "eval.jsonl"))
     first = json.loads((data / "out" / "stage-1" / "training.json").read_text())
     assert first["config"]["backbone"] == "frozen" and first["config"]["max_steps"] == 5
     assert metrics["eval_lm_loss"] < 4.0  # it learns: ignorant would be 4.16
@@ -200,7 +200,7 @@ def test_medusa_2_trains_an_adapter_that_loads_with_its_heads(data, tied):
 def test_an_adapter_for_another_model_is_refused(data):
     pytest.importorskip("peft")
     config = TrainingConfig(backbone="lora", lora_rank=2, max_steps=1, batch_size=8, num_heads=1)
-    train(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "out", config)
+    train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "out", config)
     tiny_backbone(num_hidden_layers=2).save_pretrained(data / "other")
     from medusa.errors import CheckpointError
 
@@ -216,7 +216,7 @@ def test_sft_gives_a_model_with_native_heads(data):
     config = resolve("sft", dict(max_steps=6, batch_size=8, gradient_accumulation=1, num_heads=2, warmup_steps=0, held_out=0.2))
     backbone = tiny_backbone(gain=1.0)
     before = backbone.model.embed_tokens.weight.clone()
-    train(MedusaModel(backbone), rows(data / "train.jsonl"), data / "out", config)
+    train_heads(MedusaModel(backbone), rows(data / "train.jsonl"), data / "out", config)
     loaded = MedusaModel.from_pretrained(data / "out")
     assert loaded.num_heads == 2 and not torch.equal(loaded.backbone.model.embed_tokens.weight, before)
     prompt = random_prompt(10)
@@ -232,7 +232,7 @@ def test_heads_train_and_decode_on_a_quantised_backbone(data, kind):
     backbone = load_backbone(data / "backbone", device_map="cpu", **quantized(kind, torch.float32))
     assert any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in backbone.modules())
     config = TrainingConfig(num_heads=2, max_steps=60, batch_size=16, learning_rate=1e-2, warmup_steps=2, targets="hard")
-    metrics = train(MedusaModel(backbone), rows(data / "train.jsonl"), data / "heads", config, rows(data / "eval.jsonl"))
+    metrics = train_heads(MedusaModel(backbone), rows(data / "train.jsonl"), data / "heads", config, rows(data / "eval.jsonl"))
     assert metrics["eval_head1_top1"] > 0.5
     model = MedusaModel(backbone, load_heads(data / "heads"), MedusaTree.load(data / "heads" / "medusa_tree.json"))
     prompt = rows(data / "eval.jsonl").rows[0].ids.long()[None, :8]
@@ -254,7 +254,7 @@ def test_medusa_2_trains_on_a_quantised_backbone_and_its_adapter_loads_on_it(dat
     config = resolve("medusa-2-self-distill", options | {"quantization": kind, "warmup_steps": 0, "learning_rate": 1e-2})
     expected = pytest.warns(UserWarning, match="teacher is the quantised model") if kind != "none" else nullcontext()
     with expected:
-        train(model, rows(data / "train.jsonl"), data / "out", config)
+        train_heads(model, rows(data / "train.jsonl"), data / "out", config)
     loaded = MedusaModel.from_pretrained(data / "backbone", heads=data / "out", **how)
     ids = random_prompt(20)
     assert not any(parameter.requires_grad for name, parameter in model.backbone.named_parameters() if "lora" not in name)
@@ -293,7 +293,7 @@ def test_bfloat16_backbones_train_with_own_and_shared_lm_heads(data, method, sha
     options = dict(max_steps=4, heads_steps=0, batch_size=8, gradient_accumulation=1, num_heads=2, shared_lm_head=shared)
     config = resolve(method, options | {"learning_rate": 2e-2, "warmup_steps": 0, "held_out": 0.1})
     model = MedusaModel(load_backbone(data / "backbone"))
-    metrics = train(model, rows(data / "train.jsonl"), data / "out", config)
+    metrics = train_heads(model, rows(data / "train.jsonl"), data / "out", config)
     loaded = MedusaModel.from_pretrained(data / "backbone", heads=data / "out")
     assert loaded.heads.dtype == torch.bfloat16
     # What decodes is what was trained: the heads' losses after loading are those of the run.
@@ -313,15 +313,15 @@ def test_bfloat16_backbones_train_with_own_and_shared_lm_heads(data, method, sha
 def test_training_goes_on_from_given_heads(data):
     config = TrainingConfig(num_heads=2, max_steps=150, batch_size=8, learning_rate=1e-2, warmup_steps=0)
     found = rows(data / "train.jsonl")
-    train(MedusaModel(tiny_backbone(gain=1.0)), found, data / "first", config)
+    train_heads(MedusaModel(tiny_backbone(gain=1.0)), found, data / "first", config)
     start = load_heads(data / "first")
     more = TrainingConfig(num_heads=2, max_steps=1, batch_size=8, learning_rate=1e-9, warmup_steps=0, logging_steps=1)
     for name, heads in (("further", start), ("anew", None)):
-        train(MedusaModel(tiny_backbone(gain=1.0), heads), found, data / name, more)
+        train_heads(MedusaModel(tiny_backbone(gain=1.0), heads), found, data / name, more)
     logs = [json.loads((data / name / "training.json").read_text())["log"] for name in ("further", "anew")]
     assert logs[0][0]["loss"] < 0.95 * logs[1][0]["loss"]
     with pytest.raises(InvalidInput, match="other sizes"):
-        train(MedusaModel(tiny_backbone(), start), found, data / "second", TrainingConfig(num_heads=3, max_steps=1))
+        train_heads(MedusaModel(tiny_backbone(), start), found, data / "second", TrainingConfig(num_heads=3, max_steps=1))
 
 
 def test_exploding_loss_stops_the_run_and_names_step_and_sample(data):
@@ -331,7 +331,7 @@ def test_exploding_loss_stops_the_run_and_names_step_and_sample(data):
         backbone.lm_head.weight[0, 0] = torch.nan
     config = TrainingConfig(num_heads=1, max_steps=3, batch_size=8, targets="hard")
     with pytest.raises(MedusaError, match=r"loss is nan at step 1, on .*train.jsonl:\d+"):
-        train(model, rows(data / "train.jsonl"), data / "heads", config)
+        train_heads(model, rows(data / "train.jsonl"), data / "heads", config)
     with pytest.raises(MedusaError, match=r"loss is \S+ at step \d+, on "):
         wild = TrainingConfig(
             num_heads=1,
@@ -342,7 +342,7 @@ def test_exploding_loss_stops_the_run_and_names_step_and_sample(data):
             learning_rate=50.0,
             warmup_steps=0,
         )
-        train(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "wild", wild)
+        train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "wild", wild)
 
 
 def test_a_cut_batch_gives_the_gradient_of_the_whole(data):
@@ -351,7 +351,7 @@ def test_a_cut_batch_gives_the_gradient_of_the_whole(data):
         config = TrainingConfig(
             num_heads=2, max_steps=3, batch_size=size, gradient_accumulation=accumulation, warmup_steps=0, held_out=0.0
         )
-        train(MedusaModel(tiny_backbone()), found, data / name, config)
+        train_heads(MedusaModel(tiny_backbone()), found, data / name, config)
     one, four = load_heads(data / "one").state_dict(), load_heads(data / "four").state_dict()
     for name in one:
         torch.testing.assert_close(four[name], one[name], atol=1e-3, rtol=1e-2)
@@ -381,9 +381,9 @@ def test_nonsense_configuration_is_refused(changes, message):
 def test_a_folder_of_another_run_is_not_resumed_nor_begun_anew_unasked(data):
     found = rows(data / "train.jsonl")
     config = TrainingConfig(num_heads=1, max_steps=2, save_steps=1, batch_size=8)
-    train(MedusaModel(tiny_backbone()), found, data / "out", config)
+    train_heads(MedusaModel(tiny_backbone()), found, data / "out", config)
     with pytest.raises(InvalidInput, match="holds checkpoints of a run; go on with --resume"):
-        train(MedusaModel(tiny_backbone()), found, data / "out", config)
+        train_heads(MedusaModel(tiny_backbone()), found, data / "out", config)
     for changed, message in (
         (lambda: (MedusaModel(tiny_backbone(gain=2.0)), found, config), "made with backbone weights"),
         (lambda: (MedusaModel(tiny_backbone()), rows(data / "eval.jsonl"), config), "made with data"),
@@ -391,16 +391,18 @@ def test_a_folder_of_another_run_is_not_resumed_nor_begun_anew_unasked(data):
     ):
         model, data_, config_ = changed()
         with pytest.raises(InvalidInput, match=message):
-            train(model, data_, data / "out", config_, resume=True)
+            train_heads(model, data_, data / "out", config_, resume=True)
 
 
 def test_nothing_of_an_earlier_run_is_taken_for_this_ones(data):
     pytest.importorskip("peft")
     found, backbone = rows(data / "train.jsonl"), tiny_backbone()
     joint = TrainingConfig(num_heads=2, max_steps=1, batch_size=8, backbone="lora", held_out=0.1, save_steps=100)
-    train(MedusaModel(tiny_backbone()), found, data / "out", joint)
+    train_heads(MedusaModel(tiny_backbone()), found, data / "out", joint)
     shutil.rmtree(data / "out" / "checkpoint-1")
-    train(MedusaModel(backbone), found, data / "out", TrainingConfig(num_heads=1, max_steps=1, batch_size=8, held_out=0.0))
+    train_heads(
+        MedusaModel(backbone), found, data / "out", TrainingConfig(num_heads=1, max_steps=1, batch_size=8, held_out=0.0)
+    )
     names = {path.name for path in (data / "out").iterdir() if path.is_file()}
     made = {"config.json", "medusa_lm_head.safetensors", "medusa_tree.json", "run.json", "training.json", "README.md"}
     assert names == {".run.json.lock", *made}  # no adapter
@@ -432,4 +434,4 @@ def test_recipes_are_the_papers():
 def test_hidden_states_of_a_trained_backbone_are_refused(data):
     with pytest.raises(InvalidInput, match="only of a frozen backbone"):
         config = TrainingConfig(backbone="lora", max_steps=1)
-        train(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "o", config, hidden_states=data / "h")
+        train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "o", config, hidden_states=data / "h")

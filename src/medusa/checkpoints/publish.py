@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from medusa.checkpoints.card import card
+from medusa.checkpoints.model_card import card
 from medusa.checkpoints.reader import open_checkpoint
 from medusa.errors import CheckpointError, one_line
 from medusa.runs.files import PARTIAL, write_text

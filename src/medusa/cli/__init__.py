@@ -38,8 +38,8 @@ for _verb in VERBS:  # the verbs' modules import torch only when they run
 
 def main() -> None:
     """Entry point of `medusa`."""
-    from medusa.cli import common
     from medusa.errors import MedusaError, one_line
+    from medusa.runs.console import note
 
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
         if hasattr(stream, "reconfigure"):
@@ -47,10 +47,10 @@ def main() -> None:
     try:
         app()
     except MedusaError as error:
-        common.note(f"medusa: {error}")
+        note(f"medusa: {error}")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:  # what is read names itself; this is of places to write to
+    except OSError as error:  # errors of reading are raised as ours; this one is of writing
         print(f"medusa: cannot write {error.filename or 'a file'}: {error.strerror or one_line(error)}", file=sys.stderr)
         sys.exit(1)

@@ -7,17 +7,18 @@ import time
 
 import typer
 
-from medusa.cli import common, showing
+from medusa.cli import common, prompting, showing
 from medusa.errors import ContextOverflow, InvalidInput
+from medusa.runs.console import note
 
-COMMANDS = "/reset forgets the conversation, /help shows this, /quit or end of file leaves; Ctrl-C ends an answer"
+COMMANDS = "/reset forgets the conversation, /help shows this, /quit or end of file ends it; Ctrl-C stops an answer"
 
 
 def chat_command(
     model: common.ModelArgument = "embedded",
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
-    system: str | None = typer.Option(None, "--system", help="A system message to begin with."),
+    system: str | None = typer.Option(None, "--system", help="System message at the beginning."),
     max_new_tokens: common.MaxNewTokens = 512,
     temperature: common.Temperature = 0.7,
     top_k: common.TopK = None,
@@ -36,21 +37,25 @@ def chat_command(
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
 ) -> None:
-    """Talk to a model that has a chat template. /help in it lists its commands: /reset, /quit."""
-    common.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
-    model = common.with_file(model, gguf_file, revision)
-    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
-    common.require_heads(model, heads, tree == "root")
-    tokenizer = common.load_tokenizer(model, trust_remote_code)
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
-    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
-    common.note_tree(medusa, model, heads, tree)
+    """Talk to a model that has a chat template. Type /help for its commands."""
+    import torch
+
+    from medusa.checkpoints import named
+    from medusa.data.prompts import prompt_ids
     from medusa.text import Detokenizer
 
+    prompting.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
+    model = common.with_file(model, gguf_file, revision)
+    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
+    named.require_heads(model, heads, tree == "root")
+    tokenizer = named.load_tokenizer(model, trust_remote_code)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
+    medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
+    named.note_advice_on_tree(medusa, model, heads, tree)
     terminal = sys.stdin.isatty()
     if terminal:
-        common.note(f"{model} is listening. {COMMANDS}")
+        note(f"{model} is listening. {COMMANDS}")
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:
@@ -59,19 +64,19 @@ def chat_command(
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
-            raise InvalidInput(f"what is said on stdin is not {error.encoding}: {error.reason}") from None
+            raise InvalidInput(f"the text on stdin is not {error.encoding}: {error.reason}") from None
         if said == "/quit":
             return
         if said == "/reset":
             messages = list(opening)
             continue
-        if said.startswith("/") and " " not in said and "/" not in said[1:]:  # a path is something to talk about
-            common.note(COMMANDS if said == "/help" else f"{said} is no command: {COMMANDS}")
+        if said.startswith("/") and " " not in said and "/" not in said[1:]:  # /etc/hosts is not a command
+            note(COMMANDS if said == "/help" else f"{said} is not a command: {COMMANDS}")
             continue
         if not said:
             continue
         messages.append({"role": "user", "content": said})
-        ids = common.encode(tokenizer, "", messages)
+        ids = torch.tensor([prompt_ids(tokenizer, messages)])
         detokenizer = Detokenizer(tokenizer, ids[0].tolist())
         answer, steps, count, words = "", 0, 0, showing.Words(showing.console())
         start = time.perf_counter()
@@ -84,7 +89,7 @@ def chat_command(
         except KeyboardInterrupt:
             pass  # the answer ends here, the conversation goes on
         except ContextOverflow as error:
-            common.note(f"medusa: {error}; /reset begins anew")
+            note(f"medusa: {error}; /reset begins a new conversation")
             messages.pop()
             continue
         seconds = time.perf_counter() - start
@@ -93,4 +98,4 @@ def chat_command(
         words.end()
         messages.append({"role": "assistant", "content": answer + rest})
         if steps:
-            common.note(f"[{common.speed(count, steps, seconds)}]")
+            note(f"[{showing.speed(count, steps, seconds)}]")

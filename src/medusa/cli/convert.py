@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from medusa.cli import common
+from medusa.runs.console import note
 
 
 def convert_command(
@@ -17,32 +18,36 @@ def convert_command(
         str, typer.Argument(metavar="IN", help="A folder, file or hub id with heads of any format, or `embedded`.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
-    to: Annotated[str, typer.Option("--to", help="medusa (ours), v0.1, v2, vllm, or merged: backbone and heads in one model.")],
+    to: Annotated[
+        Literal["medusa", "v0.1", "v2", "vllm", "merged"],
+        typer.Option("--to", help="medusa is our own format; merged puts backbone and heads into one model."),
+    ],
     backbone: Annotated[
         str | None,
-        typer.Option("--backbone", help="Folder or hub id of the backbone (default: the one that IN holds or names)."),
+        typer.Option("--backbone", help="Folder or hub id of the backbone (default: the one in IN, or the one it names)."),
     ] = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option("--push-to-hub", metavar="REPO", help="Then publish OUT as this repository, with a model card."),
+        typer.Option("--push-to-hub", metavar="REPO", help="Publish OUT as this repository, with a model card."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Write heads in the format that an engine reads (docs/serving.md), and read them back."""
+    """Write heads in the format of another engine (docs/serving.md), and check them by reading them back."""
     from medusa.checkpoints import publish
     from medusa.checkpoints.conversion import convert
+    from medusa.checkpoints.named import quiet_transformers
 
-    common.quiet_transformers()
+    quiet_transformers()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         written = convert(common.at(source, revision), output, to, backbone, trust_remote_code=trust_remote_code)
     for warning in caught:
         if warning.category is UserWarning:  # ours; libraries deprecate in other categories
-            common.note(f"medusa: {warning.message}")
+            note(f"medusa: {warning.message}")
     record = {
         "output": str(output),
         "format": to,

@@ -1,4 +1,4 @@
-"""medusa demo: one answer, decoded plainly and then with Medusa as you watch; then the figures."""
+"""medusa demo: one answer, decoded plainly and then with Medusa as you watch; then the speeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa.cli import common, showing
+from medusa.cli import common, prompting, showing
 from medusa.errors import InvalidInput
+from medusa.runs.console import note, progress, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from medusa.model import MedusaModel
 
-# One colour a step, in turn: a run of one colour is what one step emitted.
+# One colour per step, in turn: tokens of one colour were emitted by one step.
 COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
 QUESTIONS = (
     "Explain in a few sentences why the sky is blue.",
@@ -29,7 +30,8 @@ QUESTIONS = (
     "Give me five tips for learning a new language.",
     "Tell me a short story about a lighthouse keeper who finds a message in a bottle.",
 )
-SHOWN_LINES = 6  # of code that is continued
+SHOWN_LINES = 6  # last lines of the prompt to show, if it is code to be continued
+FIRST_SHOWN = 12  # index of the first held-out prompt: a text that repeats itself little
 
 
 def demo_command(
@@ -41,50 +43,49 @@ def demo_command(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: questions, or held-out code).")
+        str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: our questions, or held-out code).")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
+    prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
-    prompts: Annotated[int, typer.Option("--prompts", help="Prompts measured, where none is given.")] = 3,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of our prompts to measure.")] = 3,
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
     dtype: common.DtypeOption = None,
     device: common.DeviceOption = None,
-    compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile our loops: a slow start, then faster.")
-    ] = True,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile our loops (slow start).")] = True,
     check_float32: Annotated[
         bool, typer.Option("--float32-check/--no-float32-check", help="Compare outputs in float32 too.")
     ] = True,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Save a picture of the result here.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Save a picture of the result to this file.")] = None,
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Answer a question plainly and then with Medusa as you watch, and measure both against transformers' generate."""
-    if model is not None:
-        common.refuse_prompt_as_model(model, "give it with --prompt")
-    if prompts < 1:
-        raise InvalidInput(f"--prompts is {prompts}, wanted at least 1")
-    given = common.read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
-    model = common.with_file(model or _default_model(heads), gguf_file, revision)
-    common.require_heads(model, heads, tree == "root")
+    from medusa.checkpoints import named
+    from medusa.data.prompts import as_conversation
 
-    tokenizer = common.load_tokenizer(model, trust_remote_code)
-    asks = common.as_asked(tokenizer, "", chat, model) is not None
-    texts, batches = _prompts(model, tokenizer, given, asks, prompts)
-    common.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens, trust_remote_code)
-    loaded = common.load_model(model, heads, tree, dtype, device, trust_remote_code)
-    common.note_tree(loaded, model, heads, tree)
+    if model is not None:
+        prompting.refuse_prompt_as_model(model, "give it with --prompt")
+    given = prompting.read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
+    model = common.with_file(model or _default_model(heads), gguf_file, revision)
+    named.require_heads(model, heads, tree == "root")
+
+    tokenizer = named.load_tokenizer(model, trust_remote_code)
+    is_chat = as_conversation(tokenizer, "", chat, model) is not None
+    texts, batches = _prompts(model, tokenizer, given, is_chat, limit)
+    named.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens, trust_remote_code)
+    loaded = named.load_model(model, heads, tree, dtype, device, trust_remote_code)
+    named.note_advice_on_tree(loaded, model, heads, tree)
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if asks:
+    if is_chat:
         limits["eos_token_id"] = sorted({*loaded.eos_token_ids, tokenizer.eos_token_id} - {None})
     out = showing.console(stderr=as_json)
-    recorded = _watch(loaded, tokenizer, texts[0], asks, batches[0], limits, compile, out)
-    record = _measure(loaded, batches, limits, compile, out)
+    recorded = _watch(loaded, tokenizer, texts[0], is_chat, batches[0], limits, compile, out)
+    record = _measure(loaded, batches, limits, compile)
     record["model"] = model
     if check_float32:
         record["identical_float32"] = _identical_in_float32(
@@ -103,7 +104,7 @@ def demo_command(
 
 
 def _default_model(heads: str | None) -> str:
-    """SmolLM2 where it is installed and has heads, else the embedded model, saying why."""
+    """SmolLM2 if it is installed and has heads; else the embedded model, with a note."""
     from medusa.checkpoints.hub import local_model
     from medusa.checkpoints.reader import has_heads
 
@@ -111,38 +112,40 @@ def _default_model(heads: str | None) -> str:
     if found is not None and (heads is not None or (found.heads is not None and has_heads(found.heads))):
         return "smollm2"
     missing = "heads of smollm2 are" if found is not None else "smollm2 is"
-    common.note(f"{missing} not installed here: the demo is of `embedded`, a small code model")
+    note(f"{missing} not installed here: the demo is of `embedded`, a small code model")
     return "embedded"
 
 
-def _prompts(model: str, tokenizer: Any, given: str | None, asks: bool, number: int) -> tuple[list[str], list[Tensor]]:
-    """The prompts as texts, and as ids (1, P) each: the one given, our questions, or held-out code."""
+def _prompts(model: str, tokenizer: Any, given: str | None, is_chat: bool, number: int) -> tuple[list[str], list[Tensor]]:
+    """The prompts as texts and as token ids (1, P): the one given, our questions, or held-out code."""
+    import torch
+
+    from medusa.data.prompts import as_conversation, prompt_ids
+
     if given is None and model == "embedded":
         from medusa.evaluation.prompts import held_out_prompts
 
         found = held_out_prompts()
         chosen = [found[(FIRST_SHOWN + i * len(found) // number) % len(found)] for i in range(min(number, len(found)))]
         return [tokenizer.decode(each.ids) for each in chosen], [each.ids[None] for each in chosen]
-    if given is None and not asks:
-        raise InvalidInput(f"{model} is no chat model, to which our questions could be put; pass --prompt or --prompt-file")
+    if given is None and not is_chat:
+        raise InvalidInput(f"{model} is not a chat model, which could answer our questions; pass --prompt or --prompt-file")
     texts = list(QUESTIONS[:number]) if given is None else [given]
-    return texts, [common.encode(tokenizer, text, common.as_asked(tokenizer, text, asks, model)) for text in texts]
-
-
-FIRST_SHOWN = 12  # of the held-out prompts: a text that repeats itself little
+    asked = [as_conversation(tokenizer, text, is_chat, model) or text for text in texts]
+    return texts, [torch.tensor([prompt_ids(tokenizer, prompt)]) for prompt in asked]
 
 
 def _watch(
     model: MedusaModel,
     tokenizer: Any,
     text: str,
-    asks: bool,
+    is_chat: bool,
     ids: Tensor,
     limits: dict[str, Any],
     compile: bool,
     out: Console,
 ) -> dict[str, _Recording]:
-    """Decode one prompt plainly and then with Medusa, showing the text as it comes."""
+    """Decode one prompt plainly and then with Medusa, showing the text as it is generated."""
     from rich.text import Text
 
     from medusa.evaluation.decoders import MedusaDecoder
@@ -151,11 +154,11 @@ def _watch(
 
     trees = {"plain": MedusaTree([]), "medusa": model.tree}
     if compile:
-        with common.waiting("compiling, once: a minute or two"):
+        with waiting("compiling, once: a minute or two"):
             for tree in trees.values():
                 MedusaDecoder(model, tree=tree, compile=True, **limits).prepare(ids)
-    asked = text if asks else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
-    out.print(Text(f"> {asked}" if asks else asked, style="bold" if asks else "dim"))
+    asked = f"> {text}" if is_chat else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
+    out.print(Text(asked, style="bold" if is_chat else "dim"))
     titles = {"plain": "plainly: a token a step", "medusa": "with Medusa: what one step emits has one colour"}
     recorded = {}
     for name, tree in trees.items():
@@ -171,11 +174,11 @@ def _watch(
         words.end()
         recorded[name] = _Recording(ids[0].tolist(), steps)
         tokens, seconds = len(recorded[name].tokens()), time.perf_counter() - start
-        out.print(Text(f"\n{tokens} tokens in {seconds:.1f} s: {common.speed(tokens, len(steps), seconds)}", style="bold"))
+        out.print(Text(f"\n{tokens} tokens in {seconds:.1f} s: {showing.speed(tokens, len(steps), seconds)}", style="bold"))
     if recorded["plain"].tokens() != recorded["medusa"].tokens():
         out.print(
             Text(
-                "\nThe texts part where two tokens are all but equally likely and rounding decides; not in float32.",
+                "\nThe texts differ where two tokens are almost equally likely and rounding decides; not in float32.",
                 style="dim",
             )
         )
@@ -184,7 +187,7 @@ def _watch(
 
 
 class _Recording:
-    """When each step of a run came, and its tokens."""
+    """The steps of a run: the time of each, and its tokens."""
 
     def __init__(self, prompt: list[int], steps: list[tuple[float, list[int]]]):
         self.prompt = prompt
@@ -194,11 +197,7 @@ class _Recording:
         return [token for _, tokens in self.steps for token in tokens]
 
 
-def _measure(
-    model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], compile: bool, console: Console
-) -> dict[str, Any]:
-    from rich.progress import Progress
-
+def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], compile: bool) -> dict[str, Any]:
     from medusa.evaluation.compare import compare, overhead
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
     from medusa.trees.static import MedusaTree
@@ -208,10 +207,9 @@ def _measure(
         "plain": MedusaDecoder(model, tree=MedusaTree([]), compile=compile, **limits),
         "medusa": MedusaDecoder(model, compile=compile, **limits),
     }
-    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run already
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(batches) * len(decoders))
-        results = compare(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
+    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run before
+    with progress("Measuring", len(batches) * len(decoders), "runs", leave=False) as bar:
+        results = compare(decoders, batches, warmup=0, on_progress=bar.update)
     generate, plain, medusa = (results[name] for name in decoders)
     return {
         "generate": {"tokens_per_second": generate.tokens_per_second},
@@ -239,26 +237,27 @@ def _identical_in_float32(
     batch: Tensor,
     limits: dict[str, Any],
 ) -> bool:
-    """Whether generate, the plain loop and Medusa say the same on the prompt shown in float32, where they must."""
+    """Whether generate, the plain loop and Medusa give the same output on one prompt in float32, where they must."""
     import torch
 
+    from medusa.checkpoints import named
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
     from medusa.trees.static import MedusaTree
 
     if loaded.backbone.dtype == torch.float32:
         return identical
-    exact = common.load_model(name, heads, tree, "float32", device, trust_remote_code)
+    exact = named.load_model(name, heads, tree, "float32", device, trust_remote_code)
     decoders: list[Decoder] = [
         TransformersDecoder(exact, **limits),
         MedusaDecoder(exact, tree=MedusaTree([]), **limits),
         MedusaDecoder(exact, **limits),
     ]
-    with common.waiting("comparing the three in float32"):
+    with waiting("comparing the three in float32"):
         return len({str(decode(batch).tokens) for decode in decoders}) == 1
 
 
 def _panel(tokenizer, name: str, recording: _Recording, at: float):
-    """The text that a run had emitted at a time, coloured by step."""
+    """The text that a run had emitted at a time in seconds, coloured by step."""
     from rich.panel import Panel
     from rich.text import Text
 
@@ -285,7 +284,7 @@ def _side_by_side(tokenizer, recorded: dict[str, _Recording], at: float):
 
 
 def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables: list[Any]) -> None:
-    """Both runs at the moment when Medusa had finished, and the figures, as SVG."""
+    """Save both runs at the moment when Medusa had finished, and the speeds, as SVG."""
     import io
 
     from rich.console import Console
@@ -300,7 +299,7 @@ def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables
 def _table(
     record: dict[str, Any], prompts: int, max_new_tokens: int, model: MedusaModel
 ) -> tuple[list[str], list[list[str]], str, str]:
-    """Header and rows, what is above them and what below."""
+    """Header, rows, title and caption of the table."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     title = (
         f"{prompts} prompt{'s' if prompts > 1 else ''}, at most {max_new_tokens} new tokens, greedy, {dtype}, "

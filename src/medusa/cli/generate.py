@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medusa.cli import common
+from medusa.cli import common, prompting, showing
+from medusa.runs.console import note
 
 
 def generate_command(
     model: common.ModelArgument = "embedded",
     prompt: Annotated[str | None, typer.Argument(help="The prompt (default: stdin).", show_default=False)] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file.")] = None,
+    prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
@@ -30,7 +30,7 @@ def generate_command(
     epsilon: common.Epsilon = 0.09,
     delta: common.Delta = 0.3,
     seed: common.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; may be given several times.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; repeatable.")] = None,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
@@ -41,20 +41,24 @@ def generate_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Answer a prompt: a chat model is asked it, any other continues it. Text is streamed to stdout, figures go to stderr."""
-    if prompt is None and prompt_file is None:
-        common.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
-    model = common.with_file(model, gguf_file, revision)
-    text = common.read_prompt(prompt, prompt_file)
-    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
-    common.require_heads(model, heads, tree == "root")
-    tokenizer = common.load_tokenizer(model, trust_remote_code)
-    ids = common.encode(tokenizer, text, common.as_asked(tokenizer, text, chat, model))
-    common.check_room(model, ids.shape[1], max_new_tokens, trust_remote_code)
-    medusa = common.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
-    common.note_tree(medusa, model, heads, tree)
+    """Answer a prompt (chat model) or continue it (any other model). Text is streamed to stdout, statistics go to stderr."""
+    import torch
+
+    from medusa.checkpoints import named
+    from medusa.data.prompts import as_conversation, prompt_ids
     from medusa.text import Detokenizer
 
+    if prompt is None and prompt_file is None:
+        prompting.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
+    model = common.with_file(model, gguf_file, revision)
+    text = prompting.read_prompt(prompt, prompt_file)
+    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
+    named.require_heads(model, heads, tree == "root")
+    tokenizer = named.load_tokenizer(model, trust_remote_code)
+    ids = torch.tensor([prompt_ids(tokenizer, as_conversation(tokenizer, text, chat, model) or text)])
+    named.check_room(model, ids.shape[1], max_new_tokens, trust_remote_code)
+    medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
+    named.note_advice_on_tree(medusa, model, heads, tree)
     detokenizer = Detokenizer(tokenizer, ids[0].tolist())
     tokens: list[int] = []
     lengths: list[int] = []
@@ -63,7 +67,7 @@ def generate_command(
     start = time.perf_counter()
     steps = medusa.stream(
         ids,
-        ids.new_ones(ids.shape),  # a prompt on its own has no padding, whatever ids are in it
+        ids.new_ones(ids.shape),  # a single prompt has no padding, whatever ids are in it
         max_new_tokens=max_new_tokens,
         stop_strings=stop,
         tokenizer=tokenizer,
@@ -96,7 +100,5 @@ def generate_command(
         print(json.dumps(record))
         return
     print(pieces[-1])
-    common.note(
-        f"{len(tokens)} tokens in {seconds:.2f} s: {common.speed(len(tokens), len(lengths), seconds)} ({finish_reason})"
-    )
-    common.note_low_rate(medusa, len(tokens), len(lengths))
+    note(f"{len(tokens)} tokens in {seconds:.2f} s: {showing.speed(len(tokens), len(lengths), seconds)} ({finish_reason})")
+    showing.note_low_rate(len(medusa.tree), len(tokens), len(lengths))

@@ -1,4 +1,4 @@
-"""medusa inspect: what a model folder, a GGUF file, heads or a tree file holds."""
+"""medusa inspect: the contents of a model folder, a GGUF file, heads or a tree file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from medusa.cli import common, showing
 from medusa.cli.tree import figures, show_tree
+from medusa.runs.console import note
 
 if TYPE_CHECKING:
     from medusa.checkpoints.hub import Source
@@ -33,7 +34,7 @@ def inspect_command(
     offline: common.OfflineOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Say what is there: the backbone, heads, their format, sizes and parameters, and the tree."""
+    """Describe a model: its backbone, its heads with their format and sizes, and its tree."""
     from medusa.checkpoints.hub import GGUF, SMOLLM2_HEADS, find_model
     from medusa.checkpoints.reader import has_heads, open_checkpoint
     from medusa.config import TREE_FILE
@@ -70,15 +71,15 @@ def inspect_command(
             known["format"] = FORMATS.get(known["format"], known["format"])
         showing.print_facts(part, known)
     if "heads" not in record and tree is None:
-        common.note("no heads here: medusa train makes some, and --heads gives them")
+        note("no heads here: medusa train makes some, and --heads gives them")
     elif tree is None:
-        common.note("no tree file beside the heads: a dynamic tree decodes; medusa tune finds the fastest")
+        note("no tree file beside the heads: a dynamic tree is used; medusa tune finds the fastest")
     if tree is not None:
         show_tree(tree)
 
 
 def heads_facts(found: Any) -> dict[str, Any]:
-    """What heads are, of an open checkpoint."""
+    """Facts about the heads of an open checkpoint."""
     return {
         "format": found.format,
         "file": found.source.name,
@@ -98,7 +99,7 @@ def heads_facts(found: Any) -> dict[str, Any]:
 
 
 def backbone_facts(source: Source) -> dict[str, Any] | None:
-    """What the model of a folder or a GGUF file is, as its files say; None where there is no model but heads."""
+    """Facts about the model of a folder or a GGUF file; None if there is no model, only heads."""
     if source.gguf_file is not None:
         return {"model": str(source), **gguf_facts(source.folder / source.gguf_file)}
     from medusa.backbone.backbone import context_of
@@ -113,9 +114,9 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
         return None
     try:
         config = load_config(source)
-    except CheckpointError:  # of a model with code of its own, which is not run here
+    except CheckpointError:  # the model has code of its own, which is not run here
         return {"model": str(source), "architecture": kind}
-    said = source.folder / "tokenizer_config.json"
+    tokenizer = source.folder / "tokenizer_config.json"
     return {
         "model": str(source),
         "architecture": kind,
@@ -128,12 +129,12 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
         "parameters": sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights) or None,
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "chat_template": (source.folder / "chat_template.jinja").is_file()
-        or (said.is_file() and "chat_template" in read_json_object(said)),
+        or (tokenizer.is_file() and "chat_template" in read_json_object(tokenizer)),
     }
 
 
 def _sizes(file: Path, counts: Any) -> int:
-    """Numbers in the tensors of a safetensors file whose names count; only its header is read."""
+    """Number of parameters in the tensors of a safetensors file whose names count; only its header is read."""
     import math
 
     from safetensors import safe_open
@@ -143,46 +144,41 @@ def _sizes(file: Path, counts: Any) -> int:
     try:
         with safe_open(file, "pt") as opened:
             return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys() if counts(name))  # noqa: SIM118
-    except Exception as error:  # safetensors' own, which it does not export everywhere
+    except Exception as error:  # safetensors' own errors, not all of which it exports
         raise CheckpointError(f"{file} is broken or no safetensors file: {error}") from None
 
 
 def gguf_facts(file: Path) -> dict[str, Any]:
-    """What a GGUF file says of its model.
+    """Facts about the model of a GGUF file.
 
     Raises:
         InvalidInput: the package that reads it is missing.
         CheckpointError: it is broken.
     """
-    from medusa.errors import CheckpointError, InvalidInput
+    from medusa.errors import CheckpointError
+    from medusa.runs.extras import require
 
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InvalidInput(
-            f"{file} is a GGUF file, which needs the package gguf: pip install 'medusa-decoding[gguf]'"
-        ) from None
-    try:
-        reader = GGUFReader(file)
+        reader = require("gguf", "gguf", f"the GGUF file {file}").GGUFReader(file)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{file} is broken or no GGUF file: {error}") from None
 
-    def said(name: str) -> Any:
+    def value(name: str) -> Any:
         field = reader.get_field(name)
         return None if field is None else field.contents()
 
-    kind = said("general.architecture")
+    kind = value("general.architecture")
     tokens = reader.get_field("tokenizer.ggml.tokens")
     types = sorted({tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1})
     return {
         "file": f"{file.name}, {file.stat().st_size / 1e6:.0f} MB",
         "architecture": kind,
-        "num_layers": said(f"{kind}.block_count"),
-        "hidden_size": said(f"{kind}.embedding_length"),
-        "attention_heads": said(f"{kind}.attention.head_count"),
-        "key_value_heads": said(f"{kind}.attention.head_count_kv"),
+        "num_layers": value(f"{kind}.block_count"),
+        "hidden_size": value(f"{kind}.embedding_length"),
+        "attention_heads": value(f"{kind}.attention.head_count"),
+        "key_value_heads": value(f"{kind}.attention.head_count_kv"),
         "vocab_size": None if tokens is None else len(tokens.data),
-        "context": said(f"{kind}.context_length"),
+        "context": value(f"{kind}.context_length"),
         "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
         "dtype": ", ".join(types),
         "unpacked_to": "bfloat16, unless --dtype says otherwise",

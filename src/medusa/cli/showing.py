@@ -1,4 +1,4 @@
-"""What the verbs show: tables that fit the terminal, facts a line each, text that comes in pieces."""
+"""Output of the verbs: tables that fit the terminal, facts one per line, text that is streamed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,34 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medusa.runs.console import note
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-UNCUT = 1000  # columns of what is no terminal: nothing is broken up there
+UNCUT = 1000  # columns of a file or pipe: nothing is wrapped there
 READABLE = 100  # columns of text: longer lines are hard to read
+WORTH = 1.2  # tokens a step; trees that accept less are seldom faster than plain decoding
+STEPS_TO_TELL = 8  # steps after which a low acceleration rate is more than chance
+
+
+def speed(tokens: int, steps: int, seconds: float) -> str:
+    """The speed of an answer, in words.
+
+    >>> speed(30, 12, 1.5)
+    '20.0 tokens/s, 2.50 tokens a step'
+    """
+    return f"{tokens / seconds:.1f} tokens/s, {tokens / steps:.2f} tokens a step"
+
+
+def note_low_rate(nodes: int, tokens: int, steps: int) -> None:
+    """Note that a tree of several nodes is hardly ever right: its steps cost more than plain ones."""
+    if nodes > 1 and steps >= STEPS_TO_TELL and tokens / steps < WORTH:
+        note(f"a tree of {nodes} nodes that is right so seldom is likely slower than --tree root; train the heads for longer")
 
 
 def console(stderr: bool = False) -> Console:
-    """stdout or stderr, as wide as the terminal; in a file or a pipe no line is cut."""
+    """A console for stdout or stderr, as wide as the terminal; lines in a file or pipe are not wrapped."""
     from rich.console import Console
 
     found = Console(stderr=stderr)
@@ -31,11 +50,11 @@ def print_table(
     keys: int = 1,
     bold: Collection[int] = (),
 ) -> None:
-    """A table on stdout. Columns that the terminal has no room for go on in another table below, beside the same first ones.
+    """Print a table on stdout. Columns that do not fit follow in another table below, beside the same key columns.
 
     Args:
-        keys: the columns that say what a row is of; figures are to their right.
-        bold: the numbers of rows that stand out.
+        keys: number of key columns, which say what a row is about; the columns to their right hold figures.
+        bold: numbers of the rows in bold.
     """
     out = console()
     for table in tables(out.width, header, rows, title, caption, keys, bold):
@@ -51,12 +70,12 @@ def tables(
     keys: int = 1,
     bold: Collection[int] = (),
 ) -> list[Any]:
-    """The tables that `print_table` prints, each of at most so many columns of text where its widest figure allows it."""
+    """The tables that `print_table` prints, each at most `width` characters wide if its widest figure allows it."""
     from rich.cells import cell_len
     from rich.table import Table
 
     longest = [max((cell_len(row[n]) for row in rows), default=0) for n in range(len(header))]
-    # A title may be broken between its words, a figure may not.
+    # A title may be wrapped between words, a figure may not.
     titles = [
         "\n".join(textwrap.wrap(name, max(8, at_least), break_long_words=False)) for name, at_least in zip(header, longest)
     ]
@@ -75,7 +94,7 @@ def tables(
 
 
 def _parts(widths: Sequence[int], keys: int, room: int) -> Iterator[list[int]]:
-    """The columns of each table: the keys, and as many of the others as there is room for, one at least."""
+    """The columns of each table: the key columns, and as many of the others as fit, at least one."""
     of_keys = list(range(keys))
     part, used = list(of_keys), 1 + sum(widths[n] + 3 for n in of_keys)
     taken = used
@@ -89,7 +108,7 @@ def _parts(widths: Sequence[int], keys: int, room: int) -> Iterator[list[int]]:
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """What is known of a thing, a fact a line; one that is unknown or empty has none."""
+    """Print facts one per line; those that are unknown or empty are left out."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -117,7 +136,7 @@ def fact(value: Any) -> str:
 
 
 class Words:
-    """Text that comes in pieces and styles, on a terminal broken between its words; elsewhere it stays as it is."""
+    """Streamed text in styles; on a terminal it is wrapped between words, elsewhere it stays as it is."""
 
     def __init__(self, out: Console):
         self._out, self._wraps = out, out.is_terminal
@@ -126,7 +145,7 @@ class Words:
         self._word: list[tuple[str, str | None]] = []
 
     def put(self, text: str, style: str | None = None) -> None:
-        """Show a piece, as far as its words are known to be whole."""
+        """Show a piece, up to the last word that is known to be complete."""
         if not self._wraps:
             self._write(text, style)
             return
@@ -135,7 +154,7 @@ class Words:
         for part in re.findall(r"\n|[^\S\n]+|\S+", text):
             if not part.isspace():
                 self._word.append((part, style))
-                if cell_len(part) > len(part):  # of a script without spaces, which is broken anywhere
+                if cell_len(part) > len(part):  # a script without spaces, which is wrapped anywhere
                     self._end_word()
                 continue
             self._end_word()
@@ -147,7 +166,7 @@ class Words:
                 self._column += len(part)
 
     def end(self) -> None:
-        """Show what is left, and end the line."""
+        """Show the rest, and end the line."""
         self._end_word()
         self._write("\n", None)
         self._column = 0
@@ -162,7 +181,7 @@ class Words:
         for part, style in self._word:
             self._write(part, style)
         self._column += width
-        if self._column > self._width:  # a word longer than a line, which the terminal breaks
+        if self._column > self._width:  # a word longer than a line, which the terminal wraps
             self._column %= self._width
         self._word = []
 

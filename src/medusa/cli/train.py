@@ -6,24 +6,25 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import typing
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.padding import Padding
 from typer.core import TyperCommand
 
-from medusa.cli import common
-from medusa.errors import InvalidInput
-from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
+from medusa.cli import common, showing
+from medusa.runs.console import note
+from medusa.training.config import METHOD, TrainingConfig, recipe_names, resolve
 
-METHOD = "medusa-1"
-METHOD_HELP = f"{', '.join(recipe_names())}: what sets the options further down."
-# The training options in --help, in this order; what is in no group is in the last.
+if TYPE_CHECKING:
+    from medusa.training.verbs import Trained
+
+METHOD_HELP = f"{', '.join(recipe_names())}: the recipe that sets the options further down."
+# The training options in --help, in this order; options in no group go into the last.
 GROUPS = {
     "Heads": ("num_heads", "num_layers", "shared_lm_head", "draft_vocabulary"),
     "Their loss": ("lambda_base", "targets", "soft_top", "loss_chunk"),
@@ -36,14 +37,14 @@ GROUPS = {
         ("backbone", "quantization", "lm_loss", "lambda_0", "lambda_0_schedule", "heads_steps", "backbone_learning_rate")
         + ("lora_rank", "lora_alpha", "lora_dropout", "gradient_checkpointing")
     ),
-    "What is said and kept": ("logging_steps", "eval_steps", "save_steps", "tree_nodes", "report_to"),
+    "Logs and files": ("logging_steps", "eval_steps", "save_steps", "tree_nodes", "report_to"),
 }
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
 HINTS = typing.get_type_hints(TrainingConfig)
 
 
 class COMMAND(TyperCommand):
-    """`medusa train`, whose --help ends with the training options as the method named beside it sets them, a line each."""
+    """`medusa train`, whose --help ends with the training options, one per line, with the values of the method given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined = next((each.partition("=")[2] for each in args if each.startswith("--method=")), None)
@@ -58,16 +59,14 @@ class COMMAND(TyperCommand):
 
 
 def print_training_options(method: str) -> None:
-    """The options of TrainingConfig with the values that a method gives them."""
+    """Print the fields of TrainingConfig with the values that a method gives them."""
     from rich.table import Table
     from rich.text import Text
 
-    from medusa.cli import showing
-
     values, out = resolve(method, {}), showing.console()
     out.print(
-        f" Training options, with the values of {method}; for those of another: --method NAME --help. What is `no` becomes "
-        "yes by its flag, what is yes no by --no-FLAG."
+        f" Training options, with the values of {method}; for those of another method: --method NAME --help. A flag turns a "
+        "`no` into `yes`, and --no-FLAG a `yes` into `no`."
     )
     grouped = dict(GROUPS)
     *_, last = grouped
@@ -99,14 +98,12 @@ def _shown(value: Any) -> str:
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of TrainingConfig; those the user sets arrive as the dict `options`."""
+    """Give a command a flag for each field of TrainingConfig; the ones that the user sets arrive as the dict `options`."""
     parameters = []
     for name, kind in HINTS.items():
-        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
         flag = f"{flag_of(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag_of(name)
-        plain: Any = str if choices else (float if kind == (float | None) else kind)
         option = typer.Option(flag, help=FIELDS[name].metadata["help"], hidden=True)  # shown by print_training_options
-        annotation = Annotated[plain | None, option]
+        annotation: Any = Annotated[kind | None, option]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
 
     @functools.wraps(command)
@@ -132,26 +129,25 @@ def train_command(
             "--data", metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."
         ),
     ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for all that comes of it.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results.")] = None,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help=METHOD_HELP)] = METHOD,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="YAML of training options; flags win.")
+        Path | None, typer.Option("--config", metavar="FILE", help="YAML training options; flags override them.")
     ] = None,
     eval_data: Annotated[
-        str | None, typer.Option("--eval-data", metavar="DATA", help="Data to measure on (default: some is held out).")
+        list[str] | None,
+        typer.Option("--eval-data", metavar="DATA", help="Evaluation data (default: rows held out); repeatable."),
     ] = None,
     heads: Annotated[
         str | None, typer.Option("--heads", metavar="DIR", help="Heads to start from (default: copies of the LM head).")
     ] = None,
     hidden_states: Annotated[
         Path | None,
-        typer.Option("--hidden-states", metavar="DIR", help="Keep the backbone's hidden states here and train from them."),
+        typer.Option("--hidden-states", metavar="DIR", help="Save hidden states here and train from them."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")] = False,
     preview: Annotated[
-        int, typer.Option("--preview", metavar="N", min=0, help="Show so many samples, what is learnt coloured; no training.")
+        int, typer.Option("--preview", metavar="N", min=0, help="Only show N rows, labelled tokens in colour.")
     ] = 0,
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
@@ -162,68 +158,41 @@ def train_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Train Medusa heads, and with medusa-2 the backbone too (paper 2.2). Runs under `accelerate launch` as well."""
+    from medusa.training.run import is_main_process
+    from medusa.training.verbs import train
+
     model = common.with_file(model, gguf_file, revision)
-    if output is None and not preview:
-        raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
-    settings = (read_options(config) if config else {}) | options
-    recipe = resolve(method, settings, str(config) if config else "training options")
-
-    common.quiet_transformers()
-    from medusa.backbone.backbone import context_of
-    from medusa.checkpoints.hub import find_heads, find_model
-    from medusa.checkpoints.loading import load_backbone, load_config
-    from medusa.checkpoints.quantization import quantized
-    from medusa.checkpoints.reader import has_heads, load_heads
-    from medusa.data.samples import Skips, read_samples
-    from medusa.model import MedusaModel
-    from medusa.training.data import load_rows
-    from medusa.training.run import FEWEST_TO_HOLD_OUT_OF, number_to_hold_out, refuse_begun, train
-
-    # What needs no model to be known.
-    if output is not None and not preview:
-        refuse_begun(output, resume)
-    for each in [*data, *([eval_data] if eval_data else [])]:
-        next(read_samples(each, Skips()), None)
-    if heads is not None and not has_heads(find_heads(heads)):
-        raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads, or give a folder of some")
-    tokenizer = common.load_tokenizer(model, trust_remote_code)
-    source = find_model(model, code=trust_remote_code)
     if preview:
-        sizes = load_config(source, trust_remote_code=trust_remote_code)
-        length = min(recipe.max_length, context_of(sizes) or recipe.max_length)
-        _preview(data, tokenizer, recipe, preview, length, sizes.vocab_size)
+        show_rows(preview, model, data, method=method, config=config, trust_remote_code=trust_remote_code, **options)
         return
-    assert output is not None
-    backbone = load_backbone(
-        source,
-        dtype=common.dtype_named(dtype),
-        device_map=common.default_device(device),
+    if output is None:
+        raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
+    trained = train(
+        model,
+        data,
+        output,
+        method=method,
+        config=config,
+        eval_data=eval_data,
+        heads=heads,
+        hidden_states=hidden_states,
+        resume=resume,
+        dtype=dtype,
+        device=device,
         trust_remote_code=trust_remote_code,
-        **quantized(recipe.quantization, common.dtype_named(dtype)),
+        **options,
     )
-    medusa = MedusaModel(backbone, load_heads(find_heads(heads)) if heads else None)
-    length = min(recipe.max_length, medusa.context or recipe.max_length)
-    main = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
-    rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=main)
-    eval_rows = load_rows(eval_data, tokenizer, length, medusa.vocab_size) if eval_data else None
-    if main:
-        _describe(rows, length)
-        if eval_rows is None and not number_to_hold_out(rows, recipe.held_out):
-            why = (
-                "none are held out"
-                if not recipe.held_out
-                else f"fewer than {FEWEST_TO_HOLD_OUT_OF} rows are too few to hold any out"
-            )
-            common.note(f"{why}: the heads are measured on rows they learn, which flatters them; better give --eval-data")
-    metrics = train(medusa, rows, output, recipe, eval_rows, resume, hidden_states)
-    if not main:
-        return
-    if recipe.backbone == "full":
-        tokenizer.save_pretrained(output)
+    if is_main_process():
+        _show(trained, as_json)
+
+
+def _show(trained: Trained, as_json: bool) -> None:
+    """Print the accuracies of the heads and the expected acceleration rate."""
+    metrics, recipe = trained.metrics, trained.config
     if as_json:
-        print(json.dumps({"output": str(output), "metrics": metrics}))
+        print(json.dumps({"output": str(trained.output), "metrics": metrics}))
         return
-    common.note(f"heads, tree and model card saved in {output}; medusa tune fits the tree to this machine")
+    note(f"heads, tree and model card saved in {trained.output}; medusa tune fits the tree to this machine")
     for k in range(1, recipe.num_heads + 1):
         if f"eval_head{k}_top1" in metrics:
             tops = "  ".join(f"top-{i} {metrics[f'eval_head{k}_top{i}']:.3f}" for i in (1, 2, 3, 5))
@@ -232,29 +201,26 @@ def train_command(
         print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens a step, {recipe.tree_nodes} nodes")
 
 
-def _describe(rows: Any, length: int) -> None:
-    common.note(f"{len(rows)} rows, {rows.tokens:,} tokens, {rows.labelled:,} of them to be learnt")
-    if rows.cut:
-        common.note(f"{rows.cut} samples were longer than {length} tokens and were cut")
-    if rows.skips:
-        common.note(f"skipped {rows.skips}")
+def show_rows(count: int, model: str, data: list[str], **options: Any) -> None:
+    """Print the first rows as the model will see them: the labelled tokens in colour, the others dim.
 
-
-def _preview(data: list[str], tokenizer: Any, recipe: TrainingConfig, count: int, length: int, vocab_size: int) -> None:
-    """Samples as the model will see them: what is learnt in colour, the rest dim."""
+    Args:
+        options: see `training_rows`.
+    """
     from itertools import islice
 
     from rich.console import Console
     from rich.text import Text
 
-    from medusa.training.data import load_rows, spoken_runs
+    from medusa.training.data import masked_runs
+    from medusa.training.verbs import note_rows, training_rows
 
-    rows = load_rows(data, tokenizer, length, vocab_size, recipe.packing)
+    rows, tokenizer = training_rows(model, data, **options)
     console = Console()
     for number, row in enumerate(islice(rows, count), 1):
         text = Text()
-        for spoken, ids in spoken_runs(row):
-            text.append(tokenizer.decode(ids), style="bold green" if spoken else "dim")
-        console.rule(f"row {number} of {len(rows)}: {len(row)} tokens, {int(row.spoken.sum())} learnt ({row.source})")
+        for learned, ids in masked_runs(row):
+            text.append(tokenizer.decode(ids), style="bold green" if learned else "dim")
+        console.rule(f"row {number} of {len(rows)}: {len(row)} tokens, {int(row.loss_mask.sum())} learnt ({row.source})")
         console.print(text)
-    _describe(rows, length)
+    note_rows(rows)

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as token ids, and which of them the assistant says."""
+"""Chat templates: a conversation as token ids, with the mask of those that the assistant says."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _STAND_IN = "ASSISTANT5P34KS{}HERE"  # letters and digits, which no template trims or escapes
 
 
-def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:  # ids, and for each whether it is the assistant's speech
-    """A conversation under the tokenizer's chat template.
+def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """A conversation under the tokenizer's chat template: its token ids and their loss mask.
 
-    The assistant's speech is what it would generate: the content of its turns and the special token that ends them, but
-    neither its header nor the line break after its turn. A template with `{% generation %}` markers says itself what that
-    is. Any other is rendered a second time with stand-ins in the place of the assistant's contents, which shows what it
-    writes around them whatever its turns look like.
+    The loss mask is true for what the assistant would generate: the content of its turns and the special token that ends them,
+    but neither its header nor the line break after its turn. A template with `{% generation %}` markers defines the mask. Any
+    other template is rendered a second time with stand-ins in place of the assistant's contents, which shows what the template
+    writes around them.
 
     Raises:
         InvalidInput: no chat template, a slow tokenizer, a template that refuses the conversation or changes the contents.
@@ -32,7 +30,7 @@ def encode_conversation(
         raise InvalidInput("the tokenizer has no chat template; give it one, or give data as 'text' or 'prompt'/'completion'")
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # several, of which none is the default
+    except ValueError as error:  # several templates, none of them the default
         raise _refusal(tokenizer, error) from None
     if _GENERATION.search(template):
         try:
@@ -41,14 +39,14 @@ def encode_conversation(
             )
         except Exception as error:
             raise _refusal(tokenizer, error) from None
-        return list(encoded["input_ids"]), [bool(spoken) for spoken in encoded["assistant_masks"]]
+        return list(encoded["input_ids"]), [bool(said) for said in encoded["assistant_masks"]]
     text, spans = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), overlaps(encoded["offset_mapping"], spans)
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation's text and the spans of characters in it that the assistant says."""
+    """A conversation's text and the spans of characters in it that the assistant says."""
     text = _apply(tokenizer, messages)
     assistant = [message for message in messages if message["role"] == "assistant"]
     names = iter(map(_STAND_IN.format, range(len(assistant))))
@@ -73,21 +71,21 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
         if end is None:  # changed by the template: it ends where what follows it begins
             end = len(text) - len(after) if last else text.find(after, at)
             matched = matched and end >= at and text.startswith(after, end)
-        # The turn's end is spoken too, unless it belongs to the next turn: then a conversation would not end with it.
+        # The turn's end is in the loss mask too, unless it belongs to the next turn: then a conversation would not end with it.
         ending = closing.match(after) if closing else None
         final = closing.match(pieces[-1]) if closing else None
-        spoken = len(ending[0]) if ending and final and ending[1] == final[1] else 0
-        spans.append((at, end + spoken))
+        closed = len(ending[0]) if ending and final and ending[1] == final[1] else 0
+        spans.append((at, end + closed))
         at = end + len(after)
     if not matched or at != len(text):
-        # A last turn with its thinking, which the template sets apart: what follows the generation prompt is spoken. Earlier
-        # turns have lost theirs, and what is left of them is not what was said.
+        # The last turn has its thinking, which the template sets apart: the mask takes everything after the generation prompt.
+        # Earlier turns have lost their thinking: what is left of them is not what was generated.
         prompt = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
         if text.startswith(prompt) and text.endswith(pieces[-1]):
             ending = closing.match(pieces[-1]) if closing else None
             return text, [(len(prompt), len(text) - len(pieces[-1]) + (len(ending[0]) if ending else 0))]
         raise InvalidInput(
-            "the chat template rewrites what the assistant says, so its words cannot be found again; "
+            "the chat template rewrites the assistant's turns, so they cannot be found in its output; "
             "mark them with {% generation %} … {% endgeneration %} in the template"
         )
     return text, spans
@@ -110,7 +108,7 @@ def _refusal(tokenizer: Any, error: Exception) -> InvalidInput:
 
 
 def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token, given by its span of characters, has any in one of the spans; both are in order."""
+    """For each token, given by its span of characters, whether it overlaps one of the spans; both lists are in order."""
     inside, at = [], 0
     for start, end in offsets:
         while at < len(spans) and spans[at][1] <= start:
@@ -120,30 +118,30 @@ def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]
 
 
 def opening(tokenizer: Any, messages: Sequence[Message], speaker: str) -> str:
-    """The conversation's text up to where the next speaker, "assistant" or "user", begins."""
+    """A conversation's text up to where the next turn of a speaker, "assistant" or "user", begins."""
     if speaker == "assistant":
         return _apply(tokenizer, messages, add_generation_prompt=True)
     following = [*messages, {"role": speaker, "content": _STAND_IN.format(0)}]
-    return _apply(tokenizer, following).partition(_STAND_IN.format(0))[0].rstrip(" ")  # a word begins with its space
+    return _apply(tokenizer, following).partition(_STAND_IN.format(0))[0].rstrip(" ")  # a word begins with its own space
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """The ids of the special token that ends an assistant's turn, as the template writes it; none where it writes none."""
+    """The id of the special token with which the template ends an assistant's turn, in a list; empty if there is none."""
     if not tokenizer.chat_template:
         return []
     asked, answered = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-    ids, spoken = encode_conversation(tokenizer, [asked, answered, asked, answered])
-    ends = [token for token, said in zip(ids, spoken, strict=True) if said and token in tokenizer.added_tokens_decoder]
+    ids, loss_mask = encode_conversation(tokenizer, [asked, answered, asked, answered])
+    ends = [token for token, said in zip(ids, loss_mask, strict=True) if said and token in tokenizer.added_tokens_decoder]
     return ends[-1:]
 
 
 def ends_of_turns(tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids at which a turn that is being written ends: those that end a text, and the template's own."""
+    """The ids that end a turn: those that end a text, and the template's own."""
     return tuple(sorted({*eos_token_ids, *end_of_turn(tokenizer)}))
 
 
 def ends_users_turns(tokenizer: Any) -> bool:
-    """Whether the template ends a user's turn with a special token, at which a model that writes it can be stopped."""
+    """Whether the template ends a user's turn with a special token, so that a model that writes such a turn can be stopped."""
     asked, answered = _STAND_IN.format(0), _STAND_IN.format(1)
     text = _apply(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
     between = text.partition(asked)[2].partition(answered)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,16 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+    """Write a JSON file, indented by two spaces; it is complete or absent."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON value: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def read_text(path: str | Path, wrong: type[MedusaError]) -> str:

@@ -15,6 +15,7 @@ from medusa.errors import ConfigError, InvalidInput
 from medusa.runs.files import read_yaml
 
 _EXPONENT = re.compile(r"\d+[eE][-+]?\d+")
+METHOD = "medusa-1"  # the default
 RECIPES = Path(__file__).parent / "recipes"
 
 

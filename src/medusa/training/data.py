@@ -25,7 +25,7 @@ class Row:
     """One row of training data: a sample, or several packed end to end."""
 
     ids: Tensor  # (T,) int32
-    spoken: Tensor  # (T,) bool: the token is one to be learnt
+    loss_mask: Tensor  # (T,) bool: whether the token is labelled
     lengths: tuple[int, ...]  # of the samples in it; sums to T
     source: str = ""  # where its first sample stands
     hidden: Tensor | None = None  # (T, d): the frozen backbone's hidden states, where they are kept
@@ -40,7 +40,8 @@ class Rows:
 
     rows: list[Row]
     skips: Skips = field(default_factory=Skips)
-    cut: int = 0  # conversations longer than a row
+    cut: int = 0  # number of conversations longer than a row
+    max_length: int = 0  # of a row, in tokens
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +58,7 @@ class Rows:
 
     @property
     def labelled(self) -> int:
-        return sum(int(row.spoken.sum()) for row in self.rows)
+        return sum(int(row.loss_mask.sum()) for row in self.rows)
 
     def fingerprint(self) -> str:
         """A hash of every token, label and border, in order."""
@@ -65,7 +66,7 @@ class Rows:
         for row in self.rows:
             digest.update(repr(row.lengths).encode())
             digest.update(row.ids.numpy().tobytes())
-            digest.update(row.spoken.numpy().tobytes())
+            digest.update(row.loss_mask.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -97,42 +98,42 @@ def load_rows(
         samples = tqdm(samples, desc="Reading", unit=" samples", delay=1, dynamic_ncols=True)
     rows, shortened = [], 0
     for sample in samples:
-        ids, spoken = _encode(sample, tokenizer)
+        ids, loss_mask = _encode(sample, tokenizer)
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise InvalidInput(f"{sample.source} has ids outside the vocabulary of {vocab_size} tokens")
         whole = sample.messages is not None or sample.prompt is not None
         cut = min(max_length, len(ids)) if whole else len(ids)
         parts = zip(
             torch.tensor(ids[:cut], dtype=torch.int32).split(max_length),
-            torch.tensor(spoken[:cut], dtype=torch.bool).split(max_length),
+            torch.tensor(loss_mask[:cut], dtype=torch.bool).split(max_length),
             strict=True,
         )
         kept = [Row(part, labels, (len(part),), sample.source) for part, labels in parts if labels[SHORTEST - 1 :].any()]
         if not kept:
-            skips.add(_why_unusable(ids, spoken, cut), sample.source)
+            skips.add(_why_unusable(ids, loss_mask, cut), sample.source)
         rows += kept
         shortened += cut < len(ids) and bool(kept)
     if not rows:
         raise InvalidInput(f"{', '.join(map(str, sources))} holds nothing to learn: {skips}")
-    return Rows(pack(rows, max_length) if packing else rows, skips, shortened)
+    return Rows(pack(rows, max_length) if packing else rows, skips, shortened, max_length)
 
 
 def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids, and for each whether it is to be learnt."""
+    """Token ids and their loss mask."""
     if sample.input_ids is not None:
         return list(sample.input_ids), [place >= sample.prompt_tokens for place in range(len(sample.input_ids))]
     if sample.messages is not None:
-        spoken_last = max((i for i, m in enumerate(sample.messages) if m["role"] == "assistant"), default=-1)
-        if spoken_last < 0:
+        last_answer = max((i for i, m in enumerate(sample.messages) if m["role"] == "assistant"), default=-1)
+        if last_answer < 0:
             return [], []
         try:
-            ids, spoken = encode_conversation(tokenizer, sample.messages[: spoken_last + 1])
+            ids, loss_mask = encode_conversation(tokenizer, sample.messages[: last_answer + 1])
         except InvalidInput as error:
             raise InvalidInput(f"{sample.source}: {error}") from None
-        last = max((place for place, said in enumerate(spoken) if said), default=-1)
+        last = max((place for place, labelled in enumerate(loss_mask) if labelled), default=-1)
         if sample.cut and last >= 0 and ids[last] in tokenizer.added_tokens_decoder:
-            spoken[last] = False  # the template ends the turn, the assistant did not
-        return ids, spoken
+            loss_mask[last] = False  # the template ends the turn, the assistant did not
+        return ids, loss_mask
     assert sample.text is not None
     if sample.prompt is None:
         ids = tokenizer(sample.text, verbose=False)["input_ids"]
@@ -144,14 +145,14 @@ def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
     ids = encoded["input_ids"]
     if end and ids[-1:] == end:  # a tokenizer that ends its texts by itself
         end = []
-    spoken = overlaps(encoded["offset_mapping"], [(len(sample.prompt), len(text))])
-    return ids + end, spoken + [True] * len(end)
+    loss_mask = overlaps(encoded["offset_mapping"], [(len(sample.prompt), len(text))])
+    return ids + end, loss_mask + [True] * len(end)
 
 
-def _why_unusable(ids: list[int], spoken: list[bool], cut: int) -> str:
-    if not any(spoken):
+def _why_unusable(ids: list[int], loss_mask: list[bool], cut: int) -> str:
+    if not any(loss_mask):
         return "with no assistant text"
-    if cut < len(ids) and not any(spoken[:cut]):
+    if cut < len(ids) and not any(loss_mask[:cut]):
         return f"whose assistant text begins past the {cut} tokens of a row"
     return f"of fewer than {SHORTEST} tokens"
 
@@ -172,7 +173,7 @@ def pack(rows: list[Row], max_length: int) -> list[Row]:
     return [
         Row(
             torch.cat([row.ids for row in parts]),
-            torch.cat([row.spoken for row in parts]),
+            torch.cat([row.loss_mask for row in parts]),
             tuple(length for row in parts for length in row.lengths),
             parts[0].source,
         )
@@ -193,7 +194,7 @@ def draft_vocabulary(rows: Rows, wanted: str, vocab_size: int) -> Tensor | None:
         return None
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for row in rows:
-        counts += torch.bincount(row.ids[row.spoken].long(), minlength=vocab_size)
+        counts += torch.bincount(row.ids[row.loss_mask].long(), minlength=vocab_size)
     order = counts.argsort(descending=True, stable=True)
     if wanted == "auto":
         number = int((counts[order].cumsum(0) < COVERED * counts.sum()).sum()) + 1
@@ -220,17 +221,17 @@ def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
         batch["hidden"] = rows[0].hidden.new_zeros(*shape, rows[0].hidden.shape[-1])
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row.ids
-        labels[b, : len(row)] = torch.where(row.spoken, row.ids.long(), IGNORED)
+        labels[b, : len(row)] = torch.where(row.loss_mask, row.ids.long(), IGNORED)
         segments[b, : len(row)] = torch.arange(1, len(row.lengths) + 1).repeat_interleave(torch.tensor(row.lengths))
         if row.hidden is not None:
             batch["hidden"][b, : len(row)] = row.hidden
     return batch
 
 
-def spoken_runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
-    """The row's token ids in runs of learnt and not learnt, for showing."""
+def masked_runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
+    """The row's token ids in runs with the same loss mask, each with its mask."""
     start = 0
     for end in range(1, len(row) + 1):
-        if end == len(row) or row.spoken[end] != row.spoken[start]:
-            yield bool(row.spoken[start]), row.ids[start:end].tolist()
+        if end == len(row) or row.loss_mask[end] != row.loss_mask[start]:
+            yield bool(row.loss_mask[start]), row.ids[start:end].tolist()
             start = end

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from medusa.errors import InvalidInput
-from medusa.training.distill import Answerer, Seed
+from medusa.runs.extras import require
+from medusa.training.distillation import Answerer, Seed
 
 
 class RayAnswerer:
-    """Hands the seeds to workers, each with an answerer of its own; outcomes come back as they are made.
+    """Distributes seeds over workers, each with an answerer of its own; outcomes come back as they are made.
 
     Args:
-        make: builds a worker's answerer, on the worker; pickled.
-        workers: how many.
-        batch_size: seeds handed over at a time.
+        make: builds a worker's answerer, on the worker; it is pickled.
+        workers: number of workers.
+        batch_size: number of seeds sent to a worker at a time.
     """
 
     def __init__(self, make: Callable[[], Answerer], workers: int, batch_size: int):
-        if importlib.util.find_spec("ray") is None:
-            raise InvalidInput("--ray needs Ray Data: pip install 'medusa-decoding[ray]'") from None
+        self._ray = require("ray", "ray", "--ray")
+        self._data = require("ray.data", "ray", "--ray")
         self._make, self._workers, self._batch_size = make, workers, batch_size
 
     def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]:
-        import ray
-        import ray.data
-
         by_id = {seed.id: seed for seed in seeds}
         if not by_id:
             return
-        make = self._make
+        ray, make = self._ray, self._make
 
         class Worker:
             def __init__(self) -> None:
@@ -54,10 +50,10 @@ class RayAnswerer:
 
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        self._data.DataContext.get_current().enable_progress_bars = False
         items = [{"seed": json.dumps(dataclasses.asdict(seed))} for seed in by_id.values()]
-        blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back by blocks
-        data = ray.data.from_items(items, override_num_blocks=blocks)
+        blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back block by block
+        data = self._data.from_items(items, override_num_blocks=blocks)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         results = data.map_batches(Worker, batch_size=self._batch_size, concurrency=self._workers, num_gpus=gpus)
         for row in results.iter_rows():

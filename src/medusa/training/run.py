@@ -32,10 +32,10 @@ from medusa.model import MedusaModel
 from medusa.runs.files import write_text
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import hold, make_folder, refuse_other
-from medusa.training.card import write_card
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate, draft_vocabulary
 from medusa.training.hidden_states import keep
+from medusa.training.model_card import write_card
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
 
@@ -45,7 +45,7 @@ FREE_TO_CHANGE = ("max_steps", "epochs", "logging_steps", "eval_steps", "save_st
 MOST_HELD_OUT, FEWEST_TO_HOLD_OUT_OF = 512, 10  # rows
 
 
-def train(
+def train_heads(
     model: MedusaModel,
     rows: Rows,
     output: str | Path,
@@ -76,7 +76,7 @@ def train(
     make_folder(output)
     if hidden_states is not None and config.joint:
         raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
-    with hold(output / IDENTITY) if _writes() else nullcontext():
+    with hold(output / IDENTITY) if is_main_process() else nullcontext():
         _claim(output, model, rows, config, resume)
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
 
@@ -101,7 +101,7 @@ def _train(
         if not (resume and (first / RECORD).is_file()):
             steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
             alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
-            train(model, rows, first, alone, eval_rows, resume, callbacks=callbacks)
+            train_heads(model, rows, first, alone, eval_rows, resume, callbacks=callbacks)
         model = MedusaModel(model.backbone, load_heads(first))
 
     if config.joint and config.lm_loss == "distill" and getattr(model.backbone, "hf_quantizer", None) is not None:
@@ -142,8 +142,8 @@ def _train(
     return metrics
 
 
-def _writes() -> bool:
-    """Of several processes, whether this is the one that writes; known before they are set up."""
+def is_main_process() -> bool:
+    """Whether this is the one of several processes that writes; known before they are set up."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -155,7 +155,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
     refuse_begun(output, resume)
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         refuse_other(output, read_json_object(path), wanted)
-    if _writes():
+    if is_main_process():
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         if not resume:  # nothing of an earlier run may be taken for this one's
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):

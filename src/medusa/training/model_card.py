@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medusa.checkpoints.card import card
+from medusa.checkpoints.model_card import card
 from medusa.runs.files import write_text
 from medusa.training.config import TrainingConfig
 

@@ -1,9 +1,10 @@
-"""The judge: a strong chat model grades answers from 1 to 10, each by itself, in the manner of MT-Bench (paper 3.2)."""
+"""`medusa.judge`: a strong chat model grades answers from 1 to 10, each by itself, as MT-Bench does (paper 3.2)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections import Counter
@@ -16,11 +17,13 @@ from typing import Any
 from medusa.data.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.data.samples import read_records
 from medusa.errors import InvalidInput
-from medusa.runs.records import Journal
+from medusa.runs.console import progress
+from medusa.runs.files import write_json
+from medusa.runs.records import Journal, claim
 
 CLAIM, GRADES = "judge.yaml", "grades.jsonl"
-ANSWER_TOKENS = 1024  # of the judge
-CHECKED = ("math", "cod", "reason")  # in the names of categories whose answers are right or wrong
+ANSWER_TOKENS = 1024  # maximum length of the judge's answer
+CHECKED = ("math", "cod", "reason")  # parts of the names of categories whose answers are right or wrong
 
 SYSTEM = (
     "You grade what an assistant answered. Be strict and even-handed: weigh whether the answer is correct, does what was "
@@ -33,9 +36,69 @@ LATER_TURN = "Grade the last answer alone; what came before it is shown so that 
 _GRADE = re.compile(r"\bgrade\b[\s:=*_`]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
+def judge(
+    answers: str | Path,
+    endpoint: str,
+    judge_model: str,
+    output: str | Path | None = None,
+    *,
+    api_key_env: str = "OPENAI_API_KEY",
+    batch_size: int = 8,
+    tries: int = 3,
+    timeout: float = 120.0,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+) -> dict[str, Any]:
+    """Have a chat model grade the answers that `medusa.bench` saved; return the record that is saved as `judge.json`.
+
+        record = medusa.judge("bench/answers.jsonl", "http://localhost:8000/v1", "my-judge")
+        record["decoders"]["medusa"]["overall"]["grade"]
+
+    If interrupted, the same call resumes. Answers without a grade are counted in `failed`; the same call tries them again.
+
+    Args:
+        answers: `answers.jsonl` of a benchmark.
+        endpoint: address of an OpenAI-compatible server, up to /v1.
+        judge_model: the judge's name there.
+        output: folder for the grades; None: `default_folder`.
+        api_key_env: environment variable that holds the endpoint's API key.
+        batch_size: number of requests at a time.
+        tries: number of times to ask the judge if its answer has no grade.
+        timeout: seconds allowed for one request.
+        price_in, price_out: prices of a million tokens that the judge reads and writes, for the record's `cost`.
+
+    Raises:
+        MedusaError: broken answers, a folder with another judge's grades, or an endpoint that refuses any request.
+    """
+    tasks = read_tasks(answers)
+    folder = Path(output) if output is not None else default_folder(answers, judge_model)
+    journal = Journal(folder / GRADES, "grade of a judge")
+    claim(folder / CLAIM, {"judge_model": judge_model, "instructions": SYSTEM})
+    judging = Endpoint(endpoint, judge_model, os.environ.get(api_key_env), timeout=timeout)
+    with progress("Judging", len(tasks), "answers", sum(is_graded(journal, task) for task in tasks)) as bar:
+        failed = grade_tasks(tasks, judging, journal, batch_size, tries, bar.update)
+    used = spent(journal)
+    record: dict[str, Any] = {
+        "judge_model": judge_model,
+        "answers": str(answers),
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "cost": used.cost(price_in, price_out),
+        "failed": dict(failed.most_common()),
+        "decoders": grades(tasks, journal),
+    }
+    write_json(folder / "judge.json", record)
+    return record
+
+
+def default_folder(answers: str | Path, judge_model: str) -> Path:
+    """The folder for a judge's grades: `judge-MODEL` beside the answers."""
+    return Path(answers).parent / f"judge-{judge_model.replace('/', '-')}"
+
+
 @dataclass(frozen=True)
 class Task:
-    """One answer to grade; `decoders` all gave it."""
+    """One answer to grade, and the names of all decoders that gave it."""
 
     id: str
     category: str
@@ -46,18 +109,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Spent:
-    """What the judging has used up."""
+    """The tokens that judging has used."""
 
     prompt_tokens: int
     completion_tokens: int
 
     def cost(self, price_in: float, price_out: float) -> float:
-        """At prices per million tokens."""
+        """The cost at prices per million tokens."""
         return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
 
 
 def read_tasks(source: str | Path) -> list[Task]:
-    """The answers of a file that `medusa bench` wrote, one task for all decoders that gave the same.
+    """The answers of a file that `medusa bench` wrote, one task for all decoders that gave the same answer.
 
     Raises:
         InvalidInput: a broken file, or a record without id, turns and answers.
@@ -69,17 +132,19 @@ def read_tasks(source: str | Path) -> list[Task]:
             turns, references = list(record["turns"]), list(record.get("references") or ())
             answers = {str(name): list(given) for name, given in record["answers"].items()}
         except (KeyError, TypeError, AttributeError):
-            raise InvalidInput(f"{where} is no answer of a bench; wanted an object with id, turns and answers") from None
-        told: dict[tuple[str, ...], list[str]] = {}
+            raise InvalidInput(
+                f"{where} is not an answer of `medusa bench`; wanted an object with id, turns and answers"
+            ) from None
+        decoders_of: dict[tuple[str, ...], list[str]] = {}
         for name, given in answers.items():
             if len(given) > len(turns) or not all(isinstance(text, str) for text in (*given, *turns, *references)):
                 raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one a turn")
             for turn in range(len(given)):
-                told.setdefault(tuple(given[: turn + 1]), []).append(name)
-        for said, names in told.items():
-            turn = len(said) - 1
+                decoders_of.setdefault(tuple(given[: turn + 1]), []).append(name)
+        for shown, names in decoders_of.items():
+            turn = len(shown) - 1
             reference = references[turn] if turn < len(references) and _is_checked(category) else None
-            messages = judge_messages(turns, said, reference)
+            messages = judge_messages(turns, shown, reference)
             digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
             tasks.append(Task(f"{question}/{turn}/{digest}", category, turn, messages, tuple(names)))
     if not tasks:
@@ -92,7 +157,7 @@ def _is_checked(category: str) -> bool:
 
 
 def judge_messages(turns: Sequence[str], answers: Sequence[str], reference: str | None) -> tuple[dict[str, str], ...]:
-    """What the judge is asked about the last of these answers."""
+    """The conversation that asks the judge about the last of these answers."""
     blocks = []
     for turn, answer in zip(turns, answers, strict=False):
         blocks += [f"[User]\n{turn.strip()}", f"[Assistant]\n{answer.strip() or '(said nothing)'}"]
@@ -104,7 +169,7 @@ def judge_messages(turns: Sequence[str], answers: Sequence[str], reference: str 
 
 
 def read_grade(text: str) -> float | None:
-    """The grade that a verdict ends with; None where there is none from 1 to 10.
+    """The grade that a verdict ends with; None if there is none from 1 to 10.
 
     >>> read_grade("Clear but wrong in part. Grade: 6"), read_grade("**Grade:** 8/10"), read_grade("Grade: 11")
     (6.0, 8.0, None)
@@ -114,30 +179,31 @@ def read_grade(text: str) -> float | None:
     return grade if 1 <= grade <= 10 else None
 
 
-def judge(
+def grade_tasks(
     tasks: Sequence[Task],
     endpoint: Endpoint,
     journal: Journal,
     at_once: int = 8,
     tries: int = 3,
-    on_progress: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], object] = lambda: None,
 ) -> Counter[str]:
-    """Have every answer graded that is not yet; why some could not be, counted. These are tried again by the next run.
+    """Grade every answer that has no grade yet; return the number of failures by reason. The next run tries these again.
 
     Args:
-        at_once: requests under way.
-        tries: how often the judge is asked where it gives no grade.
+        at_once: number of requests at a time.
+        tries: number of times to ask the judge if its answer has no grade.
+        on_progress: called after every answer.
 
     Raises:
-        EndpointRefused: the endpoint would refuse any request; the grades there are stay.
+        EndpointRefused: the endpoint would refuse any request; grades already given are kept.
     """
     failed: Counter[str] = Counter()
     lock = threading.Lock()
 
     def work(task: Task) -> str | None:
         record = _grade(task, endpoint, tries)
-        with lock:  # written here and not by who waits for it: of what is paid for nothing is lost
-            before = journal.records.get(task.id, {})  # a run that failed has cost something too
+        with lock:  # written by the worker: a paid-for answer must survive a crash of the consumer
+            before = journal.records.get(task.id, {})  # a failed run has cost something too
             for name in ("prompt_tokens", "completion_tokens"):
                 record[name] += before.get(name, 0)
             journal.add(record)
@@ -155,15 +221,15 @@ def is_graded(journal: Journal, task: Task) -> bool:
 
 
 def _grade(task: Task, endpoint: Endpoint, tries: int) -> dict[str, Any]:
-    """The record of one task: its grade, or why there is none."""
+    """The record of one task: its grade, or the reason why there is none."""
     record: dict[str, Any] = {"id": task.id, "turn": task.turn + 1, "grade": None, "verdict": None, "failure": None}
     spent = {"prompt_tokens": 0, "completion_tokens": 0}
     for attempt in range(tries):
         try:
-            # Asked again at temperature 0 it would say the same again.
+            # At temperature 0 the judge would repeat itself.
             answer = endpoint.chat(task.messages, temperature=0.0 if attempt == 0 else 0.7, max_tokens=ANSWER_TOKENS)
         except EndpointRefused:
-            raise  # the next would be refused as well
+            raise  # the next request would be refused as well
         except EndpointError as error:
             record["failure"] = str(error)
             break
@@ -178,13 +244,13 @@ def _grade(task: Task, endpoint: Endpoint, tries: int) -> dict[str, Any]:
 
 
 def spent(journal: Journal) -> Spent:
-    """Over all runs that the journal has seen."""
+    """The tokens of all runs in a journal."""
     records = journal.records.values()
     return Spent(sum(record["prompt_tokens"] for record in records), sum(record["completion_tokens"] for record in records))
 
 
 def grades(tasks: Sequence[Task], journal: Journal) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean grades by decoder and category, `overall` first, over all turns and by turn; with how many have none."""
+    """Mean grades by decoder and category, `overall` first, over all turns and by turn; and the number without a grade."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     names = list(dict.fromkeys(name for task in tasks for name in task.decoders))
     for name in names:

@@ -1,0 +1,202 @@
+"""Models by name: what verbs load, and what they refuse before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from logging import CRITICAL, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from medusa.backbone.backbone import context_of
+from medusa.checkpoints import loading
+from medusa.checkpoints.hub import find_heads, find_model
+from medusa.checkpoints.quantization import quantized
+from medusa.checkpoints.reader import has_heads
+from medusa.config import TREE_FILE
+from medusa.decoding import check_length
+from medusa.errors import InvalidInput
+from medusa.model import MedusaModel
+from medusa.runs.console import note, waiting
+from medusa.trees.files import Tree, load_tree
+from medusa.trees.static import MedusaTree
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    model: str,
+    heads: str | None = None,
+    tree: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str = "none",
+    heads_wanted: bool = True,
+) -> MedusaModel:
+    """The Medusa model of these names, on its device.
+
+    Args:
+        model: a folder, GGUF file, hub id, `smollm2` or `embedded`.
+        heads: folder or hub id of the heads; None: those beside the backbone.
+        tree: see `find_tree`; None: the one beside the heads.
+        dtype: bfloat16, float16 or float32; None: the backbone's own.
+        device: None: a GPU if there is one, else the CPU.
+        quantization: none, nf4 or int8.
+        heads_wanted: whether a model without heads is refused; otherwise it decodes plainly.
+
+    Raises:
+        MedusaError: something named is missing, broken or does not fit together.
+    """
+    quiet_transformers()
+    source = find_model(model, code=trust_remote_code)
+    options = backbone_options(dtype, device, trust_remote_code, quantization)
+    found = find_tree(tree)
+    plain = require_heads(model, heads, tree == "root" or not heads_wanted)
+    with waiting(f"loading {model}"):
+        if plain:
+            return MedusaModel(loading.load_backbone(source, **options))
+        return MedusaModel.from_pretrained(source, heads=heads, tree=found, **options)
+
+
+def load_backbone(
+    model: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str = "none",
+) -> Any:
+    """The backbone alone; the arguments are those of `load_model`."""
+    options = backbone_options(dtype, device, trust_remote_code, quantization)
+    return loading.load_backbone(find_model(model, code=trust_remote_code), **options)
+
+
+def backbone_options(dtype: str | None, device: str | None, trust_remote_code: bool, quantization: str) -> dict[str, Any]:
+    """The keyword arguments of `checkpoints.loading.load_backbone`."""
+    return {
+        "dtype": dtype_named(dtype),
+        "device_map": device_named(device),
+        "trust_remote_code": trust_remote_code,
+        **quantized(quantization, dtype_named(dtype)),
+    }
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model by name."""
+    quiet_transformers()
+    source = find_model(model, code=trust_remote_code)
+    with waiting(f"loading the tokenizer of {model}"):
+        return loading.load_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def find_tree(name: str | None) -> Tree | None:
+    """The tree of a file, of a preset, or `root` for plain decoding; None stays None."""
+    if name is None:
+        return None
+    return MedusaTree([]) if name == "root" else load_tree(name)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """A torch dtype by name; None stays None."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise InvalidInput(f"dtype is {name!r}, wanted one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def device_named(name: str | None) -> str:
+    """A device that is there; None: a GPU if there is one, of several processes each its own.
+
+    Raises:
+        InvalidInput: the device is not there.
+    """
+    if name is None:
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(f"device {name!r} is not there: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
+    """Whether decoding does without heads; nothing is loaded to find out.
+
+    Args:
+        plainly: whether decoding may do without them.
+
+    Raises:
+        InvalidInput: there are none where they are named or needed.
+    """
+    if has_heads(find_heads(heads if heads is not None else model)):
+        return False
+    if plainly and heads is None:
+        return True
+    raise InvalidInput(
+        f"{heads or model} has no Medusa heads; give some with --heads FOLDER, train some (medusa train {model}), or decode "
+        "plainly with --tree root"
+    )
+
+
+def max_length_named(model: str, trust_remote_code: bool = False) -> int | None:
+    """The longest text that a model takes, in tokens, as its config says; None if it says nothing."""
+    return context_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
+
+
+def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:
+    """Refuse a prompt that is too long before the model is loaded; a GGUF file's config takes too long to read for that.
+
+    Raises:
+        ContextOverflow: prompt and new tokens do not fit.
+    """
+    if find_model(model, code=trust_remote_code).gguf_file is None:
+        check_length(prompt_tokens, max_new_tokens, max_length_named(model, trust_remote_code), "--max-new-tokens")
+
+
+def note_advice_on_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:
+    """Note that the tree of a model loaded from these names is, or may be slower than, plain decoding, if nobody chose it."""
+    if (advice := _advice_on_tree(medusa, model, heads, tree)) is not None:
+        note(advice)
+
+
+def _advice_on_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> str | None:
+    if medusa.heads is None or tree is not None:
+        return None
+    folder, nodes = find_heads(heads if heads is not None else model), len(medusa.tree)
+    tuned = _made_with(folder / "tuning.json")
+    dtype = str(medusa.backbone.dtype).removeprefix("torch.")
+    command = "`medusa tune` finds the fastest on this machine"
+    if nodes == 1:
+        why = ", as medusa tune chose: no tree paid" if tuned else ""
+        return f"the tree of these heads is the root alone{why}. This is plain decoding; heads trained for longer may pay"
+    if not (folder / TREE_FILE).is_file():
+        return f"these heads have no tree file: a dynamic tree of {nodes} nodes, maybe slower than --tree root; {command}"
+    if tuned and tuned.get("dtype") not in (None, dtype):
+        return f"the tree of these heads was tuned in {tuned['dtype']} and runs in {dtype} now, maybe slower than --tree root"
+    if not tuned and heads is not None:
+        return f"the tree of these heads, {nodes} nodes, is not tuned, maybe slower than --tree root; {command}"
+    return None
+
+
+def _made_with(file: Path) -> dict[str, Any]:
+    """What `medusa tune` was run with; empty if it was not run."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["made_with"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' progress bars and advice, which would drown ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(CRITICAL)  # says at import which kernels it lacks
+    with suppress(ImportError, AttributeError):  # the bar over a GGUF file's tensors has no switch
+        from transformers import modeling_gguf_pytorch_utils as gguf
+
+        gguf.tqdm = lambda tensors, **_: tensors

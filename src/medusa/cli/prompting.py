@@ -1,0 +1,43 @@
+"""Prompts from the command line: an argument, a file or stdin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from medusa.errors import InvalidInput
+from medusa.runs.files import read_text
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt given, the text of a file, or stdin if neither is named.
+
+    Raises:
+        InvalidInput: there is none, there are two, or it is not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise InvalidInput("give a prompt or --prompt-file, not both")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        text = read_text(file, InvalidInput)
+    elif sys.stdin.isatty():
+        raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
+    else:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
+    if not text.strip():
+        raise InvalidInput(f"{file or 'stdin'} holds no prompt; give one as an argument, with --prompt-file, or on stdin")
+    return text
+
+
+def refuse_prompt_as_model(model: str, remedy: str) -> None:
+    """Refuse a text where the model is expected.
+
+    Args:
+        remedy: how a prompt is given.
+    """
+    if any(character.isspace() for character in model.strip()) and not Path(model).exists():
+        raise InvalidInput(f"{model[:60]!r} is given as the model, and looks like a prompt; {remedy}")

@@ -1,0 +1,176 @@
+"""Self-distillation: the model answers seed prompts, and its answers become its training data (paper 2.3.2)."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from medusa.data.samples import Message, Skips, read_prompts
+from medusa.errors import InvalidInput
+from medusa.runs.console import progress
+from medusa.runs.files import digest
+from medusa.runs.records import append_line, claim, hold, read_lines, refuse_claimed
+
+SHARD = "samples-{:05d}.jsonl"
+MADE_BY = "distillation.yaml"
+SAMPLES_PER_SHARD = 1000
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The beginning of a sample: the user's turns of a conversation, perhaps after a system turn; plain text; or token ids.
+
+    A bare prompt is both a turn and a text: a model with a chat template answers it, any other model continues it.
+    """
+
+    id: str
+    turns: tuple[Message, ...] = ()
+    text: str = ""
+    whole: bool = False  # the text is a prompt, not the beginning of a document: nothing may be cut off
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the model answers."""
+
+    temperature: float = 0.3  # the paper's for Vicuna-33B; 0 is greedy
+    top_p: float | None = None
+    max_new_tokens: int = 512  # maximum number of tokens in one answer
+    prompt_tokens: int = 128  # number of tokens of a plain text that the model continues
+    self_talk: int = 0  # number of further rounds in which the model writes the user's turns too; 0 uses the seed's turns
+    batch_size: int = 16  # number of conversations decoded, or requests sent, at a time
+    compile: bool = False  # whether the decoding steps are compiled
+    seed: int = 0  # seed of the sampling
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+        for name in ("temperature", "self_talk", "seed"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+        if self.top_p is not None and not self.temperature:
+            raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
+
+
+class Answerer(Protocol):
+    """Turns seeds into records, in any order: yields the seed, its record or the reason of its failure, and its tokens."""
+
+    def __call__(self, seeds: Iterable[Seed]) -> Iterator[tuple[Seed, dict[str, Any] | str, int]]: ...
+
+
+def read_seeds(source: str | Path, skips: Skips) -> list[Seed]:
+    """The seeds of a set of prompts (`read_prompts`).
+
+    A prompt with a completion and a document (`{"text"}`) are plain text to every model. A seed's id is a hash of its contents,
+    so that a file may be reordered or extended between runs.
+    """
+    seeds, seen = [], Counter[str]()
+    for asked in read_prompts(source, skips):
+        system = ({"role": "system", "content": asked.system},) if asked.system else ()
+        turns = (*system, *({"role": "user", "content": text} for text in asked.turns))
+        text = asked.text
+        if text and (not asked.whole or isinstance(asked.record.get("completion"), str)):
+            turns = ()
+        contents = digest([turns, text, asked.ids] if asked.ids else [turns, text])
+        seeds.append(Seed(f"{contents}-{seen[contents]}", turns, text, asked.whole and bool(text), asked.ids))
+        seen[contents] += 1
+    return seeds
+
+
+class Shards:
+    """A folder of JSONL shards that one process appends to; each sample is durable or absent.
+
+    Args:
+        made_by: the model and options, noted in the folder; a folder with samples made otherwise is refused.
+        per_shard: number of samples in a shard.
+    """
+
+    def __init__(self, folder: str | Path, made_by: dict[str, Any] | None = None, per_shard: int = SAMPLES_PER_SHARD):
+        self.folder, self._per_shard = Path(folder), per_shard
+        self._held = hold(self.folder / "samples")
+        if made_by is not None:
+            if not any(self.folder.rglob("*.jsonl")):  # an earlier run made no samples
+                (self.folder / MADE_BY).unlink(missing_ok=True)
+            claim(self.folder / MADE_BY, made_by)
+        paths = sorted(self.folder.glob("samples-*.jsonl"))
+        found = [set(read_lines(path, "sample of a distillation")) for path in paths]
+        self.done = set().union(*found)
+        self._number = max(0, len(paths) - 1)
+        self._in_shard = len(found[-1]) if found else 0
+
+    @staticmethod
+    def refuse_other(folder: Path, made_by: dict[str, Any]) -> None:
+        """Refuse a folder whose samples were made otherwise, before anything is loaded or written.
+
+        Raises:
+            InvalidInput: model or options differ; the differences are named.
+        """
+        if any(folder.rglob("*.jsonl")):
+            refuse_claimed(folder / MADE_BY, made_by)
+
+    def add(self, identifier: str, record: dict[str, Any]) -> None:
+        """Write one sample; it is on the disk when this returns.
+
+        Raises:
+            InvalidInput: it cannot be written (the disk is full); earlier samples are kept.
+        """
+        if identifier in self.done:
+            return
+        if self._in_shard >= self._per_shard:
+            self._number, self._in_shard = self._number + 1, 0
+        append_line(self.folder / SHARD.format(self._number), {"id": identifier, **record})
+        self.done.add(identifier)
+        self._in_shard += 1
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The result of a distillation.
+
+    Attributes:
+        output: the folder of samples.
+        made: number of samples made now.
+        already: number of samples that earlier runs had made.
+        failed: number of samples that failed, by reason.
+        tokens: number of tokens made now.
+        seconds: time that they took.
+        skips: records of the prompts that were left out.
+    """
+
+    output: Path
+    made: int
+    already: int
+    failed: Counter[str]
+    tokens: int
+    seconds: float
+    skips: Skips = field(default_factory=Skips)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `medusa distill --json` prints it."""
+        record = {"output": str(self.output), "made": self.made, "already": self.already, "failed": dict(self.failed)}
+        return record | {"skipped": dict(self.skips.reasons), "tokens": self.tokens, "seconds": self.seconds}
+
+
+def answer_seeds(seeds: Sequence[Seed], answerer: Answerer, shards: Shards, skips: Skips | None = None) -> Distilled:
+    """Answer every seed that has no sample yet. If interrupted, the same call resumes."""
+    left = [seed for seed in seeds if seed.id not in shards.done]
+    already, made, tokens, failed = len(seeds) - len(left), 0, 0, Counter[str]()
+    start = time.perf_counter()
+    with progress("Distilling", len(seeds), "samples", already) as bar:
+        for seed, outcome, new in answerer(left):
+            tokens += new
+            if isinstance(outcome, str):
+                failed[outcome] += 1
+            else:
+                shards.add(seed.id, outcome)
+                made += 1
+                bar.update()
+            rate = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
+            bar.set_postfix_str(f"{rate}, {failed.total()} failed" if failed else rate)
+    return Distilled(shards.folder, made, already, failed, tokens, time.perf_counter() - start, skips or Skips())
