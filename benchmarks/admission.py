@@ -18,8 +18,7 @@ from medusa import MedusaModel, MedusaTree
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.cli.common import dtype_named, quiet_transformers
-from medusa.evaluation.bench import Asking
-from medusa.evaluation.prompts import read_questions
+from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
 
@@ -38,8 +37,8 @@ def main() -> None:
     args = parser.parse_args()
     quiet_transformers()
     model = MedusaModel(load_backbone(find_model(args.model), dtype=dtype_named(args.dtype)))
-    asking = Asking(load_tokenizer(find_model(args.model)), model.eos_token_ids)
-    prompts = [asking.prompt(question, []) for question in read_questions(args.prompts)][: args.limit]
+    prompter = Prompter(load_tokenizer(find_model(args.model)), model.eos_token_ids)
+    prompts = [prompter.ids(question, []) for question in read_questions(args.prompts)][: args.limit]
     sampling = {"do_sample": True, "temperature": args.temperature}
     options = options_of_rows(model, "admission", max_new_tokens=args.max_new_tokens, **sampling)
 

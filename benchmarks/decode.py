@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree, __version__, load_tree
 from medusa.config import TREE_FILE
-from medusa.evaluation.compare import compare, overhead
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
-from medusa.evaluation.prompts import held_out_prompts
+from medusa.evaluation.measurement import compare_decoders, overhead
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.trees.files import Tree
 from medusa.trees.search import search_joint_tree
@@ -69,7 +69,7 @@ def run(setting: Setting, model: MedusaModel, trees: dict[str, Tree], args: argp
     decoders: dict[str, Decoder] = {"generate": TransformersDecoder(model, args.new_tokens, **theirs)}
     for name, tree in trees.items():
         decoders[name] = MedusaDecoder(model, args.new_tokens, tree, compile=setting.compiled, **ours)
-    results = compare(decoders, batches, args.rounds, on_progress=on_progress)
+    results = compare_decoders(decoders, batches, args.rounds, on_progress=on_progress)
     plain, generate = results["plain"], results["generate"]
     rows = {}
     for name, measured in results.items():

@@ -20,8 +20,7 @@ from medusa import MedusaModel
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.cli.common import dtype_named, quiet_transformers
-from medusa.evaluation.bench import Asking
-from medusa.evaluation.prompts import read_questions
+from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.pool import left_padded
 
 
@@ -40,9 +39,9 @@ def main() -> None:
     quiet_transformers()
     model = MedusaModel.from_pretrained(args.model, args.heads, dtype=dtype_named(args.dtype))
     tokenizer = load_tokenizer(find_model(args.model))
-    asking = Asking(tokenizer, model.eos_token_ids)
+    prompter = Prompter(tokenizer, model.eos_token_ids)
     questions = [question for file in args.prompts for question in read_questions(file)]
-    prompts = [asking.prompt(question, []) for question in questions][: args.limit]
+    prompts = [prompter.ids(question, []) for question in questions][: args.limit]
     eos = list(model.eos_token_ids)
     own = []
     for ids in tqdm(prompts, desc="transformers", dynamic_ncols=True):

@@ -25,13 +25,14 @@ from transformers.utils import logging
 from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.checkpoints.loading import load_backbone
 from medusa.checkpoints.reader import load_heads
-from medusa.evaluation.prompts import held_out_prompts
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.training.config import resolve
 from medusa.training.data import load_rows
 from medusa.training.losses import cross_entropy
 from medusa.training.run import train_heads
+from medusa.trees.calibration import Calibration
 from medusa.trees.search import search_joint_tree
-from medusa.tuning.calibrate import calibrate
+from medusa.tuning.recording import record
 
 NEW_TOKENS, BATCH = 128, 16
 JOINT = {"backbone": "lora", "held_out": 0.0}
@@ -138,9 +139,10 @@ def run(variant: Variant, folder: Path, rows, args: argparse.Namespace) -> None:
 
 def measure(model: MedusaModel, nodes: int, num_heads: int | None = None) -> dict:
     """Accuracies on the model's own greedy continuations of calibration prompts, and tokens a step on others."""
-    calibration = calibrate(
+    texts = record(
         model, [prompt.ids for prompt in held_out_prompts("calibration")], max_new_tokens=NEW_TOKENS, batch_size=BATCH
     )
+    calibration = Calibration.of(texts)
     accuracies = calibration.accuracies[:num_heads]
     paths = [(path, count) for path, count in calibration.paths if len(path) <= len(accuracies)]
     tuned = MedusaModel(model.backbone, model.heads, search_joint_tree(paths, nodes))

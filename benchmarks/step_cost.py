@@ -26,7 +26,7 @@ from transformers.utils import logging
 from medusa import MedusaHeads, MedusaModel, MedusaTree
 from medusa.decoding import Decodable, DecodingOptions, DecodingState, prefill, step
 from medusa.simulation.hardware import Hardware, load_hardware
-from medusa.simulation.measure import copy_bandwidth, now
+from medusa.simulation.machine import copy_bandwidth, now
 from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import shape_of
 

@@ -22,14 +22,17 @@ from rich.table import Table
 from transformers.utils import logging
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
-from medusa.evaluation.compare import Estimate, Totals, compare, estimate
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.evaluation.decoders import Decoder, MedusaDecoder
-from medusa.evaluation.prompts import held_out_prompts
-from medusa.evaluation.report import told
+from medusa.evaluation.measurement import Estimate, Totals, compare_decoders, estimate
+from medusa.evaluation.report import interval_text
 from medusa.runs.provenance import environment
-from medusa.tuning.calibrate import Calibration, Recorded, record
+from medusa.trees.calibration import Calibration
+from medusa.tuning.choice import choose_trees
+from medusa.tuning.options import TREE_KINDS, Option, Trees
+from medusa.tuning.recording import Recorded, record
 from medusa.tuning.replay import replay
-from medusa.tuning.tune import KINDS, Option, Trees, measure_steps, tune
+from medusa.tuning.timing import time_steps
 
 NODES = (2, 4, 6, 8, 12, 16, 24, 32, 48)
 BATCH = 16
@@ -39,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, help="JSON lines with input_ids (default: the held-out prompts that ship)")
     parser.add_argument("--parts", nargs="+", choices=("rates", "speed"), default=["rates", "speed"])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=TREE_KINDS, default=list(TREE_KINDS))
     parser.add_argument("--nodes", nargs="+", type=int, default=list(NODES), help="sizes that are tried for speed")
     parser.add_argument("--rate-nodes", nargs="+", type=int, default=[8, 16], help="sizes whose rates are decoded")
     parser.add_argument("--timed", type=int, default=16, help="prompts that every tree decodes for speed")
@@ -105,7 +108,7 @@ def rates(
     }
     batches = [torch.stack(prompts[at : at + BATCH]) for at in range(0, len(prompts), BATCH)]
     task = progress.add_task("decoding, for rates", total=len(decoders) * len(batches))
-    measured = compare(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
+    measured = compare_decoders(decoders, batches, warmup=0, on_progress=lambda: progress.advance(task))
     rows = []
     for option in tried:
         average = None
@@ -141,9 +144,9 @@ def speed(
     task = progress.add_task("timing steps", total=None)
 
     def timed(tried, rows: int) -> list[float]:
-        return measure_steps(model, tried, ids.expand(rows, -1), on_progress=lambda: progress.advance(task), **sampling)
+        return time_steps(model, tried, ids.expand(rows, -1), on_progress=lambda: progress.advance(task), **sampling)
 
-    tuned = tune(trees, timed, args.kinds, args.nodes)
+    tuned = choose_trees(trees, timed, args.kinds, args.nodes)
     choice = tuned.chosen[1]
     every = {option.tree: option for option in [tuned.plain, *tuned.options, *tuned.by_depth]}
     chosen = prompts[:: max(1, len(prompts) // args.timed)][: args.timed]
@@ -151,7 +154,9 @@ def speed(
         option.name: MedusaDecoder(model, args.new_tokens, tree, eos_token_id=[], **sampling) for tree, option in every.items()
     }
     task = progress.add_task("decoding, for speed", total=len(decoders) * len(chosen) * args.rounds)
-    measured = compare(decoders, [ids[None] for ids in chosen], args.rounds, on_progress=lambda: progress.advance(task))
+    measured = compare_decoders(
+        decoders, [ids[None] for ids in chosen], args.rounds, on_progress=lambda: progress.advance(task)
+    )
 
     def ratio(name: str, base: str) -> Estimate:
         def figure(a: Totals, b: Totals) -> torch.Tensor:
@@ -189,12 +194,12 @@ def show(console: Console, found: dict) -> None:
             table.add_row(
                 row["tree"],
                 f"{row['promised']:.2f}",
-                told(row["speedup"]._asdict()),
+                interval_text(row["speedup"]),
                 f"{row['tokens a step']:.2f}",
                 style=style,
             )
         console.print(table)
-        ratio = told(found["speed"]["chosen over best"]._asdict(), 3)
+        ratio = interval_text(found["speed"]["chosen over best"], ".3f")
         console.print(f"chosen: {found['speed']['chosen']}, {ratio} times as fast as {found['speed']['best']}")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree
-from medusa.evaluation.prompts import held_out_prompts
+from medusa.data.prompt_sets import held_out_prompts
 from medusa.trees.search import search_joint_tree
 from tiny import left_padded
 

@@ -17,12 +17,13 @@ from end_to_end.source import held_out_prompts
 from end_to_end.work import Work
 from medusa import MedusaModel, MedusaTree
 from medusa.errors import MedusaError
-from medusa.evaluation.compare import Measurement, compare, estimate, in_turn, measure, overhead
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder, TransformersDecoder
+from medusa.evaluation.measurement import Measurement, compare_decoders, estimate, in_turn, overhead, time_run
 from medusa.evaluation.quality import repeated_ngrams
 from medusa.runs.records import Journal
+from medusa.trees.calibration import Calibration
 from medusa.trees.files import Tree, load_tree, save_tree
-from medusa.tuning.calibrate import Calibration, record
+from medusa.tuning.recording import record
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 
 PLAIN, GENERATE = "plain", "generate"
@@ -98,7 +99,7 @@ def step_cost(work: Work, sizes: Sequence[int], prompts: Sequence[Tensor], compi
         )
         for nodes in sizes
     }
-    results = compare(decoders, [prompt[None] for prompt in prompts])
+    results = compare_decoders(decoders, [prompt[None] for prompt in prompts])
     plain = results["1"].totals()
     return [
         {
@@ -130,7 +131,7 @@ def exactness(work: Work) -> dict[str, Any]:
             decoders: dict[str, Decoder] = {GENERATE: TransformersDecoder(model, work.size.new)}
             kinds = {PLAIN: MedusaTree([]), **trees(work, name, nodes)}
             decoders |= {kind: MedusaDecoder(model, work.size.new, tree) for kind, tree in kinds.items()}
-            results = compare(decoders, [prompt[None] for prompt in prompts], warmup=0)
+            results = compare_decoders(decoders, [prompt[None] for prompt in prompts], warmup=0)
             same = {kind: identical(results[kind], results[GENERATE]) for kind in kinds}
             loss = text_loss(medusa_model(work, name).backbone, work)
             work.write(file, {"identical": same, "prompts": len(prompts), "held_out_loss": loss})
@@ -201,10 +202,10 @@ def bench(work: Work) -> dict[str, Any]:
             decoder, ids = decoders[setting][name], prompt[None]
             try:
                 if (setting, name) not in warm:
-                    measure(decoder, ids)
+                    time_run(decoder, ids)
                     warm.add((setting, name))
                     began = work.now()
-                journal.add({"id": _id(number, setting, name), **dataclasses.asdict(measure(decoder, ids))})
+                journal.add({"id": _id(number, setting, name), **dataclasses.asdict(time_run(decoder, ids))})
             except (RuntimeError, MedusaError) as error:
                 if name == GENERATE:  # then it is the machine, or there is nothing to compare with
                     raise

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from medusa.config import MedusaConfig
     from medusa.evaluation.grading import judge
+    from medusa.evaluation.verbs import bench, experiment
     from medusa.heads import MedusaHeads
     from medusa.model import MedusaModel
     from medusa.training.verbs import distill, train
     from medusa.trees.static import MedusaTree
+    from medusa.tuning.verbs import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,10 +23,13 @@ __all__ = [
     "MedusaModel",
     "MedusaTree",
     "__version__",
+    "bench",
     "distill",
+    "experiment",
     "judge",
     "load_tree",
     "train",
+    "tune",
 ]
 
 EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
@@ -37,9 +42,12 @@ _HOMES = {
     "DynamicTree": "medusa.trees.dynamic",
     "MedusaTree": "medusa.trees.static",
     "load_tree": "medusa.trees.files",
+    "bench": "medusa.evaluation.verbs",
     "distill": "medusa.training.verbs",
+    "experiment": "medusa.evaluation.verbs",
     "judge": "medusa.evaluation.grading",
     "train": "medusa.training.verbs",
+    "tune": "medusa.tuning.verbs",
 }
 
 

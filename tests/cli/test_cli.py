@@ -93,7 +93,7 @@ def test_train_tune_generate_on_ones_own_model(medusa, tmp_path, embedded_tokeni
     assert done.returncode == 0, done.stderr
     assert "eval_head2_top1" in json.loads(done.stdout)["metrics"]
     done = medusa(
-        "tune", model, "--heads", heads, "--prompts", str(data), "--max-prompts", "2", "--prompt-tokens", "32", "-n", "16",
+        "tune", model, "--heads", heads, "--prompts", str(data), "--limit", "2", "--prompt-tokens", "32", "-n", "16",
         "--nodes", "6", "--rounds", "1", "--always", "--output", f"{heads}/medusa_tree.json", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -128,8 +128,6 @@ def tiny_folder(tmp_path):
         (["inspect", "no-such-folder/at-all"], "is no folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
         (["tune", "some/model"], "no prompts"),
-        (["tune", "embedded", "--nodes", "1"], "--nodes is 1"),
-        (["tune", "embedded", "--kind", "sparse"], "wanted one of static, dynamic, copying, independent"),
         (["generate", "embedded", "x", "--tree", "."], "cannot read the tree file"),
         (["generate", "embedded", "x", "--device", "cuda:99"], "is not there"),
         (["generate", "embedded", "x", "--stop", ""], "a stop string is empty"),

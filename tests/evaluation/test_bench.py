@@ -16,11 +16,13 @@ from transformers import AutoTokenizer
 from data.test_templates import CHATML, GEMMA, tokenizer_with
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
 from medusa.cli import main
-from medusa.errors import InvalidInput
-from medusa.evaluation.bench import Asking, Scorer, converse, fitting, measurements, run_bench
+from medusa.data.prompt_sets import Prompter, Question
+from medusa.errors import InvalidInput, MedusaError
+from medusa.evaluation.answers import answer_questions, converse, fitting, measurements
 from medusa.evaluation.decoders import MedusaDecoder, TransformersDecoder
-from medusa.evaluation.prompts import Question
-from medusa.evaluation.report import markdown, summarise
+from medusa.evaluation.quality import Scorer
+from medusa.evaluation.report import bench_page, summarise
+from medusa.evaluation.verbs import bench
 from medusa.runs.records import Journal, claim
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
 
@@ -64,7 +66,7 @@ def test_a_later_turn_follows_the_decoders_own_answer(model, plain_tokenizer):
             ids = torch.tensor([[*tokenizer("Tell me")["input_ids"], *first, *following]])
         second = plain_greedy(model.backbone, ids, 12)
         for name, decoder in decoders(model).items():
-            decoded = converse(decoder, TWO_TURNS, Asking(tokenizer, []), room=None)
+            decoded = converse(decoder, TWO_TURNS, Prompter(tokenizer, []), room=None)
             assert decoded.tokens == [first, second], name
             assert sum(map(sum, decoded.lengths)) == 24 and 0 < decoded.prefill_seconds < decoded.seconds
 
@@ -77,35 +79,35 @@ def encoded(tokenizer, text: str) -> torch.Tensor:
 
 
 def test_the_token_that_ends_an_answer_is_no_part_of_the_conversation(plain_tokenizer):
-    asking = Asking(plain_tokenizer, [9])
-    assert asking.prompt(TWO_TURNS, [[5, 9]]) == asking.prompt(TWO_TURNS, [[5]])
-    assert asking.text([5, 9]) == plain_tokenizer.decode([5])
+    prompter = Prompter(plain_tokenizer, [9])
+    assert prompter.ids(TWO_TURNS, [[5, 9]]) == prompter.ids(TWO_TURNS, [[5]])
+    assert prompter.text([5, 9]) == plain_tokenizer.decode([5])
 
 
 def test_what_does_not_fit_is_left_out_and_a_turn_that_does_not_ends_its_conversation(model, plain_tokenizer):
-    asking, long = Asking(plain_tokenizer, []), Question("d", "code", ("import os\n" * 99,))
-    room = len(asking.prompt(TWO_TURNS, [])) + 12
-    assert fitting([TWO_TURNS, long, ONE_TURN], asking, room) == ([TWO_TURNS, ONE_TURN], [long])
-    assert fitting([long], asking, None) == ([long], [])
-    assert [len(converse(d, TWO_TURNS, asking, room).tokens) for d in decoders(model).values()] == [1, 1, 1]
+    prompter, long = Prompter(plain_tokenizer, []), Question("d", "code", ("import os\n" * 99,))
+    room = len(prompter.ids(TWO_TURNS, [])) + 12
+    assert fitting([TWO_TURNS, long, ONE_TURN], prompter, room) == ([TWO_TURNS, ONE_TURN], [long])
+    assert fitting([long], prompter, None) == ([long], [])
+    assert [len(converse(d, TWO_TURNS, prompter, room).tokens) for d in decoders(model).values()] == [1, 1, 1]
 
 
 def test_a_template_that_refuses_is_one_line(model):
-    asking = Asking(tokenizer_with(GEMMA), [])
+    prompter = Prompter(tokenizer_with(GEMMA), [])
     with pytest.raises(InvalidInput, match="refuses question s: System role not supported"):
-        asking.prompt(Question("s", "all", ("Hi",), system="Be kind."), [])
+        prompter.ids(Question("s", "all", ("Hi",), system="Be kind."), [])
 
 
 def benched(tmp_path, model, tokenizer, rounds: int = 2):
     questions, given = [TWO_TURNS, ONE_TURN, IDS], decoders(model)
     journal = Journal(tmp_path / "runs.jsonl", "run of a bench")
-    run_bench(given, questions, Asking(tokenizer, []), journal, rounds, room=None)
+    answer_questions(given, questions, Prompter(tokenizer, []), journal, rounds, room=None)
     return questions, measurements(journal, questions, list(given), rounds)
 
 
 def test_the_report_counts_what_was_decoded(tmp_path, model, plain_tokenizer):
     questions, measured = benched(tmp_path, model, plain_tokenizer)
-    found = summarise(measured, questions, list(measured), Scorer(model, Asking(plain_tokenizer, [])))
+    found = summarise(measured, questions, list(measured), Scorer(model, Prompter(plain_tokenizer, [])))
     assert list(found) == ["generate", "plain", "medusa"] and list(found["plain"]) == ["overall", "writing", "code"]
     for name, parts in found.items():
         figures = parts["overall"]
@@ -146,7 +148,7 @@ def test_what_is_in_the_journal_is_not_run_again(tmp_path, model, plain_tokenize
         __call__ = prepare
 
     journal = Journal(tmp_path / "runs.jsonl", "run of a bench")
-    run_bench(dict.fromkeys(decoders(model), Refusing()), [TWO_TURNS, ONE_TURN, IDS], None, journal, 2, None)
+    answer_questions(dict.fromkeys(decoders(model), Refusing()), [TWO_TURNS, ONE_TURN, IDS], None, journal, 2, None)
 
 
 def test_a_folder_made_otherwise_says_all_that_differs(tmp_path):
@@ -172,8 +174,6 @@ class Page(HTMLParser):
 
 def test_the_page_needs_nothing_else(tmp_path, model, plain_tokenizer):
     pytest.importorskip("matplotlib")
-    from medusa.evaluation.page import page
-
     questions, measured = benched(tmp_path, model, plain_tokenizer, rounds=1)
     made = {"model": "<m>", "prompts": "p", "max_new_tokens": 12, "temperature": 0.0, "dtype": "float32", "device": "cpu"}
     record = {
@@ -182,9 +182,9 @@ def test_the_page_needs_nothing_else(tmp_path, model, plain_tokenizer):
         "left_out": ["d"],
         "decoders": summarise(measured, questions, list(measured)),
     }
-    found = Page(page(record))
+    found = Page(bench_page(record).to_html())
     assert not found.loaded and found.seen.count("svg") == 3 and "script" not in found.seen and "m" not in found.seen
-    text = markdown(record)
+    text = bench_page(record).to_markdown()
     assert len(re.findall(r"^\| medusa \|", text, re.MULTILINE)) == 4  # overall, two categories, tokens a step
     assert "Left out, their prompts not fitting the context: d." in text
 
@@ -290,20 +290,18 @@ def test_quality_is_under_the_backbone_as_it_was_before_its_heads_were_trained(t
     ran(monkeypatch, *given)
     (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
     question = Question("0", "a", ("def f0(x):\n    x", "pass"))
-    asking = Asking(AutoTokenizer.from_pretrained(EMBEDDED), original.eos_token_ids)
+    prompter = Prompter(AutoTokenizer.from_pretrained(EMBEDDED), original.eos_token_ids)
     tokens = json.loads(line)["tokens"]
     found = json.loads((tmp_path / "results.json").read_text())["decoders"]["plain"]["overall"]["quality"]
-    assert found == pytest.approx(Scorer(original, asking)([question], [tokens]))
-    first = asking.prompt(question, [])
+    assert found == pytest.approx(Scorer(original, prompter)([question], [tokens]))
+    first = prompter.ids(question, [])
     assert tokens[0] != plain_greedy(original.backbone, torch.tensor([first]), 8)  # the adapter does change the model
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--decoder", "magic"], "--decoder is 'magic', wanted one of generate"),
         (["x", "--decoder", "assisted"], "takes both --decoder assisted and --draft"),
-        (["x", "--rounds", "0"], "--rounds is 0, wanted at least 1"),
         (["x"], "no prompts; pass --prompts"),
         (["embedded", "--acceptance", "typical"], "typical acceptance needs a temperature"),
         (["embedded", "--prompts", "no.jsonl"], "no data file no.jsonl"),
@@ -313,4 +311,31 @@ def test_quality_is_under_the_backbone_as_it_was_before_its_heads_were_trained(t
 )
 def test_our_errors_are_one_line_and_exit_1(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in refused(monkeypatch, capsys, *arguments, "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--decoder", "magic"], "'--decoder'"),
+        (["x", "--acceptance", "some"], "'--acceptance'"),
+        (["x", "--rounds", "0"], "'--rounds'"),
+        (["x", "--gamma", "0"], "'--gamma'"),
+    ],
+)
+def test_values_out_of_range_are_usage_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran(monkeypatch, *arguments, "--output", str(tmp_path / "out"), code=2)
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_function_refuses_what_the_command_refuses(tmp_path):
+    for options, message in (
+        ({"decoders": ["magic"]}, "decoders of a bench hold 'magic', wanted generate"),
+        ({"rounds": 0}, "at least 1 round"),
+        ({"decoder": "medusa"}, "unknown key 'decoder'; did you mean 'decoders'"),
+        ({"epsilon": 0.2}, "epsilon and delta are of typical acceptance"),
+    ):
+        with pytest.raises(MedusaError, match=message):
+            bench(output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

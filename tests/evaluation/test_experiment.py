@@ -2,15 +2,19 @@
 
 import json
 import sys
+import typing
 from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import medusa
 from medusa import EMBEDDED, MedusaHeads, MedusaModel, MedusaTree
 from medusa.checkpoints.adapter import attach_adapter, save_adapter
 from medusa.cli import main
+from medusa.cli.experiment import ExperimentName
+from medusa.errors import InvalidInput
 from medusa.evaluation.catalog import EPSILONS, EXPERIMENTS, best_dense_tree
 from medusa.evaluation.paper import Paper
 from medusa.metrics import expected_acceptance_length
@@ -123,17 +127,17 @@ def test_an_experiment_shows_what_its_journal_holds(name, tmp_path, folder, monk
     assert set(first["answers"]) == set(found)  # for a judge
     if EXPERIMENTS[name].axis is not None and "figure.svg" in page:
         assert (tmp_path / "figure.png").stat().st_size > 1000 and "<svg" in (tmp_path / "figure.svg").read_text()
-    claims(name, found, record["contenders"])
+    claims(name, found, record["entries"])
 
 
-def claims(name: str, found: dict, contenders: dict) -> None:
+def claims(name: str, found: dict, entries: dict) -> None:
     """What holds on any model, and on this one, whose heads are right where it repeats itself."""
     rates = {row: figures["acceleration_rate"]["value"] for row, figures in found.items()}
     if name == "figure-4":
         for kind in ("independent", "joint", "dynamic"):
             assert rates[f"{kind} 8"] >= rates[f"{kind} 4"], kind
-            assert len(contenders[f"{kind} 8"]["tree"].get("paths", range(7))) == 7
-        drawn = {row: each for row, each in contenders.items() if each["series"] == "random dense"}
+            assert len(entries[f"{kind} 8"]["tree"].get("paths", range(7))) == 7
+        drawn = {row: each for row, each in entries.items() if each["series"] == "random dense"}
         assert {each["at"] for each in drawn.values()} == {4, 8} and len(drawn) > 2
         assert all(MedusaTree(each["tree"]["paths"]) in dense(each["at"]) for each in drawn.values())
     elif name == "figure-5":
@@ -141,10 +145,10 @@ def claims(name: str, found: dict, contenders: dict) -> None:
         assert found["plain"]["log_likelihood_vs_plain"] == 0 < found["greedy"]["log_likelihood_vs_plain"]
         assert found["greedy"]["quality"] != found["random sampling"]["quality"]
     elif name == "table-3":
-        assert contenders["heads without a tree"]["tree"]["paths"] == [[0], [0, 0], [0, 0, 0]]
-        assert "dynamic" in contenders["with a dynamic tree"]["tree"]
+        assert entries["heads without a tree"]["tree"]["paths"] == [[0], [0, 0], [0, 0, 0]]
+        assert "dynamic" in entries["with a dynamic tree"]["tree"]
         rows = ("with a dense tree", "with the optimised tree", "with the jointly optimised tree")
-        assert all(1 <= len(contenders[row]["tree"]["paths"]) <= 5 for row in rows)
+        assert all(1 <= len(entries[row]["tree"]["paths"]) <= 5 for row in rows)
     elif name == "figure-7":
         assert rates["model, gamma 3"] > rates["model, gamma 2"] > 2  # it drafts for itself: every guess is right
 
@@ -195,14 +199,11 @@ def test_the_papers_tables_have_a_figure_under_every_header():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["figure-9"], "no experiment 'figure-9'; there are figure-3, figure-4, figure-5, table-1"),
         (["figure-7"], "figure-7 needs --draft"),
         (["table-4"], "table-4 needs --prompts"),
         (["figure-3", "--gamma", "2"], "figure-3 takes no --gamma; it takes --prompts, --medusa-2"),
-        (["figure-4", "--nodes", "1"], "--nodes is 1, wanted at least 2"),
         (["table-3", "--nodes", "4", "--nodes", "8"], "table-3 compares trees of one size"),
         (["figure-5", "--epsilon", "0"], "--epsilon is 0.0, wanted above 0"),
-        (["figure-3", "--rounds", "0"], "--rounds is 0, wanted at least 1"),
         (["figure-3", "x"], "no prompts; pass --prompts"),
         (["figure-4", "x", "--prompts", "y.txt"], "figure-4 searches trees; pass --calibration-prompts"),
         (["figure-3", "--medusa-2", str(EMBEDDED)], "holds no adapter; --medusa-2 takes"),
@@ -213,3 +214,23 @@ def test_our_errors_are_one_line_and_exit_1(arguments, message, tmp_path, monkey
     said = capsys.readouterr()
     assert said.out == "" and message in said.err.splitlines()[-1] and said.err.splitlines()[-1].startswith("medusa: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure-9"], "'figure-3', 'figure-4', 'figure-5'"),
+        (["figure-4", "--nodes", "1"], "'--nodes'"),
+        (["figure-3", "--rounds", "0"], "'--rounds'"),
+    ],
+)
+def test_values_out_of_range_are_usage_errors(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran(monkeypatch, *arguments, code=2)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_and_the_function_know_the_same_experiments():
+    assert set(typing.get_args(ExperimentName)) == set(EXPERIMENTS)
+    with pytest.raises(InvalidInput, match="no experiment 'figure-9'; there are figure-3, figure-4, figure-5, table-1"):
+        medusa.experiment("figure-9")

@@ -10,8 +10,9 @@ from medusa import EMBEDDED, MedusaTree
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.metrics import expected_acceptance_length
 from medusa.simulation.hardware import load_hardware
-from medusa.simulation.prediction import Setting, best, calibrated, calibrated_tree, log_law, predict, stops_paying
+from medusa.simulation.prediction import Setting, best, calibrated, log_law, predict, stops_paying
 from medusa.simulation.shapes import BUILT_IN
+from medusa.trees.calibration import Calibration
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 A100 = load_hardware("a100-80gb-pcie")
@@ -79,11 +80,12 @@ def test_heads_of_their_own_cost_more_than_shared_ones_and_none_cost_nothing():
 
 
 def test_a_calibration_gives_the_rate_of_the_best_tree_of_each_size():
-    rate = calibrated(EMBEDDED / "calibration.json")
+    calibration = Calibration.load(EMBEDDED)
+    rate = calibrated(calibration)
     rates = [rate(size) for size in (1, 2, 8, 32)]
     assert rates[0] == 1 and rates == sorted(rates) and rates[-1] > 2
     dense = MedusaTree.dense([3, 2])
-    assert calibrated_tree(dense.paths, EMBEDDED / "calibration.json") <= rate(len(dense)) + 1e-9
+    assert calibration.expected_acceptance_length(dense) <= rate(len(dense)) + 1e-9
 
 
 def test_independent_heads_give_the_rate_that_metrics_expects(tmp_path):
@@ -94,16 +96,17 @@ def test_independent_heads_give_the_rate_that_metrics_expects(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps({"paths": paths, "positions": positions}))
     tree = MedusaTree([(0,), (1,), (0, 0), (1, 1)])
-    assert calibrated_tree(tree.paths, file) == pytest.approx(expected_acceptance_length(tree, accuracies))
+    rate = Calibration.load(file).expected_acceptance_length(tree)
+    assert rate == pytest.approx(expected_acceptance_length(tree, accuracies))
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "not json", '{"paths": [[1]], "positions": 3}', '{"paths": [], "positions": 0}'])
 def test_a_file_that_is_no_calibration_is_refused(tmp_path, text):
     (tmp_path / "calibration.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"no calibration as medusa tune writes it|calibration\.json is not valid JSON"):
-        calibrated(tmp_path / "calibration.json")
+        Calibration.load(tmp_path / "calibration.json")
     with pytest.raises(CheckpointError, match="no calibration"):
-        calibrated(tmp_path / "nowhere.json")
+        Calibration.load(tmp_path / "nowhere.json")
 
 
 def test_nonsense_is_refused():

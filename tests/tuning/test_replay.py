@@ -5,9 +5,10 @@ import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
+from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import rest_of, tempered
 from medusa.trees.search import search_joint_tree
-from medusa.tuning.calibrate import Calibration, Recorded, record
+from medusa.tuning.recording import Recorded, record
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, fit_temperatures, replay
 from tiny import VOCAB, left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 

@@ -123,7 +123,7 @@ def _prompts(model: str, tokenizer: Any, given: str | None, is_chat: bool, numbe
     from medusa.data.prompts import as_conversation, prompt_ids
 
     if given is None and model == "embedded":
-        from medusa.evaluation.prompts import held_out_prompts
+        from medusa.data.prompt_sets import held_out_prompts
 
         found = held_out_prompts()
         chosen = [found[(FIRST_SHOWN + i * len(found) // number) % len(found)] for i in range(min(number, len(found)))]
@@ -198,8 +198,8 @@ class _Recording:
 
 
 def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], compile: bool) -> dict[str, Any]:
-    from medusa.evaluation.compare import compare, overhead
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
+    from medusa.evaluation.measurement import compare_decoders, overhead
     from medusa.trees.static import MedusaTree
 
     decoders: dict[str, Decoder] = {
@@ -209,7 +209,7 @@ def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], 
     }
     TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run before
     with progress("Measuring", len(batches) * len(decoders), "runs", leave=False) as bar:
-        results = compare(decoders, batches, warmup=0, on_progress=bar.update)
+        results = compare_decoders(decoders, batches, warmup=0, on_progress=bar.update)
     generate, plain, medusa = (results[name] for name in decoders)
     return {
         "generate": {"tokens_per_second": generate.tokens_per_second},

@@ -158,13 +158,12 @@ def predictions(
 def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]) -> tuple[Acceleration, list[int], str]:
     """Tokens a step by tree size, the sizes to look at, and where the figures come from."""
     from medusa.checkpoints.hub import local_model
-    from medusa.simulation.prediction import calibrated, calibrated_tree, log_law
+    from medusa.simulation.prediction import calibrated, log_law
+    from medusa.trees.calibration import Calibration
 
     file = Path(calibration) if calibration is not None else None
     if calibration is not None and (known := local_model(calibration)) is not None:
         file = known.heads or known.folder
-    if file is not None and file.is_dir():
-        file /= "calibration.json"
     if tree is not None:
         from medusa.trees.files import load_tree
         from medusa.trees.static import MedusaTree
@@ -172,16 +171,16 @@ def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]
         chosen = load_tree(tree)
         if not isinstance(chosen, MedusaTree):
             raise InvalidInput(f"{tree} holds no static tree; give its acceptance with --calibration instead")
-        rate = calibrated_tree(chosen.paths, file or tree.parent / "calibration.json")
+        rate = Calibration.load(file or tree.parent).expected_acceptance_length(chosen)
         return lambda size: rate if size > 1 else 1.0, [1, len(chosen)], f"{tree.name}, calibrated"
     if file is not None:
-        return calibrated(file), sizes, "calibrated"
+        return calibrated(Calibration.load(file)), sizes, "calibrated"
     return log_law, sizes, "0.477·log2(nodes), the paper's Vicuna-7B"
 
 
 def measure_here(name: str, output: Path | None, device: str | None, dtype: str, as_json: bool) -> None:
     from medusa.simulation.hardware import save_hardware
-    from medusa.simulation.measure import measure
+    from medusa.simulation.machine import measure
 
     found = measure(common.default_device(device), dtype)
     if output is not None:
@@ -200,7 +199,7 @@ def measure_here(name: str, output: Path | None, device: str | None, dtype: str,
 def validate_here(
     setting: Setting, device: str | None, batches: list[int], lengths: list[int], sizes: list[int], as_json: bool
 ) -> None:
-    from medusa.simulation.measure import validate
+    from medusa.simulation.machine import validate
 
     found = [
         {"batch": b, "length": s, **dataclasses.asdict(v), "error": v.error}

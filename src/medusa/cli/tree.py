@@ -108,19 +108,16 @@ def statistics(
 ) -> tuple[Callable[[int], MedusaTree] | None, Callable[[MedusaTree], Chances] | None]:
     """The search of a tree of a size, and how often a tree's paths come true, by the file that is given."""
     from medusa.metrics import path_chances
-    from medusa.trees.search import search_joint_tree, search_tree
+    from medusa.trees.search import search_tree
 
     if accuracies is not None:
         table = read_accuracies(accuracies)
         return lambda nodes: search_tree(table, nodes), lambda tree: path_chances(tree, table)
     if calibration is not None:
-        from medusa.simulation.prediction import read_calibration
+        from medusa.trees.calibration import Calibration
 
-        if calibration.is_dir():  # that of a run of medusa tune
-            calibration /= "calibration.json"
-        paths, positions = read_calibration(calibration)
-        shares = {path: count / positions for path, count in paths}
-        return lambda nodes: search_joint_tree(paths, nodes), lambda tree: {p: shares.get(p, 0.0) for p in tree.paths}
+        counted = Calibration.load(calibration)
+        return counted.search, counted.path_chances
     return None, None
 
 

@@ -1,4 +1,4 @@
-"""The experiments: which decoders each compares, what its table and its figure show, and the paper's figures beside it."""
+"""The paper's experiments: the decoders that each compares, the columns and plots that it shows, the paper's own figures."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from medusa.evaluation import paper
-from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
-from medusa.evaluation.report import GENERATE, PLAIN
+from medusa.evaluation.decoders import MedusaDecoder, TransformersDecoder
+from medusa.evaluation.entries import Entries, Entry
+from medusa.evaluation.report import GENERATE, PLAIN, SPEED_COLUMNS
 from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
+from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.search import search_tree
 from medusa.trees.static import MedusaTree
-from medusa.tuning.calibrate import Calibration, Recorded
+from medusa.tuning.recording import Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
 
 TEMPERATURE = 0.7  # of Figure 5
 DRAWS = 3  # dense trees of every size in Figure 4
-NODES = (16, 32, 64, 128, 256)
+SIZES = (16, 32, 64, 128, 256)
 EPSILONS = tuple(n / 100 for n in range(1, 26))
 GAMMAS = (2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What an experiment is about.
+class Setup:
+    """The models and settings of an experiment.
 
     Attributes:
-        limits: options of every decoder: the most new tokens, and the ids that end an answer.
-        recorded: a calibration of a model, made when it is asked for.
-        medusa_2: its sibling, trained together with its heads; None where there is none.
-        drafts: smaller models of the same tokens, by name.
-        nodes, epsilons, gammas: what is swept; empty for the experiment's own values.
+        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
+        recorded: records texts of a model to search trees on, when it is called.
+        medusa_2: the same backbone trained together with its heads, if there is one.
+        drafts: smaller models with the same tokens, by name.
+        nodes, epsilons, gammas: values to sweep; empty: the experiment's own.
     """
 
     model: MedusaModel
@@ -49,95 +51,74 @@ class Subject:
     compile: bool = False
 
     def ours(self, tree: Any = None, model: MedusaModel | None = None, **options: Any) -> MedusaDecoder:
-        """Our loop with a tree (None: the model's own)."""
+        """Our loop with a tree; None: the model's own."""
         return MedusaDecoder(model or self.model, tree=tree, compile=self.compile, **self.limits, **options)
 
     def theirs(self, **options: Any) -> TransformersDecoder:
-        """transformers' generate on the original backbone."""
+        """transformers' `generate` on the original backbone."""
         return TransformersDecoder(self.model, **self.limits, **options)
 
-    def drafted(self, gammas: Sequence[int]) -> dict[str, Contender]:
-        """Speculative decoding with every draft model and gamma."""
+    def drafted(self, gammas: Sequence[int]) -> dict[str, Entry]:
+        """Speculative decoding with every draft model and every gamma."""
         return {
-            f"{name}, gamma {gamma}": Contender(self.theirs(draft=draft.backbone, guesses=gamma), name, gamma)
+            f"{name}, gamma {gamma}": Entry(self.theirs(draft=draft.backbone, guesses=gamma), name, gamma)
             for name, draft in self.drafts.items()
             for gamma in self.gammas or gammas
         }
 
-    def baselines(self) -> dict[str, Contender]:
-        """What speedups are over."""
-        return {GENERATE: Contender(self.theirs()), PLAIN: Contender(self.ours(MedusaTree([])), tree=MedusaTree([]))}
+    def baselines(self) -> dict[str, Entry]:
+        """The decoders that speedups are relative to."""
+        return {GENERATE: Entry(self.theirs()), PLAIN: Entry(self.ours(MedusaTree([])), tree=MedusaTree([]))}
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A decoder in an experiment.
-
-    Attributes:
-        series, at: the line that it belongs to in the figure, and where on its axis; a baseline has no place on it.
-        tree: given to it.
-        exact: whether it should say what the plain loop says.
-    """
-
-    decoder: Decoder
-    series: str = ""
-    at: float | None = None
-    tree: MedusaTree | DynamicTree | None = None
-    exact: bool = True
-
-
-Contenders = dict[str, Contender]
-
-
-def speeds(subject: Subject) -> Contenders:
+def speeds(setup: Setup) -> Entries:
     """The model's own tree, and Medusa-2's."""
-    found = subject.baselines() | {"Medusa-1": Contender(subject.ours())}
-    return found | medusa_2(subject)
+    found = setup.baselines() | {"Medusa-1": Entry(setup.ours())}
+    return found | medusa_2(setup)
 
 
-def medusa_2(subject: Subject, tree: MedusaTree | None = None) -> Contenders:
-    if subject.medusa_2 is None:
+def medusa_2(setup: Setup, tree: MedusaTree | None = None) -> Entries:
+    if setup.medusa_2 is None:
         return {}
-    return {"Medusa-2": Contender(subject.ours(tree, subject.medusa_2), tree=tree, exact=False)}
+    return {"Medusa-2": Entry(setup.ours(tree, setup.medusa_2), tree=tree, exact=False)}
 
 
-def beside_drafts(subject: Subject) -> Contenders:
-    return speeds(subject) | subject.drafted(GAMMAS[2:3])
+def beside_drafts(setup: Setup) -> Entries:
+    return speeds(setup) | setup.drafted(GAMMAS[2:3])
 
 
-def drafts(subject: Subject) -> Contenders:
-    return subject.baselines() | subject.drafted(GAMMAS)
+def drafts(setup: Setup) -> Entries:
+    return setup.baselines() | setup.drafted(GAMMAS)
 
 
-def techniques(subject: Subject) -> Contenders:
-    """Each technique of Table 3 added to the one before, trees of one size; the size is that of the model's own tree unless
-    given."""
-    nodes = subject.nodes[0] if subject.nodes else max(len(subject.model.tree), 8)
-    texts = subject.recorded(subject.model)
+def techniques(setup: Setup) -> Entries:
+    """The techniques of Table 3, each added to the one before, with trees of one size: by default that of the model's own."""
+    nodes = setup.nodes[0] if setup.nodes else max(len(setup.model.tree), 8)
+    texts = setup.recorded(setup.model)
     calibration = Calibration.of(texts)
     trees: dict[str, MedusaTree | DynamicTree] = {
-        "heads without a tree": MedusaTree.dense([1] * subject.model.num_heads),
+        "heads without a tree": MedusaTree.dense([1] * setup.model.num_heads),
         "with a dense tree": best_dense_tree(calibration.accuracies, nodes),
         "with the optimised tree": search_tree(calibration.accuracies, nodes),
         "with the jointly optimised tree": fit_static_tree(texts, nodes),
         "with a dynamic tree": dataclasses.replace(fit_dynamic_tree(texts), num_nodes=nodes),
     }
-    found = subject.baselines() | {name: Contender(subject.ours(tree), tree=tree) for name, tree in trees.items()}
-    if subject.medusa_2 is None:
+    found = setup.baselines() | {name: Entry(setup.ours(tree), tree=tree) for name, tree in trees.items()}
+    if setup.medusa_2 is None:
         return found
-    own = Calibration.of(subject.recorded(subject.medusa_2))
-    return found | medusa_2(subject, search_tree(own.accuracies, nodes))
+    own = Calibration.of(setup.recorded(setup.medusa_2))
+    return found | medusa_2(setup, search_tree(own.accuracies, nodes))
 
 
 def best_dense_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> MedusaTree:
-    """The dense tree of at most so many nodes that should accept the most, the first heads giving the most guesses.
+    """The dense tree of at most this size that should accept the most tokens; earlier heads give more guesses.
 
     >>> best_dense_tree([[0.6, 0.2], [0.5, 0.1]], 5).paths
     ((0,), (0, 0), (1,), (1, 0))
     """
 
     def settings(left: int, most: int, heads: int, above: int) -> list[tuple[int, ...]]:
-        """Top-s_k of the heads from here on, where `above` nodes have children and `left` may be added."""
+        """Top-s_k of the remaining heads if `above` nodes have children and `left` nodes may be added."""
         found: list[tuple[int, ...]] = [()]
         for size in range(1, min(most, left // above) + 1 if heads else 1):
             found += [(size, *rest) for rest in settings(left - above * size, size, heads - 1, above * size)]
@@ -147,17 +128,17 @@ def best_dense_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Me
     return max(trees, key=lambda tree: expected_acceptance_length(tree, accuracies))
 
 
-def trees_by_size(subject: Subject) -> Contenders:
-    """Random dense trees and the best of each kind, at every size."""
+def trees_by_size(setup: Setup) -> Entries:
+    """Random dense trees and the best tree of each kind, at every size."""
     from medusa.trees.search import random_dense_tree
 
-    texts = subject.recorded(subject.model)
+    texts = setup.recorded(setup.model)
     calibration = Calibration.of(texts)
-    sizes = subject.nodes or NODES
-    fitted = fit_dynamic_tree(texts)  # at its usual size, for all
-    found = subject.baselines()
+    sizes = setup.nodes or SIZES
+    fitted = fit_dynamic_tree(texts)  # at its usual size, for all sizes
+    found = setup.baselines()
     for nodes in sizes:
-        drawn = dict.fromkeys(random_dense_tree(nodes, subject.model.num_heads, seed) for seed in range(DRAWS))
+        drawn = dict.fromkeys(random_dense_tree(nodes, setup.model.num_heads, seed) for seed in range(DRAWS))
         trees: dict[str, MedusaTree | DynamicTree] = {f"dense {nodes}, draw {n}": tree for n, tree in enumerate(drawn, 1)}
         trees |= {
             f"independent {nodes}": search_tree(calibration.accuracies, nodes),
@@ -166,21 +147,21 @@ def trees_by_size(subject: Subject) -> Contenders:
         }
         for name, tree in trees.items():
             series = name.split()[0]
-            found[name] = Contender(subject.ours(tree), f"random {series}" if series == "dense" else series, len(tree), tree)
+            found[name] = Entry(setup.ours(tree), f"random {series}" if series == "dense" else series, len(tree), tree)
     return found
 
 
-def thresholds(subject: Subject) -> Contenders:
-    """Typical acceptance by epsilon, delta its square root; greedy decoding and random sampling beside it."""
+def thresholds(setup: Setup) -> Entries:
+    """Typical acceptance by epsilon, with delta its square root; beside it greedy decoding and random sampling."""
     sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": 0}
     found = {
-        PLAIN: Contender(subject.ours(MedusaTree([]), **sampling), tree=MedusaTree([])),
-        "random sampling": Contender(subject.ours(**sampling)),
-        "greedy": Contender(subject.ours(), exact=False),
+        PLAIN: Entry(setup.ours(MedusaTree([]), **sampling), tree=MedusaTree([])),
+        "random sampling": Entry(setup.ours(**sampling)),
+        "greedy": Entry(setup.ours(), exact=False),
     }
-    for epsilon in subject.epsilons or EPSILONS:
+    for epsilon in setup.epsilons or EPSILONS:
         options: dict[str, Any] = {**sampling, "acceptance": "typical", "epsilon": epsilon, "delta": math.sqrt(epsilon)}
-        found[f"typical, epsilon {epsilon:g}"] = Contender(subject.ours(**options), "typical", epsilon, exact=False)
+        found[f"typical, epsilon {epsilon:g}"] = Entry(setup.ours(**options), "typical", epsilon, exact=False)
     return found
 
 
@@ -189,18 +170,18 @@ class Experiment:
     """One of the paper's experiments.
 
     Attributes:
-        contenders: the decoders it compares.
-        columns: titles of the report's columns that its table shows.
+        entries: makes the decoders that it compares.
+        columns: columns of its table.
         paper: what the paper prints.
-        options: what it can be given beyond a model and prompts.
-        needs: of these, what it cannot do without.
+        options: options that it accepts besides a model and prompts.
+        needs: options that must be given.
         quality: whether answers are scored.
-        axis: what its figure sweeps; "" where the figure is bars by category, None where there is none.
-        panels: the columns that its figure shows.
+        axis: what its figure sweeps; "": bars by category; None: no figure.
+        panels: columns that its figure shows.
     """
 
     title: str
-    contenders: Callable[[Subject], Contenders]
+    entries: Callable[[Setup], Entries]
     columns: tuple[str, ...]
     paper: paper.Paper
     options: tuple[str, ...] = ()
@@ -213,24 +194,23 @@ class Experiment:
     def calibrates(self) -> bool:
         return "calibration-prompts" in self.options
 
-    def missing(self, subject: Subject) -> list[str]:
-        """The rows that are left out, and what would fill them."""
+    def missing(self, setup: Setup) -> list[str]:
+        """The rows that are left out, and the options that would add them."""
         found = []
-        if "medusa-2" in self.options and subject.medusa_2 is None:
+        if "medusa-2" in self.options and setup.medusa_2 is None:
             found.append("Medusa-2: pass --medusa-2 HEADS")
-        if "draft" in self.options and not subject.drafts:
+        if "draft" in self.options and not setup.drafts:
             found.append("speculative decoding: pass --draft MODEL")
         return found
 
 
-SPEED = ("tokens/s", "vs generate", "vs plain", "tokens a step", "overhead", "identical")
-QUALITY = ("nats a token", "nats beyond plain", "repeated 8-grams", "distinct-2")
+QUALITY_COLUMNS = ("nats a token", "nats beyond plain", "repeated 8-grams", "distinct-2")
 
 EXPERIMENTS = {
     "figure-3": Experiment(
         "Speed and speedup by category",
         speeds,
-        SPEED,
+        SPEED_COLUMNS,
         paper.FIGURE_3,
         ("medusa-2",),
         axis="",
@@ -239,7 +219,7 @@ EXPERIMENTS = {
     "figure-4": Experiment(
         "Acceleration and speed by the nodes of random dense and of optimised trees",
         trees_by_size,
-        SPEED,
+        SPEED_COLUMNS,
         paper.FIGURE_4,
         ("nodes", "calibration-prompts"),
         axis="nodes",
@@ -248,7 +228,7 @@ EXPERIMENTS = {
     "figure-5": Experiment(
         "Typical acceptance by its threshold at temperature 0.7",
         thresholds,
-        ("tokens a step", "tokens/s", "vs plain", *QUALITY),
+        ("tokens a step", "tokens/s", "vs plain", *QUALITY_COLUMNS),
         paper.FIGURE_5,
         ("epsilon",),
         quality=True,
@@ -258,7 +238,7 @@ EXPERIMENTS = {
     "table-1": Experiment(
         "Acceleration, overhead, quality and speedup, beside speculative decoding",
         beside_drafts,
-        (*SPEED, *QUALITY[:2]),
+        (*SPEED_COLUMNS, *QUALITY_COLUMNS[:2]),
         paper.TABLE_1,
         ("medusa-2", "draft", "gamma"),
         quality=True,
@@ -266,15 +246,15 @@ EXPERIMENTS = {
     "table-3": Experiment(
         "What each technique adds to the speedup",
         techniques,
-        SPEED,
+        SPEED_COLUMNS,
         paper.TABLE_3,
         ("medusa-2", "nodes", "calibration-prompts"),
     ),
-    "table-4": Experiment("Speedup on AlpacaEval", speeds, SPEED, paper.TABLE_4, ("medusa-2",), ("prompts",)),
+    "table-4": Experiment("Speedup on AlpacaEval", speeds, SPEED_COLUMNS, paper.TABLE_4, ("medusa-2",), ("prompts",)),
     "figure-7": Experiment(
         "Speculative decoding by draft model and gamma",
         drafts,
-        SPEED,
+        SPEED_COLUMNS,
         paper.FIGURE_7,
         ("draft", "gamma"),
         ("draft",),

@@ -1,4 +1,4 @@
-"""Decoders: ways to continue the same prompts on the same backbone, each saying what it emitted and when."""
+"""Decoders: ways to continue the same prompts on the same backbone; each reports the tokens it emitted and when."""
 
 from __future__ import annotations
 
@@ -17,23 +17,20 @@ from medusa.model import MedusaModel
 
 @dataclass(frozen=True)
 class Decoded:
-    """A batch of prompts continued, or the turns of a conversation: a row each.
+    """A continued batch of prompts, or the turns of a conversation: one row each. Callers add `seconds` and `peak_bytes`."""
 
-    `seconds` and `peak_bytes` are for who measures to fill in.
-    """
-
-    tokens: list[list[int]]  # per row, the new tokens
-    lengths: list[list[int]]  # per row, the tokens that each of its decoding steps emitted
-    steps: int  # of the batch
-    first_seconds: float  # until the first token was there
-    prefill_seconds: float  # spent on the prompt
-    prefill_tokens: int  # that came of them, before any step of decoding
+    tokens: list[list[int]]  # new tokens of each row
+    lengths: list[list[int]]  # number of tokens that each decoding step of a row emitted
+    steps: int  # decoding steps of the batch
+    first_seconds: float  # seconds until the first token
+    prefill_seconds: float  # seconds spent on the prompt
+    prefill_tokens: int  # tokens decided by the prefill
     seconds: float = 0.0  # end to end
-    peak_bytes: int | None = None  # most memory held
+    peak_bytes: int | None = None  # peak memory
 
     @classmethod
     def together(cls, turns: Sequence[Decoded]) -> Decoded:
-        """Several runs one after the other as one; the first token is the first one's."""
+        """Consecutive runs as one; the first token is that of the first run."""
         peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
         return cls(
             tokens=[row for turn in turns for row in turn.tokens],
@@ -53,15 +50,15 @@ class Decoder(Protocol):
     def __call__(self, ids: Tensor) -> Decoded: ...
 
     def prepare(self, ids: Tensor) -> None:
-        """Do what is done once for prompts of such a shape and is not to be timed, such as compiling."""
+        """Do the untimed work that prompts of this shape need once, such as compiling."""
 
 
 class MedusaDecoder:
-    """Our loop: plain with the root-only tree, Medusa with any other.
+    """Our loop: plain decoding with the root-only tree, Medusa with any other.
 
     Args:
-        tree: whatever the model takes as a tree; None is its own.
-        options: of `MedusaModel.stream`.
+        tree: any tree that the model accepts; None: its own.
+        options: options of `MedusaModel.stream`.
     """
 
     def __init__(self, model: MedusaModel, max_new_tokens: int, tree: Any = None, **options: Any):
@@ -96,11 +93,10 @@ class TransformersDecoder:
     """transformers' own `generate` on the same backbone, with the same limits.
 
     Args:
-        draft: a smaller model whose guesses are checked, `guesses` at a time: speculative decoding (paper Appendix D).
-        guesses: without a draft model, so many tokens are guessed from what followed the last ones before (prompt lookup);
-            None guesses nothing.
-        seed: of the draws, where `options` sample.
-        options: of `generate`.
+        draft: a smaller model that guesses tokens: speculative decoding (paper Appendix D).
+        guesses: number of tokens guessed at a time, by the draft model or, without one, by prompt lookup; None: none.
+        seed: seed of the draws, if `options` sample.
+        options: options of `generate`.
     """
 
     def __init__(
@@ -150,7 +146,7 @@ class TransformersDecoder:
 
 
 class _Clock(StoppingCriteria):
-    """Notes in `generate` how many tokens there are after every step, and when the first came; never stops it."""
+    """Records the number of tokens after every step of `generate`, and the time of the first; never stops it."""
 
     def __init__(self, ids: Tensor):
         self.ends: list[int] = []

@@ -1,120 +1,139 @@
-"""An experiment run: its decoders on the same questions, as a record and as a page with the paper's figures beside."""
+"""Experiments as records and as pages: measured figures beside the paper's."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
-from medusa.evaluation.bench import Exam, Scorer, take
-from medusa.evaluation.catalog import EXPERIMENTS, Contenders, Experiment, Subject
-from medusa.evaluation.prompts import OVERALL
-from medusa.evaluation.report import GENERATE, cells, circumstances, summarise, table, told
-from medusa.runs.files import write_text
+from medusa.evaluation.answers import PromptSet, answer_prompt_set
+from medusa.evaluation.catalog import EXPERIMENTS, Entry, Experiment, Setup
+from medusa.evaluation.page import Block, Heading, Page, Plot, Table
+from medusa.evaluation.quality import Scorer
+from medusa.evaluation.report import (
+    GENERATE,
+    circumstances,
+    figures_table,
+    interval_text,
+    save_report,
+    shown_categories,
+    summarise,
+)
+from medusa.runs.console import progress
+from medusa.runs.files import digest
+from medusa.runs.plotting import PLOT_SUFFIXES, can_plot, save_plot, svg_of
 
 
-def named(name: str) -> Experiment:
-    """An experiment by name; InvalidInput where there is none."""
+def find_experiment(name: str) -> Experiment:
+    """An experiment by name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
     if name not in EXPERIMENTS:
         raise InvalidInput(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 
-def run(
-    name: str,
-    subject: Subject,
-    contenders: Contenders,
-    exam: Exam,
-    scorer: Scorer | None,
+def measure_entries(
+    entries: Mapping[str, Entry],
+    prompt_set: PromptSet,
     folder: Path,
     made_with: dict[str, Any],
-    rounds: int = 1,
-    on_progress: Callable[[], None] = lambda: None,
+    rounds: int,
+    scorer: Scorer | None = None,
 ) -> dict[str, Any]:
-    """Measure an experiment's contenders, going on from what the folder holds; the record is that of `results.json`.
-
-    Args:
-        contenders: of the experiment, for the subject.
-        on_progress: called after every answer.
+    """Have all entries answer a prompt set, resuming from what the folder holds; the record is that of `results.json`.
 
     Raises:
         InvalidInput: the folder was made with something else.
     """
-    experiment = named(name)
-    details = {
-        title: {"series": each.series, "at": each.at, "tree": each.tree.to_dict() if each.tree is not None else None}
-        for title, each in contenders.items()
-    }
-    digest = hashlib.sha256(json.dumps(details).encode()).hexdigest()[:16]
-    made_with = {"experiment": name, **made_with, "decoders": list(contenders), "trees": digest}
-    decoders = {title: each.decoder for title, each in contenders.items()}
-    measured = take(exam, decoders, folder, made_with, rounds, on_progress)
-    exact = [title for title, each in contenders.items() if each.exact]
+    decoders = {name: entry.decoder for name, entry in entries.items()}
+    with progress("measuring", len(decoders) * len(prompt_set.questions) * rounds, "answers") as bar:
+        measured = answer_prompt_set(prompt_set, decoders, folder, made_with, rounds, bar.update)
+    exact = [name for name, entry in entries.items() if entry.exact]
     record = {
         "made_with": made_with,
         "rounds": rounds,
-        "left_out": [question.id for question in exam.left_out],
-        "missing": experiment.missing(subject),
-        "contenders": details,
-        "decoders": summarise(measured, exam.questions, exact, scorer),
-        "paper": dataclasses.asdict(experiment.paper),
+        "left_out": [question.id for question in prompt_set.left_out],
+        "decoders": summarise(measured, prompt_set.questions, exact, scorer),
     }
-    return json.loads(json.dumps(record))  # as it will be read again: tuples are lists
+    return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 
 
-def save(record: dict[str, Any], folder: Path, draw: bool) -> None:
-    """Write `results.json`, `results.md` and, where asked for, the experiment's figure as PNG and SVG."""
-    experiment = named(record["made_with"]["experiment"])
-    write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
-    draw = draw and experiment.axis is not None
-    if draw:
-        from medusa.evaluation.figures import save_figure
+def measure_experiment(
+    name: str,
+    setup: Setup,
+    prompt_set: PromptSet,
+    scorer: Scorer | None,
+    folder: Path,
+    made_with: dict[str, Any],
+    rounds: int = 1,
+) -> dict[str, Any]:
+    """Measure the entries of an experiment; see `measure_entries`."""
+    experiment = find_experiment(name)
+    entries = experiment.entries(setup)
+    described = {
+        title: {"series": each.series, "at": each.at, "tree": each.tree.to_dict() if each.tree is not None else None}
+        for title, each in entries.items()
+    }
+    made_with = {"experiment": name, **made_with, "decoders": list(entries), "trees": digest(described)}
+    more = {"missing": experiment.missing(setup), "entries": described, "paper": dataclasses.asdict(experiment.paper)}
+    return measure_entries(entries, prompt_set, folder, made_with, rounds, scorer) | json.loads(json.dumps(more))
 
-        save_figure(record, experiment, folder)
-    write_text(folder / "results.md", markdown(record, "![](figure.svg)" if draw else None))
+
+def save_experiment(record: dict[str, Any], folder: Path) -> None:
+    """Write `results.json`, `results.md`, `results.html` and, with matplotlib, the experiment's figure as PNG and SVG."""
+    experiment = find_experiment(record["made_with"]["experiment"])
+    plot = None
+    if experiment.axis is not None and can_plot():
+        from medusa.evaluation.plots import experiment_figure
+
+        figure = experiment_figure(record, experiment)
+        for suffix in PLOT_SUFFIXES:
+            save_plot(figure, folder / f"figure{suffix}")
+        plot = Plot(svg_of(figure), "figure.svg")
+    save_report(record, experiment_page(record, plot), folder)
 
 
-def markdown(record: dict[str, Any], figure: str | None = None) -> str:
-    """The record as a page.
-
-    Args:
-        figure: a line that shows the experiment's figure.
-    """
+def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
+    """The page of an experiment: what was measured here, then what the paper prints, then what differs."""
     made, found = record["made_with"], record["decoders"]
-    experiment = named(made["experiment"])
-    first = next(iter(found.values()))
-    title = made["experiment"].replace("-", " ").capitalize()
-    lines = [
-        f"# {title}: {experiment.title[0].lower()}{experiment.title[1:]}",
-        "",
-        f"{made['model']} on {made['prompts']}: {first[OVERALL]['questions']} questions, at most {made['max_new_tokens']} new "
+    experiment = find_experiment(made["experiment"])
+    questions = next(iter(found.values()))[OVERALL]["questions"]
+    blocks: list[Block] = [
+        f"{made['model']} on {made['prompts']}: {questions} questions, at most {made['max_new_tokens']} new "
         f"tokens an answer, {circumstances(record)}",
-        "",
-        *table(*cells(found, OVERALL, experiment.columns)),
+        figures_table(found, OVERALL, experiment.columns),
     ]
-    categories = [part for part in first if part != OVERALL]
-    if len(categories) > 1:
+    if categories := shown_categories(found)[1:]:
         base = "generate" if GENERATE in found else "plain"
-        rows = [[part, *(told(parts[part][f"speedup_vs_{base}"]) for parts in found.values())] for part in categories]
-        lines += ["", f"## Speedup over {base}, by category", "", *table(["category", *found], rows)]
-    if figure is not None:
-        lines += ["", figure]
+        rows = [[part, *(interval_text(each[part][f"speedup_vs_{base}"]) for each in found.values())] for part in categories]
+        blocks += [Heading(f"Speedup over {base}, by category"), Table(["category", *found], rows)]
+    if plot is not None:
+        blocks.append(plot)
     if record["missing"]:
-        lines += ["", "Rows left out:", "", *(f"- {row}" for row in record["missing"])]
+        blocks += ["Rows left out:", "\n".join(f"- {row}" for row in record["missing"])]
     if record["left_out"]:
-        lines += ["", f"Questions left out, their prompts not fitting the context: {', '.join(record['left_out'])}."]
-    printed = record["paper"]
-    lines += ["", "## In the paper", "", f"{printed['setting']}."]
+        blocks.append(f"Questions left out, their prompts not fitting the context: {', '.join(record['left_out'])}.")
+    blocks += _beside(record["paper"], experiment, made)
+    title = made["experiment"].replace("-", " ").capitalize()
+    return Page(f"{title}: {experiment.title[0].lower()}{experiment.title[1:]}", blocks, {**made, "rounds": record["rounds"]})
+
+
+def _beside(printed: dict[str, Any], experiment: Experiment, made: dict[str, Any]) -> list[Block]:
+    """What the paper prints, and how its experiment differs."""
+    blocks: list[Block] = [Heading("In the paper"), f"{printed['setting']}."]
     if printed["rows"]:
-        lines += ["", *table(printed["rows"][0], printed["rows"][1:])]
+        blocks.append(Table(printed["rows"][0], printed["rows"][1:]))
     if printed["says"]:
-        lines += ["", printed["says"]]
+        blocks.append(printed["says"])
     here = made.get("gpu") or f"{made['cpu']}, {made['threads']} threads"
     differs = f"**What differs:** the model ({made['model']}), the prompts ({made['prompts']}) and the machine ({here})"
     if experiment.quality:
         differs += "; quality is likelihood under the original backbone, where the paper asks a judge (`medusa judge`)"
-    return "\n".join([*lines, "", f"{differs}."]) + "\n"
+    return [*blocks, f"{differs}."]

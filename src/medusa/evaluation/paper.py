@@ -1,4 +1,4 @@
-"""What the paper prints for each of its experiments: facts, to stand beside what is measured here."""
+"""The figures that the paper prints for each experiment, to stand beside those measured here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Paper:
 
     Attributes:
         setting: model and prompts.
-        rows: the figures printed, the first row being the header; empty where there is only a plot.
-        says: in our words, what it finds.
+        rows: the printed figures, the header first; empty if there is only a plot.
+        says: the finding, in our words.
     """
 
     setting: str

@@ -6,12 +6,53 @@ import codeop
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from medusa.data.prompt_sets import Prompter, Question
 from medusa.model import MedusaModel
 
+LIKELIHOOD = "log_likelihood_per_token"
 _FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(```|\Z)", re.DOTALL)
+
+
+class Scorer:
+    """Quality figures of answers without a judge; an answer that several decoders gave is scored once.
+
+    Args:
+        model: the model whose backbone gives the likelihood.
+    """
+
+    def __init__(self, model: MedusaModel, prompter: Prompter):
+        self._model, self._prompter = model, prompter
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+
+    def __call__(self, questions: Sequence[Question], answers: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+        """Figures over all answers, which are token ids by question and turn."""
+        likelihood, tokens, compiles = 0.0, 0, []
+        for question, given in zip(questions, answers, strict=True):
+            turns = self._prompter.turns(question)
+            for number, answer in enumerate(given):
+                prompt = self._prompter.ids(question, given[:number])
+                likelihood += self._likelihood(prompt, answer)
+                tokens += len(answer)
+                continues = number == 0 and (bool(question.ids) or not self._prompter.chat)
+                compiles.append(code_compiles(turns[number], self._prompter.text(answer), continues))
+        code = [good for good in compiles if good is not None]
+        rows = [answer for given in answers for answer in given]
+        return {
+            LIKELIHOOD: likelihood / tokens,
+            **{f"distinct_{n}": distinct_ngrams(rows, n) for n in (1, 2, 3)},
+            "answers_with_code": len(code),
+            "code_that_compiles": sum(code) / len(code) if code else None,
+        }
+
+    def _likelihood(self, prompt: Sequence[int], answer: Sequence[int]) -> float:
+        key = tuple(prompt), tuple(answer)
+        if key not in self._known:
+            self._known[key] = log_likelihood(self._model, prompt, answer)
+        return self._known[key]
 
 
 @torch.inference_mode()
@@ -24,7 +65,7 @@ def log_likelihood(model: MedusaModel, prompt: Sequence[int], answer: Sequence[i
 
 
 def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
-    """The share of different n-grams among those of all texts (distinct-n); 0 where there are none.
+    """The share of different n-grams among all n-grams of the texts (distinct-n); 0 if there are none.
 
     >>> distinct_ngrams([[1, 2, 1, 2], [1, 2]], n=2)
     0.5
@@ -34,7 +75,7 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
-    """The share of n-grams that occurred before in the sequence: how much a model repeats itself.
+    """The share of n-grams that occurred earlier in the sequence: how much a model repeats itself.
 
     >>> repeated_ngrams([1, 2, 1, 2, 1, 2], n=2)
     0.6
@@ -44,11 +85,13 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
 
 
 def code_compiles(prompt: str, answer: str, continues: bool) -> bool | None:
-    """Whether an answer's Python code compiles, as far as it goes; None where it holds none.
+    """Whether the Python code in an answer compiles; None if it holds none.
 
-    The code is that between ``` fences, or prompt and answer together where the answer continues a prompt of at least two
-    lines that is Python itself. Code that merely ends too early, at the limit of tokens, has no fault; of that its last line
-    is not looked at where it is unfinished.
+    The code is what stands between ``` fences, or prompt and answer together if the answer continues a prompt of at least two
+    lines of Python. Truncated code is not a failure; its incomplete last line is ignored.
+
+    Args:
+        continues: whether the answer continues the prompt's text.
 
     >>> code_compiles("def f(x):\\n    # doubles", "\\n    return 2 * x\\n\\n\\ndef g(", continues=True)
     True
@@ -64,11 +107,15 @@ def code_compiles(prompt: str, answer: str, continues: bool) -> bool | None:
 
 
 def _is_python(code: str, cut: bool) -> bool:
-    """Whether the code is Python, or the beginning of such, but for its last line where it was cut off there."""
+    """Whether the code is Python, or the beginning of a valid program.
+
+    Args:
+        cut: the code was truncated, so its last line may be incomplete.
+    """
     if cut and _is_python(code[: code.rfind("\n") + 1], cut=False):
         return True
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd but valid code
+        warnings.simplefilter("ignore")  # about odd but valid code
         try:
             codeop.compile_command(code, symbol="exec")
         except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError):

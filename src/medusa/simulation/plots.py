@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medusa.errors import InvalidInput
+from medusa.runs.plotting import PLOT_SUFFIXES, new_figure, save_plot
 from medusa.simulation.hardware import Hardware
 from medusa.simulation.prediction import CANDIDATES, Acceleration, Point, Setting, predict
-from medusa.simulation.roofline import BATCHES, KINDS, LENGTHS, RooflinePoint, paper_table, scatter
+from medusa.simulation.roofline import BATCHES, LENGTHS, OPERATOR_KINDS, RooflinePoint, paper_table, scatter
 
-FORMATS = ("png", "svg")
 MARKS = {"qkv": "o", "qk/pv": "^", "up/gate/down": "s"}
 
 
 def save_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> list[Path]:
-    """Write every figure as PNG and SVG; returns the files.
+    """Write every figure as PNG and SVG, and return the files.
 
     roofline: Figures 9-17. attention_by_length, attention_by_batch, linear_by_batch: Figures 18-20. candidates (batch 1,
     length 1024), batches (length 1024), lengths (batch 4): Figures 21-23.
@@ -24,26 +23,17 @@ def save_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> 
     Raises:
         InvalidInput: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InvalidInput("plots need matplotlib: pip install 'medusa-decoding[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
     hardware, written = setting.hardware, []
 
     def save(name: str, title: str, draw: Any) -> None:
-        figure, axes = plt.subplots(figsize=(7, 5))
+        figure = new_figure(7, 5)
+        axes = figure.add_subplot()
         draw(axes)
         axes.set_title(title)
         axes.legend(fontsize="small")
-        figure.tight_layout()
-        for kind in FORMATS:
-            written.append(folder / f"{name}.{kind}")
-            figure.savefig(written[-1])
-        plt.close(figure)
+        for suffix in PLOT_SUFFIXES:
+            written.append(folder / f"{name}{suffix}")
+            save_plot(figure, written[-1])
 
     found = scatter(setting.shape, hardware, setting.dtype)
     save("roofline", "Operators: prefill and decoding", lambda axes: _roofline(axes, found, hardware, setting.dtype))
@@ -78,7 +68,7 @@ def _roofline(axes: Any, found: Sequence[RooflinePoint], hardware: Hardware, dty
     _roof(axes, hardware, dtype, [p.intensity for p in found])
     for kind, mark in MARKS.items():
         for phase, colour in (("prefill", "tab:red"), ("decoding", "tab:blue")):
-            chosen = [p for p in found if KINDS[p.operator] == kind and p.phase == phase]
+            chosen = [p for p in found if OPERATOR_KINDS[p.operator] == kind and p.phase == phase]
             at, rates = [p.intensity for p in chosen], [p.predicted / 1e12 for p in chosen]
             axes.scatter(at, rates, marker=mark, s=14, color=colour, alpha=0.6, label=f"{kind}, {phase}")
 

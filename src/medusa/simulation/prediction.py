@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from medusa.errors import CheckpointError, InvalidInput, one_line
-from medusa.runs.files import read_json
+from medusa.errors import InvalidInput
 from medusa.simulation.hardware import ELEMENT, Hardware
 from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step
 from medusa.simulation.shapes import ModelShape
+from medusa.trees.calibration import Calibration
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
 MOST_BATCH = 4096
@@ -130,37 +129,9 @@ def log_law(candidates: int, base: float = 2.0) -> float:
     return max(1.0, 0.477 * math.log(candidates, base))
 
 
-def calibrated(path: Path) -> Acceleration:
-    """The acceleration of the best tree of each size, from a `calibration.json` as `medusa tune` writes it."""
-    paths, positions = read_calibration(path)
-    from medusa.trees.search import search_joint_tree
-
-    return lambda candidates: _expected(search_joint_tree(paths, candidates).paths, paths, positions)
-
-
-def calibrated_tree(tree: Sequence[tuple[int, ...]], path: Path) -> float:
-    """Tokens a step that a tree (its paths) should give by a `calibration.json`."""
-    return _expected(tree, *read_calibration(path))
-
-
-def _expected(tree: Sequence[tuple[int, ...]], paths: list[tuple[tuple[int, ...], int]], positions: int) -> float:
-    """The root's token, and of each path of the tree how often it came true."""
-    members = set(tree)
-    return 1 + sum(count for path, count in paths if path in members) / positions
-
-
-def read_calibration(path: Path) -> tuple[list[tuple[tuple[int, ...], int]], int]:
-    """The rank paths of a `calibration.json` with how often each came true, and of how many positions."""
-    if not path.exists():
-        raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree")
-    found = read_json(path, CheckpointError)
-    try:
-        paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
-        if positions < 1:
-            raise ValueError("no positions")
-        return paths, positions
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{path} is no calibration as medusa tune writes it: {one_line(error)}") from None
+def calibrated(calibration: Calibration) -> Acceleration:
+    """The acceleration of the best static tree of each size, by what heads got right."""
+    return lambda candidates: calibration.expected_acceptance_length(calibration.search(candidates))
 
 
 def check_positive(**sizes: int) -> None:

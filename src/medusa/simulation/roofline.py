@@ -13,7 +13,7 @@ from medusa.simulation.shapes import BUILT_IN, ModelShape
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 PAPER_CANDIDATES = (1, 16, 32, 48, 64, 80, 96, 112)
-KINDS = {
+OPERATOR_KINDS = {
     "q": "qkv",
     "k": "qkv",
     "v": "qkv",
@@ -69,7 +69,8 @@ def points(
 
 def scatter(shape: ModelShape, hardware: Hardware, dtype: str = "bfloat16") -> list[RooflinePoint]:
     """Figures 9-17: the three kinds of operator, prefill and decoding, in 49 settings of batch and length."""
-    return [p for b in BATCHES for s in LENGTHS for p in points(shape, hardware, b, s, dtype=dtype) if p.operator in KINDS]
+    every = (p for b in BATCHES for s in LENGTHS for p in points(shape, hardware, b, s, dtype=dtype))
+    return [point for point in every if point.operator in OPERATOR_KINDS]
 
 
 def paper_table(number: int, hardware: Hardware, shape: ModelShape = BUILT_IN["llama-33b"]) -> list[RooflinePoint]:

@@ -20,12 +20,13 @@ from medusa.acceptance import accept_exact
 from medusa.errors import InvalidInput
 from medusa.heads import MedusaHeads
 from medusa.shortlist import along_paths
+from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicTree, rest_of, tempered
 from medusa.trees.history import Context
 from medusa.trees.search import search_joint_tree
 from medusa.trees.static import MedusaTree
 from medusa.trees.tensors import Along, Guesses
-from medusa.tuning.calibrate import Calibration, Recorded
+from medusa.tuning.recording import Recorded
 
 TEMPERATURES = [1.1**n for n in range(-8, 9)]
 

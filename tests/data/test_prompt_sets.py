@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from medusa.data.prompt_sets import Question, held_out_prompts, read_questions, select
 from medusa.errors import InvalidInput
-from medusa.evaluation.prompts import Question, held_out_prompts, read_questions, select
 
 MT_BENCH = {"question_id": 7, "category": "math", "turns": ["What is 2 + 2?", "And doubled?"], "reference": ["4", "8"]}
 SPEC_BENCH = {"question_id": 8, "category": "rag", "turns": ["Who wrote it?"]}

@@ -1,4 +1,4 @@
-"""Comparing decoders: the same prompts, interleaved in one run, end to end, with intervals."""
+"""Measurement: decoders timed end to end on the same prompts, interleaved in one run, with intervals."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RESAMPLES, LEVEL = 2000, 0.95
 
 
 class Totals(NamedTuple):
-    """Sums over what was decoded, or a tensor of sums per resample."""
+    """Sums over decoded items; each a scalar, or (R,) for R resamples of the items."""
 
     tokens: Tensor
     seconds: Tensor
-    decode_tokens: Tensor  # those that did not come of the prefill
-    decode_seconds: Tensor  # the prefill's left out
+    decode_tokens: Tensor  # without those that the prefill decided
+    decode_seconds: Tensor  # without the prefill
     row_steps: Tensor
     steps: Tensor
 
@@ -36,23 +36,23 @@ class Totals(NamedTuple):
 
     @property
     def decode_tokens_per_second(self) -> Tensor:
-        """The same without the prefill's seconds and tokens."""
+        """New tokens per second, without the seconds and tokens of the prefill."""
         return self.decode_tokens / self.decode_seconds
 
     @property
     def acceleration_rate(self) -> Tensor:
-        """Tokens per decoding step and row (paper B.1)."""
+        """New tokens per decoding step and row (paper B.1)."""
         return self.tokens / self.row_steps
 
     @property
     def step_seconds(self) -> Tensor:
-        """Of one decoding step, without the prefill."""
+        """Seconds of a decoding step, without the prefill."""
         return self.decode_seconds / self.steps
 
 
 @dataclasses.dataclass
 class Measurement:
-    """What one decoder did: per item (a batch of prompts or a conversation) the rounds in which it was decoded."""
+    """The runs of one decoder: for each item, a batch of prompts or a conversation, one run per round."""
 
     items: list[list[Decoded]] = dataclasses.field(default_factory=list)  # [item][round]
 
@@ -63,12 +63,12 @@ class Measurement:
 
     @property
     def lengths(self) -> Counter[int]:
-        """How many steps emitted so many tokens, in the first round."""
+        """Number of steps by the number of tokens that they emitted, in the first round."""
         return Counter(length for rounds in self.items for row in rounds[0].lengths for length in row)
 
     @property
     def first_seconds(self) -> float:
-        """To the first token, the median over items."""
+        """Seconds until the first token, the median over items."""
         return statistics.median(_median(rounds, lambda run: run.first_seconds) for rounds in self.items)
 
     @property
@@ -77,9 +77,9 @@ class Measurement:
 
     def totals(
         self,
-        weights: Tensor | None = None,  # (R, items): how often each item counts in each resample; None: once
+        weights: Tensor | None = None,  # (R, items) double: how often each item counts in each resample; None: once
     ) -> Totals:
-        """Sums over items; of an item's seconds, those of the median round."""
+        """Sums over items; the seconds of an item are those of its median round."""
         rows = []
         for rounds in self.items:
             run = rounds[0]
@@ -109,12 +109,12 @@ def _median(rounds: Sequence[Decoded], figure: Callable[[Decoded], float]) -> fl
 
 
 def overhead(measured: Totals, plain: Totals) -> Tensor:
-    """Time of a decoding step over that of a plain one, the prefill left out (paper B.1)."""
+    """Seconds of a decoding step over those of a plain one, without the prefill (paper B.1)."""
     return measured.step_seconds / plain.step_seconds
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval; there is none of a single item."""
+    """A figure and its 95 % interval, which a single item does not have."""
 
     value: float
     low: float | None
@@ -129,10 +129,11 @@ def resamples(items: int) -> Tensor:  # (R, items)
 
 
 def estimate(figure: Callable[..., Tensor], *measured: Measurement) -> Estimate:
-    """A figure of one or several decoders' totals, with its bootstrap interval over items.
+    """A figure of the totals of one or several decoders, with its bootstrap interval over items.
 
     Args:
-        figure: takes the `Totals` of each; measured on the same items.
+        figure: function of the `Totals` of each decoder.
+        measured: decoders measured on the same items.
     """
     value = float(figure(*(each.totals() for each in measured)))
     items = len(measured[0].items)
@@ -145,7 +146,7 @@ def estimate(figure: Callable[..., Tensor], *measured: Measurement) -> Estimate:
     return Estimate(value, low, high)
 
 
-def measure(decoder: Decoder, ids: Tensor) -> Decoded:
+def time_run(decoder: Decoder, ids: Tensor) -> Decoded:
     """Decode a batch of prompts, timed end to end."""
     decoder.prepare(ids)
     cuda = torch.cuda.is_initialized()
@@ -163,7 +164,7 @@ def measure(decoder: Decoder, ids: Tensor) -> Decoded:
 
 
 def _reset_peak() -> bool:
-    """Have Linux forget the most memory this process held; False where that cannot be done."""
+    """Reset the peak memory that Linux keeps for this process; False if that cannot be done."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -172,7 +173,7 @@ def _reset_peak() -> bool:
 
 
 def _peak() -> int | None:
-    """The most memory this process has held since."""
+    """Peak memory of this process since the reset, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -180,12 +181,12 @@ def _peak() -> int | None:
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:
-    """The names in their order, a different one first each time: none is always the first after another's cache traffic."""
+    """The names in their order, starting with a different one each time, so that none always follows the same other one."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
-def compare(
+def compare_decoders(
     decoders: dict[str, Decoder],
     batches: Sequence[Tensor],  # each (B, P) long
     rounds: int = 1,
@@ -195,8 +196,8 @@ def compare(
     """Run every decoder on every batch of prompts, in turn within each batch, so that all see the same machine.
 
     Args:
-        rounds: times each batch is decoded; the median counts.
-        warmup: untimed runs of each decoder on the first batch.
+        rounds: number of times each batch is decoded; the median counts.
+        warmup: number of untimed runs of each decoder on the first batch.
         on_progress: called after every timed run.
     """
     results = {name: Measurement([[] for _ in batches]) for name in decoders}
@@ -206,7 +207,7 @@ def compare(
     for number, batch in enumerate(batches):
         for round_ in range(rounds):
             for name in in_turn(list(decoders), number + round_):
-                results[name].items[number].append(measure(decoders[name], batch))
+                results[name].items[number].append(time_run(decoders[name], batch))
                 if on_progress:
                     on_progress()
     return results

@@ -7,8 +7,9 @@ import torch
 
 from medusa import MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.tuning import calibrate as module
-from medusa.tuning.calibrate import Calibration, calibrate, record, wilson
+from medusa.trees.calibration import Calibration, wilson
+from medusa.tuning import recording as module
+from medusa.tuning.recording import record
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, tiny_backbone
 
 
@@ -20,7 +21,7 @@ def model() -> MedusaModel:
 
 def test_calibration_counts_each_guess_where_decoding_asks_for_it(model):
     prompt, new = random_prompt(6), 12
-    calibration = calibrate(model, [prompt[0]], max_new_tokens=new, ranks=VOCAB)
+    calibration = Calibration.of(record(model, [prompt[0]], max_new_tokens=new, ranks=VOCAB))
     full = prompt[0].tolist() + plain_greedy(model.backbone, prompt, new + 2)
     hits, together = [[0] * VOCAB for _ in range(2)], Counter()
     with torch.no_grad():
@@ -79,4 +80,4 @@ def test_recording_goes_on_from_what_a_folder_holds(model, tmp_path, monkeypatch
 
 def test_calibration_without_heads_is_refused():
     with pytest.raises(InvalidInput, match="no heads"):
-        calibrate(MedusaModel(tiny_backbone()), [random_prompt(4)[0]])
+        record(MedusaModel(tiny_backbone()), [random_prompt(4)[0]])

@@ -1,13 +1,10 @@
-"""Calibration: what each head guesses where it is asked during decoding, and how often it is right (paper 2.3.3)."""
+"""Recording: what the backbone says after prompts, and what every head guesses on the way."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import takewhile
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from torch import Tensor
 
 from medusa.errors import InvalidInput, one_line
 from medusa.heads import MedusaHeads
-from medusa.metrics import accuracies_of
 from medusa.model import MedusaModel
 from medusa.output import MedusaGenerateOutput
 from medusa.pool import left_padded
@@ -26,7 +22,6 @@ from medusa.runs.files import whole
 from medusa.runs.provenance import fingerprint, heads_fingerprint
 from medusa.runs.records import claim
 
-MOST_PATHS = 1024
 CLAIM = "recorded.yaml"
 
 
@@ -53,80 +48,6 @@ class Recorded:
         places = self.start + 2 + torch.arange(len(self))[:, None] + torch.arange(self.guesses.shape[1])
         hits = self.guesses == self.ids[places][..., None]
         return torch.where(hits.any(-1), hits.int().argmax(-1), -1)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the heads got right.
-
-    Attributes:
-        hits: [k - 1][i]: how often exactly guess i (0-based) of head k was right.
-        positions: of so many.
-        paths: the rank paths that came true most often, each with how often: what heads get right together, without the
-            assumption that they err independently.
-    """
-
-    hits: list[list[int]]
-    positions: int
-    paths: list[tuple[tuple[int, ...], int]]
-
-    @classmethod
-    def of(cls, texts: Sequence[Recorded], places: Sequence[Tensor] | None = None) -> Calibration:
-        """The counts of recorded texts.
-
-        Args:
-            places: of every text, (T,) bool, the places that count; None: all of them.
-        """
-        right = torch.cat([text.right() for text in texts])
-        right = right if places is None else right[torch.cat(list(places))]
-        ranks = texts[0].guesses.shape[-1]
-        hits = [torch.bincount(column[column >= 0], minlength=ranks).tolist() for column in right.T]
-        counts: Counter[tuple[int, ...]] = Counter()
-        for row in right.tolist():
-            path = tuple(takewhile(lambda rank: rank >= 0, row))
-            counts.update(path[:depth] for depth in range(1, len(path) + 1))
-        paths = sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[:MOST_PATHS]
-        return cls(hits, len(right), paths)
-
-    @property
-    def accuracies(self) -> list[list[float]]:
-        """[k - 1][i]: the share of places at which exactly guess i of head k was right."""
-        return accuracies_of(self.hits, [self.positions] * len(self.hits))
-
-    def intervals(self) -> list[list[tuple[float, float]]]:
-        """The 95 % intervals of the accuracies (Wilson's), as if places were independent."""
-        return [[wilson(hit, self.positions) for hit in row] for row in self.hits]
-
-    def conditional(self, path: tuple[int, ...]) -> list[float]:
-        """How often head k + 1 was right with each guess where the ranks of `path`, of heads 1 to k, were: what the assumption
-        that heads err independently leaves out."""
-        counts = dict(self.paths)
-        above = counts.get(path, 0) if path else self.positions
-        ranks = len(self.hits[0])
-        return [counts.get((*path, rank), 0) / above if above else 0.0 for rank in range(ranks)]
-
-    def to_dict(self) -> dict[str, Any]:
-        best = [(0,) * depth for depth in range(len(self.hits))]
-        return {
-            **asdict(self),
-            "accuracies": self.accuracies,
-            "intervals": self.intervals(),
-            "after_first_guesses": [self.conditional(path)[:8] for path in best],
-        }
-
-
-def wilson(hits: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share by Wilson's score.
-
-    >>> [round(bound, 3) for bound in wilson(50, 100)]
-    [0.404, 0.596]
-    """
-    if not asked:
-        return 0.0, 1.0
-    share, spread = hits / asked, z * z / asked
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / asked + spread / asked / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def record(
@@ -180,11 +101,6 @@ def record(
     if not texts:
         raise InvalidInput(f"no text went on for more than {model.num_heads + 1} tokens; give other prompts or more tokens")
     return texts
-
-
-def calibrate(model: MedusaModel, prompts: Sequence[Tensor], **options: Any) -> Calibration:
-    """What the heads get right after these prompts; options as for `record`."""
-    return Calibration.of(record(model, prompts, **options))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Prompts that decoders are compared on: the published sets' files, a user's own, and the embedded model's held-out files."""
+"""Prompt sets: published files, a user's own, and the embedded model's held-out code; their prompts as token ids."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from medusa import EMBEDDED
 from medusa.data.samples import Asked, read_prompts, read_records
-from medusa.errors import InvalidInput
+from medusa.errors import InvalidInput, one_line
 from medusa.runs.files import is_unicode
 
 HELD_OUT = "held-out"
-HELD_OUT_FILE = EMBEDDED / "held_out.jsonl"
+HELD_OUT_FILE = Path(__file__).parent.parent / "assets" / "pycode-16m" / "held_out.jsonl"
 HUB_SETS = {"mt-bench": "HuggingFaceH4/mt_bench_prompts", "humaneval": "openai/openai_humaneval:test"}
 CODE = "code"  # the category of sets that are code alone
 NO_CATEGORY, OVERALL = "all", "overall"
@@ -91,11 +91,22 @@ def read_questions(source: str | Path, references: str | Path | None = None) -> 
     return questions if references is None else _with_references(questions, references)
 
 
-def select(questions: Sequence[Question], categories: Sequence[str] = (), limit: int | None = None) -> list[Question]:
-    """The questions of some categories, and of these so many, spread evenly.
+def default_prompts(model: str, prompts: str | None) -> str:
+    """The name of the prompt set; the embedded model has its own.
 
     Raises:
-        InvalidInput: a category that no question is of, or a limit below 1.
+        InvalidInput: none is given for another model.
+    """
+    if prompts is None and model != "embedded":
+        raise InvalidInput("no prompts; pass --prompts with a set, a file or a hub id (held-out belongs to `embedded`)")
+    return prompts or HELD_OUT
+
+
+def select(questions: Sequence[Question], categories: Sequence[str] = (), limit: int | None = None) -> list[Question]:
+    """The questions of some categories, and of these a limited number, spread evenly.
+
+    Raises:
+        InvalidInput: a category without questions, or a limit below 1.
     """
     known = dict.fromkeys(question.category for question in questions)
     for category in categories:
@@ -139,3 +150,83 @@ def _with_references(questions: list[Question], source: str | Path) -> list[Ques
     if not any(question.id in found for question in questions):
         raise InvalidInput(f"{source} answers none of these questions; their ids are {questions[0].id!r}, …")
     return [replace(question, references=found.get(question.id, question.references)) for question in questions]
+
+
+class Prompter:
+    """Questions as token ids: under the tokenizer's chat template, or one turn after another if it has none.
+
+    Args:
+        stops: ids that end an answer; they are not part of its text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[int]):
+        self._tokenizer, self._stops = tokenizer, set(stops)
+        self.chat = bool(tokenizer.chat_template)
+
+    def ids(self, question: Question, answers: Sequence[Sequence[int]] = ()) -> list[int]:
+        """The prompt for the first turn that has no answer yet.
+
+        Args:
+            answers: token ids of the answers to the turns before.
+
+        Raises:
+            InvalidInput: the chat template refuses the conversation.
+        """
+        if question.ids:
+            return list(question.ids)
+        if self.chat:
+            return self._templated(question, answers)
+        first = f"{question.system}\n{question.turns[0]}" if question.system else question.turns[0]
+        ids = list(self._tokenizer(first, verbose=False)["input_ids"])
+        for answer, turn in zip(answers, question.turns[1:], strict=False):
+            following = self._tokenizer(f"\n{turn}\n", add_special_tokens=False, verbose=False)["input_ids"]
+            ids += [*self._without_stop(answer), *following]
+        return ids
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, or of a prompt given as ids."""
+        return self._tokenizer.decode(self._without_stop(tokens), skip_special_tokens=True)
+
+    def turns(self, question: Question) -> list[str]:
+        """The text of the user's turns."""
+        return [self.text(question.ids)] if question.ids else list(question.turns)
+
+    def _templated(self, question: Question, answers: Sequence[Sequence[int]]) -> list[int]:
+        messages = [{"role": "system", "content": question.system}] if question.system else []
+        for number, turn in enumerate(question.turns[: len(answers) + 1]):
+            messages.append({"role": "user", "content": turn})
+            if number < len(answers):
+                messages.append({"role": "assistant", "content": self.text(answers[number])})
+        try:
+            return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # jinja2's, which templates raise on roles they do not take
+            raise InvalidInput(f"the model's chat template refuses question {question.id}: {one_line(error)}") from None
+
+    def _without_stop(self, tokens: Sequence[int]) -> list[int]:
+        return list(tokens[:-1] if tokens and tokens[-1] in self._stops else tokens)
+
+
+def calibration_ids(
+    questions: Sequence[Question] | None, prompter: Prompter, limit: int, prompt_tokens: int, room: int | None
+) -> list[Tensor]:
+    """Prompts to calibrate on, each (P,) long, spread evenly over the questions.
+
+    Args:
+        questions: None: the embedded model's calibration prompts.
+        limit: greatest number of prompts.
+        prompt_tokens: tokens kept of each text; conversations are not cut.
+        room: length of the longest prompt that can be used; None: any.
+
+    Raises:
+        InvalidInput: no prompt is short enough.
+    """
+    if questions is None:
+        return [prompt.ids[:prompt_tokens] for prompt in held_out_prompts("calibration")[:limit]]
+    found = [prompter.ids(question) for question in questions]
+    if not prompter.chat:
+        found = [ids[:prompt_tokens] for ids in found]
+    found = [ids for ids in found if ids and (room is None or len(ids) <= room)]
+    if not found:
+        raise InvalidInput("no prompt leaves room for the new tokens in the context; give others, or fewer new tokens")
+    stride = max(1, len(found) // limit)
+    return [torch.tensor(ids) for ids in found[::stride][:limit]]

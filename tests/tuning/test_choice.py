@@ -7,9 +7,12 @@ import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.tuning.calibrate import Calibration, record
-from medusa.tuning.curve import draw_calibration, draw_curve
-from medusa.tuning.tune import Trees, measure_steps, tune
+from medusa.trees.calibration import Calibration
+from medusa.tuning.choice import choose_trees
+from medusa.tuning.options import Trees
+from medusa.tuning.plots import draw_calibration, draw_choices
+from medusa.tuning.recording import record
+from medusa.tuning.timing import time_steps
 from tiny import VOCAB, random_heads, random_prompt, tiny_backbone
 
 
@@ -38,23 +41,23 @@ SIZES = (2, 8, 32)
 
 
 def test_where_nodes_are_free_the_tree_that_accepts_most_is_chosen(trees):
-    tuned = tune(trees, machine(0.0), sizes=SIZES)
+    tuned = choose_trees(trees, machine(0.0), sizes=SIZES)
     best = max([*tuned.options, *tuned.by_depth], key=lambda option: option.acceleration_rate)
     assert tuned.chosen[1].acceleration_rate == best.acceleration_rate > 1.02
     assert tuned.recommended_heads == tuned.chosen[1].tree.depth
 
 
 def test_on_a_slow_machine_plain_decoding_is_chosen(trees):
-    tuned = tune(trees, machine(1.0), sizes=SIZES)
+    tuned = choose_trees(trees, machine(1.0), sizes=SIZES)
     assert tuned.chosen[1].kind == "plain" and tuned.recommended_heads == 0
-    assert tune(trees, machine(1.0), sizes=SIZES, always=True).chosen[1].kind != "plain"
+    assert choose_trees(trees, machine(1.0), sizes=SIZES, always=True).chosen[1].kind != "plain"
 
 
 def test_a_tree_is_as_deep_as_its_heads_are_worth(trees):
     """Of every size: all heads where they are free and help, one where each costs more than it brings."""
 
     def timed(per_head: float):
-        return tune(trees, lambda tried, batch: [1.0 + per_head * tree.depth for tree in tried], ("dynamic",), SIZES)
+        return choose_trees(trees, lambda tried, batch: [1.0 + per_head * tree.depth for tree in tried], ("dynamic",), SIZES)
 
     for option in timed(0.0).options:
         every = [trees.option("dynamic", len(option.tree), depth) for depth in trees.depths("dynamic", len(option.tree))]
@@ -69,7 +72,7 @@ def test_each_size_is_timed_at_one_depth_once_a_few_told_what_heads_cost(trees):
         seen.append(list(tried))
         return machine(0.01)(tried, batch)
 
-    tuned = tune(trees, measure, ("dynamic",), SIZES)
+    tuned = choose_trees(trees, measure, ("dynamic",), SIZES)
     probed, chosen, depths = seen
     assert all(tried[0] == MedusaTree([]) for tried in seen)
     assert [(len(tree), tree.depth) for tree in probed[1:]] == [(2, 1), (8, 1), (8, 2), (32, 1), (32, 2)]
@@ -78,12 +81,12 @@ def test_each_size_is_timed_at_one_depth_once_a_few_told_what_heads_cost(trees):
 
 
 def test_larger_batches_get_smaller_trees(trees):
-    tuned = tune(trees, machine(0.001, per_row=0.02), sizes=SIZES, batches=(1, 64))
+    tuned = choose_trees(trees, machine(0.001, per_row=0.02), sizes=SIZES, batches=(1, 64))
     assert len(tuned.chosen[64].tree) < len(tuned.chosen[1].tree)
 
 
 def test_the_choice_has_the_most_tokens_a_second_of_all_that_was_tried(trees):
-    tuned = tune(trees, machine(0.01), kinds=("static", "dynamic", "independent"), sizes=SIZES)
+    tuned = choose_trees(trees, machine(0.01), kinds=("static", "dynamic", "independent"), sizes=SIZES)
     rates = {option.name: option.acceleration_rate / option.step_seconds[1] for option in tuned.options}
     assert tuned.chosen[1].tokens_per_second(1) >= max(rates.values())
     assert {option.kind for option in tuned.options} == {"static", "dynamic", "independent"}
@@ -107,7 +110,7 @@ def test_noise_in_a_timing_promises_no_more_than_is_accepted(trees):
             seconds = machine(0.3)(tried, batch)
             return [10.0 * seconds[0], *seconds[1:]] if len(calls) == bad + 1 else seconds
 
-        tuned = tune(trees, measure, sizes=SIZES)
+        tuned = choose_trees(trees, measure, sizes=SIZES)
         for option in [*tuned.options, *tuned.by_depth, *tuned.chosen.values()]:
             assert option.tokens_per_second(1) / tuned.plain.tokens_per_second(1) <= option.acceleration_rate + 1e-9
 
@@ -120,23 +123,23 @@ def test_a_single_text_cannot_judge(model):
 def test_steps_are_timed_for_every_tree(model):
     prompts = torch.cat([random_prompt(9), random_prompt(9, seed=1)])
     tried = [MedusaTree([]), MedusaTree.dense([2, 2]), DynamicTree(8, 2)]
-    seconds = measure_steps(model, tried, prompts, steps=3, rounds=2)
+    seconds = time_steps(model, tried, prompts, steps=3, rounds=2)
     assert len(seconds) == 3 and all(0 < each < 60 for each in seconds)
 
 
 def test_steps_of_a_tree_that_accepts_all_there_is_are_timed_too(model):
     """A greedy tiny model runs in circles: a copied path of 40 tokens soon ends the text."""
     prompts = model.generate(random_prompt(6), max_new_tokens=120, tree=MedusaTree([]))
-    seconds = measure_steps(model, [MedusaTree([]), DynamicTree(42, 1, ranks=1, copied=40)], prompts, steps=5, rounds=1)
+    seconds = time_steps(model, [MedusaTree([]), DynamicTree(42, 1, ranks=1, copied=40)], prompts, steps=5, rounds=1)
     assert all(0 < each < 60 for each in seconds)
 
 
 def test_what_was_tried_is_told_and_drawn(trees, tmp_path):
-    tuned = tune(trees, machine(0.01, 0.001), sizes=SIZES, batches=(1, 4))
+    tuned = choose_trees(trees, machine(0.01, 0.001), sizes=SIZES, batches=(1, 4))
     record = json.loads(json.dumps(tuned.to_dict()))
     assert set(record["chosen"]) == {"1", "4"} and record["plain"]["batches"]["4"]["speedup"] == 1.0
     for name, start in (("curve.png", b"\x89PNG"), ("curve.svg", b"<?xml")):
-        draw_curve(tuned, tmp_path / name)
+        draw_choices(tuned, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
 
 

@@ -5,8 +5,8 @@ import torch
 
 from medusa import MedusaTree
 from medusa.errors import InvalidInput
-from medusa.evaluation.compare import Measurement, Totals, compare, estimate, measure, overhead
 from medusa.evaluation.decoders import Decoded, MedusaDecoder, TransformersDecoder
+from medusa.evaluation.measurement import Measurement, Totals, compare_decoders, estimate, overhead, time_run
 from tiny import plain_greedy, random_prompt, tiny_backbone
 
 
@@ -23,7 +23,7 @@ def decoders(model, new_tokens: int) -> dict:
 
 def test_decoders_say_the_same_and_are_counted(tiny_model):
     prompts = [random_prompt(7), random_prompt(9, seed=1)]
-    results = compare(decoders(tiny_model, 16), prompts, rounds=2)
+    results = compare_decoders(decoders(tiny_model, 16), prompts, rounds=2)
     wanted = [[plain_greedy(tiny_model.backbone, prompt, 16)] for prompt in prompts]
     for name, measured in results.items():
         assert measured.outputs == wanted and measured.tokens == 32, name
@@ -38,7 +38,9 @@ def test_decoders_say_the_same_and_are_counted(tiny_model):
 
 
 def test_speedup_is_acceleration_over_overhead(tiny_model):
-    results = compare({name: d for name, d in decoders(tiny_model, 16).items() if "assisted" not in name}, [random_prompt(7)])
+    results = compare_decoders(
+        {name: d for name, d in decoders(tiny_model, 16).items() if "assisted" not in name}, [random_prompt(7)]
+    )
     plain, medusa = results["plain"].totals(), results["medusa"].totals()
     speedup = medusa.decode_tokens_per_second / plain.decode_tokens_per_second
     assert float(speedup) == pytest.approx(float(medusa.acceleration_rate / overhead(medusa, plain)))
@@ -58,7 +60,7 @@ def test_every_decoder_takes_its_turn_at_being_first():
             order.append(self.name)
             return Decoded([[1]], [[1]], 1, 0.0, 0.0, 1)
 
-    compare({name: Noting(name) for name in "abc"}, [torch.zeros(1, 1)] * 3, warmup=0)
+    compare_decoders({name: Noting(name) for name in "abc"}, [torch.zeros(1, 1)] * 3, warmup=0)
     assert order == [*"abc", *"bca", *"cab"]
 
 
@@ -128,7 +130,7 @@ def test_the_most_memory_is_that_of_the_run(tiny_model):
             torch.ones(self.megabytes << 18).sum()  # four bytes each
             return Decoded([[1]], [[1]], 1, 0.0, 0.0, 1)
 
-    large, small = (measure(Holding(megabytes), random_prompt(3)).peak_bytes for megabytes in (200, 1))
+    large, small = (time_run(Holding(megabytes), random_prompt(3)).peak_bytes for megabytes in (200, 1))
     if large is None:
         pytest.skip("this system does not let a process reset its peak")
     assert large - small > 150 << 20

@@ -5,7 +5,7 @@ import torch
 
 from medusa.errors import InvalidInput
 from medusa.simulation.hardware import load_hardware
-from medusa.simulation.measure import ROWS, _real, measure, validate
+from medusa.simulation.machine import ROWS, _real, measure, validate
 from medusa.simulation.operators import attention, linear
 from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import ModelShape

@@ -1,0 +1,319 @@
+"""`medusa.bench` and `medusa.experiment`: the commands as functions, from models by name to a folder of results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medusa.checkpoints import named
+from medusa.checkpoints.adapter import has_adapter
+from medusa.checkpoints.hub import find_heads
+from medusa.config import from_mapping
+from medusa.data.prompt_sets import (
+    HELD_OUT,
+    Prompter,
+    Question,
+    calibration_ids,
+    default_prompts,
+    read_questions,
+    select,
+)
+from medusa.errors import InvalidInput
+from medusa.evaluation.answers import BENCH_FILE, PromptSet
+from medusa.evaluation.catalog import Setup
+from medusa.evaluation.entries import BenchConfig, bench_entries
+from medusa.evaluation.experiments import find_experiment, measure_entries, measure_experiment, save_experiment
+from medusa.evaluation.quality import Scorer
+from medusa.evaluation.report import bench_page, save_report
+from medusa.model import MedusaModel
+from medusa.runs.console import note, progress
+from medusa.runs.plotting import can_plot
+from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
+from medusa.runs.records import refuse_claimed
+from medusa.tuning.recording import Recorded, record
+
+CALIBRATION_PROMPTS, CALIBRATION_TOKENS = 64, 256  # prompts to search trees on, and tokens of each
+PLOTS_REMEDY = "without matplotlib: pip install 'medusa-decoding[plots]' and run the same command again"
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How models are loaded."""
+
+    dtype: str | None
+    device: str | None
+    trust_remote_code: bool
+    quantization: str = "none"
+
+    def model(self, name: str, heads: str | None = None, heads_needed: bool = False) -> MedusaModel:
+        return named.load_model(
+            name, heads, None, self.dtype, self.device, self.trust_remote_code, self.quantization, heads_wanted=heads_needed
+        )
+
+    def draft(self, name: str) -> MedusaModel:
+        return dataclasses.replace(self, quantization="none").model(name)
+
+    def tokenizer(self, model: str, prompts: str) -> Any:
+        """The model's tokenizer; the held-out prompts, which are token ids, are refused for a model with other tokens."""
+        found = named.load_tokenizer(model, self.trust_remote_code)
+        if prompts == HELD_OUT and model != "embedded" and found.get_vocab() != named.load_tokenizer("embedded").get_vocab():
+            raise InvalidInput("held-out is in the embedded model's tokens, and this model has others; pass other --prompts")
+        return found
+
+    def scorer(self, medusa: MedusaModel, model: str, heads: str | None, prompter: Prompter) -> Scorer:
+        """A scorer by the original backbone: if the heads have an adapter, one loaded without it."""
+        adapted = heads is not None and has_adapter(find_heads(heads))
+        return Scorer(self.model(model) if adapted else medusa, prompter)
+
+
+def bench(
+    model: str = "embedded",
+    prompts: str | None = None,
+    output: str | Path = "bench",
+    *,
+    heads: str | None = None,
+    draft: str | None = None,
+    references: str | Path | None = None,
+    categories: Sequence[str] = (),
+    limit: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure decoders on the same prompts, interleaved in one run; returns the object of `results.json`.
+
+        found = medusa.bench("smollm2", prompts="mt-bench", output="results", limit=20, decoders=("generate", "medusa"))
+        print(found["decoders"]["medusa"]["overall"]["speedup_vs_generate"])
+
+    Notes and progress go to stderr. If interrupted, the same call resumes. For loaded models and decoders of your own there is
+    `medusa.evaluation.measurement.compare_decoders`.
+
+    Args:
+        model: a folder, GGUF file, hub id, `smollm2` or `embedded`.
+        prompts: `held-out` (default for `embedded`), `mt-bench`, `humaneval`, a file, folder or hub id.
+        output: folder for `results.json`, `results.md`, `results.html`, `answers.jsonl` and the runs behind them.
+        heads: folder or hub id of the heads; None: those beside the backbone.
+        draft: name of the draft model of decoder assisted.
+        references: file of reference answers by `question_id`.
+        categories: categories of questions to ask; empty: all.
+        limit: number of questions, spread evenly over the set; None: all.
+        dtype, device, quantization, trust_remote_code: as in `medusa.train`.
+        options: fields of `BenchConfig`, such as `temperature=0.7` or `quality=True`.
+
+    Raises:
+        MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
+    """
+    config = from_mapping(BenchConfig, _as_tuples(options), "bench options")
+    if ("assisted" in config.decoders) != (draft is not None):
+        raise InvalidInput("speculative decoding takes both --decoder assisted and --draft MODEL")
+    prompts, folder = default_prompts(model, prompts), Path(output)
+    questions = select(read_questions(prompts, references), categories, limit)
+    trees = {short: named.find_tree(name) for short, name in _short_names(config.trees, "stem").items()}
+    settings: dict[str, Any] = {"categories": list(categories), "limit": limit, "quantization": quantization}
+    settings |= {name: getattr(config, name) for name in ("temperature", "seed", "epsilon", "delta")}
+    known = {"model": model, "prompts": prompts, "max_new_tokens": config.max_new_tokens, "compile": config.compile}
+    refuse_claimed(folder / BENCH_FILE, known | settings)
+    named.require_heads(model, heads, "medusa" not in config.decoders)
+    loading = _Loading(dtype, device, trust_remote_code, quantization)
+    tokenizer = loading.tokenizer(model, prompts)
+    medusa = loading.model(model, heads, "medusa" in config.decoders)
+    drafting = loading.draft(draft) if draft is not None else None
+    if not trees:
+        named.note_advice_on_tree(medusa, model, heads, None)
+    prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
+    entries = bench_entries(config, medusa, prompt_set.limits, trees, drafting)
+    settings |= {
+        "trees": {name: tree.to_dict() for name, tree in (trees or {"own": medusa.tree}).items() if tree is not None},
+        "decoders": list(entries),
+        "draft": fingerprint(drafting) if drafting is not None else None,
+    }
+    made_with = _made_with(medusa, model, prompt_set, prompts, config.compile, settings)
+    scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if config.quality else None
+    found = measure_entries(entries, prompt_set, folder, made_with, config.rounds, scorer)
+    save_report(found, bench_page(found), folder)
+    if not can_plot():
+        note(f"no plots in results.html {PLOTS_REMEDY}")
+    return found
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """The options of an experiment; those that it lacks are refused.
+
+    Attributes:
+        medusa_2: folder of heads with the adapter of a backbone that was trained together with them.
+        drafts: names of draft models.
+        gammas: numbers of tokens that a draft model guesses at a time; empty: the experiment's own.
+        nodes: sizes of trees, the root included; empty: the experiment's own.
+        epsilons: thresholds of typical acceptance; empty: 0.01 to 0.25.
+        calibration_prompts: text to search trees on, other than the prompts; None: the embedded model's own.
+        max_new_tokens: greatest number of new tokens in an answer.
+        rounds: number of times each question is answered; the median time counts.
+        compile: compile our decoders' steps.
+    """
+
+    medusa_2: str | None = None
+    drafts: tuple[str, ...] = ()
+    gammas: tuple[int, ...] = ()
+    nodes: tuple[int, ...] = ()
+    epsilons: tuple[float, ...] = ()
+    calibration_prompts: str | None = None
+    max_new_tokens: int = 128
+    rounds: int = 1
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.max_new_tokens, *self.gammas) < 1:
+            raise InvalidInput("an experiment needs at least 1 round, new token and gamma")
+        if any(size < 2 for size in self.nodes):
+            raise InvalidInput(f"--nodes is {min(self.nodes)}, wanted at least 2: the root alone is plain decoding")
+        for value in self.epsilons:
+            if not 0 < value <= 1:
+                raise InvalidInput(f"--epsilon is {value}, wanted above 0 and at most 1")
+
+    def check(self, name: str, prompts: str | None, model: str) -> None:
+        """Refuse options that an experiment lacks, and the lack of those that it needs.
+
+        Raises:
+            InvalidInput: there is one, or there is no such experiment.
+        """
+        chosen = find_experiment(name)
+        given: dict[str, Any] = {"prompts": prompts, "medusa-2": self.medusa_2, "draft": self.drafts, "gamma": self.gammas}
+        given |= {"nodes": self.nodes, "epsilon": self.epsilons, "calibration-prompts": self.calibration_prompts}
+        for option, value in given.items():
+            if not value and option in chosen.needs:
+                raise InvalidInput(f"{name} needs --{option}; see medusa experiment --help")
+            if value and option not in (*chosen.options, "prompts"):
+                takes = ", ".join(f"--{taken}" for taken in ("prompts", *chosen.options))
+                raise InvalidInput(f"{name} takes no --{option}; it takes {takes}")
+        if name == "table-3" and len(self.nodes) > 1:
+            raise InvalidInput(f"table-3 compares trees of one size, got --nodes {list(self.nodes)}; figure-4 takes several")
+        default_prompts(model, prompts)
+        if chosen.calibrates and self.calibration_prompts is None and model != "embedded":
+            raise InvalidInput(
+                f"{name} searches trees; pass --calibration-prompts FILE with text like the prompts, none of them"
+            )
+
+
+def experiment(
+    name: str,
+    model: str = "embedded",
+    prompts: str | None = None,
+    output: str | Path | None = None,
+    *,
+    heads: str | None = None,
+    categories: Sequence[str] = (),
+    limit: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Repeat one of the paper's experiments: its decoders on the same prompts, its figures beside those measured here; returns
+    the object of `results.json`.
+
+        found = medusa.experiment("figure-4", "smollm2", prompts="mt-bench", calibration_prompts="chats.jsonl", nodes=(8, 16))
+
+    Notes and progress go to stderr. If interrupted, the same call resumes.
+
+    Args:
+        name: figure-3, figure-4, figure-5, figure-7, table-1, table-3 or table-4.
+        output: folder for `results.json`, `results.md`, `results.html`, `answers.jsonl`, the figure and the runs behind them;
+            None: `experiments/NAME`.
+        model, prompts, heads, categories, limit, dtype, device, trust_remote_code: as in `bench`.
+        options: fields of `ExperimentConfig`.
+
+    Raises:
+        MedusaError: an option that the experiment lacks, or a file, model or folder that cannot be used.
+    """
+    config = from_mapping(ExperimentConfig, _as_tuples(options), "experiment options")
+    config.check(name, prompts, model)
+    chosen, prompts = find_experiment(name), default_prompts(model, prompts)
+    questions = select(read_questions(prompts), categories, limit)
+    calibrating = None if config.calibration_prompts is None else read_questions(config.calibration_prompts)
+    loading = _Loading(dtype, device, trust_remote_code)
+    tokenizer = loading.tokenizer(model, prompts)
+    medusa = loading.model(model, heads, "draft" not in chosen.needs)
+    prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
+    folder = Path("experiments") / name if output is None else Path(output)
+
+    def recorded(which: MedusaModel) -> list[Recorded]:
+        room = None if which.context is None else which.context - config.max_new_tokens - which.num_heads
+        prompter = Prompter(tokenizer, which.eos_token_ids)
+        texts = calibration_ids(calibrating, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
+        kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")
+        with progress("recording", len(texts), "prompts") as bar:
+            return record(which, texts, config.max_new_tokens, folder=kept, on_progress=bar.update)
+
+    medusa_2 = None if config.medusa_2 is None else _load_medusa_2(loading, model, config.medusa_2)
+    drafts = {short: loading.draft(draft) for short, draft in _short_names(config.drafts, "name").items()}
+    swept = config.nodes, config.epsilons, config.gammas
+    setup = Setup(medusa, prompt_set.limits, recorded, medusa_2, drafts, *swept, config.compile)
+    for row in chosen.missing(setup):
+        note(f"left out: {row}")
+    models = {"tree": medusa.tree.to_dict(), **_others(setup)}
+    made_with = _made_with(medusa, model, prompt_set, prompts, config.compile, models)
+    scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if chosen.quality else None
+    found = measure_experiment(name, setup, prompt_set, scorer, folder, made_with, config.rounds)
+    save_experiment(found, folder)
+    if chosen.axis is not None and not can_plot():
+        note(f"no figure {PLOTS_REMEDY}")
+    return found
+
+
+def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _short_names(paths: Sequence[str], part: str) -> dict[str, str]:
+    """Paths by a part of each, `name` or `stem`; by the whole path if two share that part."""
+    shorts = [getattr(Path(path), part) for path in paths]
+    return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
+
+
+def _others(setup: Setup) -> dict[str, Any]:
+    """Hashes of the other models of an experiment."""
+    other = setup.medusa_2
+    return {
+        "medusa_2": None if other is None or other.heads is None else [fingerprint(other), heads_fingerprint(other.heads)],
+        "drafts": {title: fingerprint(each) for title, each in setup.drafts.items()},
+    }
+
+
+def _load_medusa_2(loading: _Loading, model: str, heads: str) -> MedusaModel:
+    """The model with the adapter that was trained together with its heads."""
+    if not has_adapter(find_heads(heads)):
+        raise InvalidInput(f"{heads} holds no adapter; --medusa-2 takes what training with a LoRA backbone wrote")
+    return loading.model(model, heads, heads_needed=True)
+
+
+def _prompt_set(model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
+    """The questions that fit the context; the others are noted."""
+    prompt_set = PromptSet.of(model, tokenizer, questions, max_new_tokens)
+    if prompt_set.left_out:
+        names = ", ".join(question.id for question in prompt_set.left_out)
+        note(f"left out, their prompts being empty or too long for the context: {names}")
+    return prompt_set
+
+
+def _made_with(
+    medusa: MedusaModel, model: str, prompt_set: PromptSet, prompts: str, compile: bool, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Model, machine and settings of answers; a folder holds only answers with the same ones."""
+    return {
+        "model": model,
+        "backbone": fingerprint(medusa),
+        "heads": heads_fingerprint(medusa.heads) if medusa.heads is not None else None,
+        **more,
+        "prompts": prompts,
+        "questions": prompt_set.digest,
+        "max_new_tokens": prompt_set.limits["max_new_tokens"],
+        "dtype": str(medusa.backbone.dtype).removeprefix("torch."),
+        "compile": compile,
+        **environment(medusa.device),
+    }

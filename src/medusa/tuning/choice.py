@@ -1,0 +1,168 @@
+"""Choice: the kind, size and depth of tree with the most tokens a second on this machine.
+
+Tokens a step are replayed on recorded texts, seconds a step are measured here, and the quotient decides. If no tree pays, plain
+decoding, the root alone, is chosen.
+
+Replay is cheap, timing is not. So trees of every kind, size and depth are replayed, and few are timed: of each kind three
+sizes, with one head and with all. The time of a step is nearly linear in nodes and in heads, so a plane fitted to these times
+predicts the most promising depth of every kind and size. Then the tree of that depth is timed, and the fastest at all depths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from medusa.trees.dynamic import DynamicTree
+from medusa.trees.static import MedusaTree
+from medusa.tuning.options import PLAIN, SIZES, USUAL_KINDS, Option, Trees, different
+
+LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that its promise is wrong
+
+# Seconds of a step with each tree, for a batch size.
+StepTimer = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """All options that were timed, and the choice for each batch size.
+
+    Attributes:
+        by_depth: the choice for the smallest batch with 1, 2, … heads: what each head adds.
+    """
+
+    plain: Option
+    options: list[Option]
+    by_depth: list[Option]
+    chosen: dict[int, Option]
+
+    @property
+    def recommended_heads(self) -> int:
+        """The number of heads with the most tokens a second (paper 2.2.3); 0 if plain decoding was chosen."""
+        return self.chosen[min(self.chosen)].tree.depth
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plain": self._described(self.plain),
+            "options": [self._described(option) for option in self.options],
+            "by_depth": [self._described(option) for option in self.by_depth],
+            "chosen": {str(batch): self._described(option) for batch, option in self.chosen.items()},
+            "recommended_heads": self.recommended_heads,
+        }
+
+    def _described(self, option: Option) -> dict[str, Any]:
+        by_batch = {
+            str(batch): {
+                "step_seconds": seconds,
+                "overhead": option.overhead(self.plain, batch),
+                "speedup": option.speedup(self.plain, batch),
+            }
+            for batch, seconds in option.step_seconds.items()
+        }
+        return {
+            "kind": option.kind,
+            "nodes": len(option.tree),
+            "depth": option.tree.depth,
+            "acceleration_rate": option.acceleration_rate,
+            "interval": list(option.interval),
+            "if_independent": option.if_independent,
+            "batches": by_batch,
+        }
+
+
+def choose_trees(
+    trees: Trees,
+    timer: StepTimer,
+    kinds: Sequence[str] = USUAL_KINDS,
+    sizes: Sequence[int] = SIZES,
+    batches: Sequence[int] = (1,),
+    always: bool = False,
+) -> Choices:
+    """Time every kind and size at its most promising depth, then the best at all depths; choose for each batch size.
+
+    Args:
+        timer: measures steps here; plain decoding is timed next to the others every time.
+        always: choose a tree even if plain decoding is faster.
+    """
+    options = different([each for kind in kinds for each in promising(trees, timer, kind, sizes, batches)])
+    plain, *options = _timed([PLAIN, *options], timer, batches)
+    chosen = {batch: choose(options, plain, batch, always) for batch in batches}
+    smallest = min(batches)
+    first, by_depth = chosen[smallest], []
+    if first.kind != "plain":
+        size = len(first.tree)
+        tried = [trees.option(first.kind, size, depth) for depth in trees.depths(first.kind, size)]
+        again, *by_depth = _timed([PLAIN, *different(tried)], timer, [smallest])
+        by_depth = [_rescaled(option, again, plain, smallest) for option in by_depth]
+        chosen[smallest] = choose(by_depth, plain, smallest, always)
+    return Choices(plain, options, by_depth, chosen)
+
+
+def choose(options: Sequence[Option], plain: Option, batch: int, always: bool = False) -> Option:
+    """The option with the most tokens a second; plain decoding if none is clearly faster, unless `always`.
+
+    >>> fast = Option("static", MedusaTree.dense([2]), 1.5, (1.4, 1.6), None, {1: 0.011})
+    >>> slow = Option("static", MedusaTree.dense([8]), 1.9, (1.8, 2.0), None, {1: 0.02})
+    >>> choose([fast, slow], dataclasses.replace(PLAIN, step_seconds={1: 0.010}), 1).name
+    'static 3, depth 1'
+    >>> choose([fast, slow], dataclasses.replace(PLAIN, step_seconds={1: 0.007}), 1).name
+    'plain'
+    """
+    best = max(options, key=lambda option: option.tokens_per_second(batch))
+    return best if always or best.speedup(plain, batch) >= LEAST_SPEEDUP else plain
+
+
+def promising(trees: Trees, timer: StepTimer, kind: str, sizes: Sequence[int], batches: Sequence[int]) -> list[Option]:
+    """For every size of this kind the depth that should give the most tokens a second, by a plane of step times.
+
+    The plane is fitted to the smallest, the middle and the largest size, each with one head and with all. Batch sizes may
+    differ in the best depth; then a size has several options.
+    """
+    ordered = sorted(sizes)
+    corners = [
+        trees.option(kind, size, depth)
+        for size in dict.fromkeys((ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+        for depth in dict.fromkeys((1, trees.depths(kind, size)[-1]))
+    ]
+    timed = _timed([PLAIN, *different(corners)], timer, batches)
+    found = []
+    for batch in batches:
+        predict = step_plane(timed, batch)
+        for size in ordered:
+            tried = [trees.option(kind, size, depth) for depth in trees.depths(kind, size)]
+            found.append(max(tried, key=lambda option: option.acceleration_rate / predict(option.tree)))  # shallowest if equal
+    return different(found)
+
+
+def step_plane(timed: Sequence[Option], batch: int) -> Callable[[MedusaTree | DynamicTree], float]:
+    """Predicted seconds of a step: plain + a nodes + b heads, fitted by least squares.
+
+    Args:
+        timed: plain decoding first, then trees of one kind.
+    """
+
+    def terms(tree: MedusaTree | DynamicTree) -> list[float]:
+        return [len(tree) - 1, tree.depth]
+
+    plain = timed[0].step_seconds[batch]
+    rows = np.array([terms(option.tree) for option in timed[1:]], dtype=float)
+    above = np.array([option.step_seconds[batch] - plain for option in timed[1:]])
+    factors = np.linalg.lstsq(rows, above, rcond=None)[0]
+    return lambda tree: plain + max(0.0, float(np.dot(terms(tree), factors)))
+
+
+def _timed(options: Sequence[Option], timer: StepTimer, batches: Sequence[int]) -> list[Option]:
+    """The options with their step times, plain decoding first; no tree counts as faster than plain, which does less."""
+    seconds = {batch: timer([option.tree for option in options], batch) for batch in batches}
+    return [
+        dataclasses.replace(option, step_seconds={b: max(times[number], times[0]) for b, times in seconds.items()})
+        for number, option in enumerate(options)
+    ]
+
+
+def _rescaled(option: Option, its_plain: Option, plain: Option, batch: int) -> Option:
+    """An option timed next to another plain step, on the scale of this one."""
+    return dataclasses.replace(option, step_seconds={batch: option.overhead(its_plain, batch) * plain.step_seconds[batch]})

@@ -1,0 +1,267 @@
+"""`medusa.tune`: the command as a function, from a model by name to the tree that is fastest on this machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa.checkpoints import named
+from medusa.config import from_mapping
+from medusa.data.prompt_sets import Prompter, calibration_ids, default_prompts, read_questions
+from medusa.errors import InvalidInput
+from medusa.model import MedusaModel
+from medusa.runs.console import progress
+from medusa.runs.files import write_json
+from medusa.runs.plotting import can_plot
+from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
+from medusa.trees.calibration import CALIBRATION_FILE, Calibration
+from medusa.trees.files import Tree, TreeChoice, save_tree
+from medusa.tuning.choice import Choices, choose_trees
+from medusa.tuning.options import SIZES, TREE_KINDS, USUAL_KINDS, Trees, copied_nodes
+from medusa.tuning.plots import draw_calibration, draw_choices
+from medusa.tuning.recording import Recorded, record
+from medusa.tuning.timing import room_to_time, time_steps
+
+TUNING_FILE = "tuning.json"
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """What is recorded, tried and timed.
+
+    Attributes:
+        nodes: sizes of trees, the root included; plain decoding is always tried.
+        kinds: of `medusa.tuning.options.TREE_KINDS`.
+        batches: batch sizes to choose a tree for.
+        contexts: context lengths at which steps are timed, in tokens; empty: the median of the prompts.
+        always: choose a tree even if plain decoding is faster.
+        max_new_tokens: places recorded after each prompt.
+        temperature: 0 records greedy continuations; above 0 they are drawn.
+        ranks: guesses of each head that may become nodes.
+        batch_size: number of prompts continued together while recording.
+        rounds: number of times that the steps of each tree are timed, in turn.
+        compile: time compiled steps.
+    """
+
+    nodes: tuple[int, ...] = SIZES
+    kinds: tuple[str, ...] = USUAL_KINDS
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = ()
+    always: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    ranks: int = 64
+    batch_size: int = 8
+    rounds: int = 5
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 2), ("batches", 1), ("contexts", 1)):
+            if any(value < least for value in getattr(self, name)):
+                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, wanted at least {least}")
+        if unknown := [kind for kind in self.kinds if kind not in TREE_KINDS]:
+            raise InvalidInput(f"kinds of tuning hold {unknown[0]!r}, wanted {', '.join(TREE_KINDS)}")
+        for name in ("max_new_tokens", "ranks", "batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, wanted at least 1")
+        if self.temperature < 0 or not self.nodes or not self.kinds or not self.batches:
+            raise InvalidInput(f"tuning needs nodes, kinds, batches and a temperature of at least 0, got {self}")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of a tuning.
+
+    Attributes:
+        tree: the chosen tree, or one for each batch size; the root alone if no tree pays.
+        choices: all options that were timed.
+        calibration: what the heads got right.
+        texts: number of recorded texts.
+        made_with: model, machine and settings.
+    """
+
+    tree: Tree
+    choices: Choices
+    calibration: Calibration
+    texts: int
+    temperature: float
+    made_with: dict[str, Any] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of `tuning.json`."""
+        return {
+            "tree": self.tree.to_dict(),
+            **self.choices.to_dict(),
+            "calibration": {
+                "accuracies": self.calibration.accuracies,
+                "positions": self.calibration.positions,
+                "texts": self.texts,
+                "temperature": self.temperature,
+            },
+            "made_with": self.made_with,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the tree file, and beside it `calibration.json`, `tuning.json` and, with matplotlib, their plots."""
+        save_tree(self.tree, path)
+        self.calibration.save(path.parent / CALIBRATION_FILE, self.made_with)
+        write_json(path.parent / TUNING_FILE, self.to_dict())
+        if can_plot():
+            draw_choices(self.choices, path.parent / "tuning.png")
+            draw_calibration(self.calibration, path.parent / "calibration.png")
+
+
+def tune(
+    model: str = "embedded",
+    prompts: str | None = None,
+    output: str | Path | None = None,
+    *,
+    heads: str | None = None,
+    limit: int = 64,
+    prompt_tokens: int = 256,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantization: str = "none",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Tuned:
+    """Choose the tree with the most tokens a second on this machine: record, replay, time (paper 2.3.3, 2.2.3).
+
+        tuned = medusa.tune("smollm2", prompts="chats.jsonl", output="heads/medusa_tree.json", nodes=(8, 16, 32))
+        print(tuned.tree, tuned.choices.chosen[1].name)
+
+    Progress goes to stderr. For a loaded model there is `medusa.tuning.verbs.tune_model`.
+
+    Args:
+        model: a folder, GGUF file, hub id, `smollm2` or `embedded`.
+        prompts: text like the model will see: a set, file, folder or hub id; None: the embedded model's calibration prompts.
+        output: tree file to write; `calibration.json`, `tuning.json` and `recorded/` go beside it. If interrupted, call
+            it again to resume.
+        heads: folder or hub id of the heads; None: those beside the backbone.
+        limit: greatest number of prompts.
+        prompt_tokens: tokens used of each text; conversations are not cut.
+        dtype, device, quantization, trust_remote_code: as in `medusa.train`.
+        options: fields of `TuningConfig`, such as `batches=(1, 8)` or `temperature=0.7`.
+
+    Raises:
+        MedusaError: an option, file or model cannot be used, before anything is loaded where that can be known.
+    """
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    config = from_mapping(TuningConfig, given, "tuning options")
+    if limit < 1 or prompt_tokens < 1:
+        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, wanted at least 1")
+    source = default_prompts(model, prompts)
+    named.require_heads(model, heads)
+    questions = None if prompts is None else read_questions(source)
+    if questions is not None and len(questions) == 1:
+        raise InvalidInput(f"{prompts} holds one prompt, which cannot both choose trees and judge them; give more prompts")
+    medusa = named.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
+    tokenizer = named.load_tokenizer(model, trust_remote_code)
+    room = None if medusa.context is None else medusa.context - config.max_new_tokens - medusa.num_heads
+    chosen = calibration_ids(questions, Prompter(tokenizer, medusa.eos_token_ids), limit, prompt_tokens, room)
+    return tune_model(medusa, chosen, output, config, source if questions is not None else "held out")
+
+
+def tune_model(
+    model: MedusaModel,
+    prompts: Sequence[Tensor],  # each (P,) long
+    output: str | Path | None = None,
+    config: TuningConfig | None = None,
+    source: str = "",
+) -> Tuned:
+    """Tune a loaded model; see `tune`.
+
+    Args:
+        source: name of the prompts, for the record.
+
+    Raises:
+        InvalidInput: a context without room for timing, fewer than two texts, or an output made with something else.
+    """
+    config = config or TuningConfig()
+    path = None if output is None else Path(output)
+    room = _check_room(model, config)
+    with progress("recording", len(prompts), "prompts") as bar:
+        texts = record(
+            model,
+            prompts,
+            config.max_new_tokens,
+            config.ranks,
+            config.temperature,
+            batch_size=config.batch_size,
+            folder=None if path is None else path.parent / "recorded",
+            on_progress=bar.update,
+        )
+    trees = Trees(texts)
+    with progress("searching trees", len(config.kinds) * len(config.nodes), "sizes") as bar:
+        trees.search(config.kinds, config.nodes, bar.update)
+    timer = _Timer(model, texts, config, config.contexts or (_usual_length(texts, model, room),))
+    choices = choose_trees(trees, timer, config.kinds, config.nodes, sorted(config.batches), config.always)
+    picked = {batch: option.tree for batch, option in choices.chosen.items()}
+    tree: Tree = picked[min(picked)] if len(set(picked.values())) == 1 else TreeChoice(picked)
+    made_with = _made_with(model, source, timer.contexts, config.compile)
+    tuned = Tuned(tree, choices, Calibration.of(texts), len(texts), config.temperature, made_with)
+    if path is not None:
+        tuned.save(path)
+    return tuned
+
+
+@dataclass(frozen=True)
+class _Timer:
+    """Seconds of a step after recorded text, the mean over context lengths."""
+
+    model: MedusaModel
+    texts: list[Recorded]
+    config: TuningConfig
+    contexts: tuple[int, ...]
+
+    def __call__(self, trees: Sequence[Any], batch: int) -> list[float]:
+        temperature, rounds = self.config.temperature, self.config.rounds
+        sampling = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
+        options: dict[str, Any] = {"rounds": rounds, "compile": self.config.compile, **sampling}
+        total = len(trees) * (rounds + 1) * len(self.contexts)
+        with progress(f"timing steps, batch {batch}", total, "trees") as bar:
+            seconds = [
+                time_steps(self.model, trees, self._rows(batch, length), on_progress=bar.update, **options)
+                for length in self.contexts
+            ]
+        return [statistics.fmean(each) for each in zip(*seconds, strict=True)]
+
+    def _rows(self, batch: int, length: int) -> Tensor:
+        """(batch, length) long of recorded text, repeated if there is too little."""
+        ids = torch.cat([text.ids for text in self.texts])
+        return ids.repeat(-(-batch * length // len(ids)))[: batch * length].view(batch, length)
+
+
+def _check_room(model: MedusaModel, config: TuningConfig) -> int:
+    """The number of tokens that timing adds to a context, refused if there is no room for them."""
+    copied = max(copied_nodes(kind, size) for kind in config.kinds for size in config.nodes)
+    room = room_to_time(model.num_heads, max(model.num_heads, copied))
+    if model.context is not None and max(config.contexts, default=1) + room > model.context:
+        longest = model.context - room
+        raise InvalidInput(f"--context is {max(config.contexts)}, wanted at most {longest}: timing adds {room} tokens to it")
+    return room
+
+
+def _usual_length(texts: Sequence[Recorded], model: MedusaModel, room: int) -> int:
+    """The median length of the prompts, or less if timing needs the room."""
+    usual = int(statistics.median(text.start + 1 for text in texts))
+    return usual if model.context is None else max(1, min(usual, model.context - room))
+
+
+def _made_with(model: MedusaModel, source: str, contexts: Sequence[int], compile: bool) -> dict[str, Any]:
+    assert model.heads is not None
+    return {
+        "prompts": source,
+        "contexts": list(contexts),
+        "compile": compile,
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
+        "backbone": fingerprint(model),
+        "heads": heads_fingerprint(model.heads),
+        **environment(model.device),
+    }
