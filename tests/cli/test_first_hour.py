@@ -11,6 +11,7 @@ from medusa import MedusaModel, MedusaTree
 from medusa.cli import showing
 from medusa.cli.train import FIELDS, GROUPS
 from medusa.training.config import resolve
+from medusa.trees.files import save_tree
 from tiny import random_heads, random_tree, tiny_backbone
 
 TEMPLATE = (
@@ -67,7 +68,7 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
             ["train", "{own}/text", "--data", "{texts}", "--heads", "{own}/text", "-o", "{new}"],
             "has no Medusa heads to start from",
         ),
-        (["train", "{own}/text", "--data", "{texts}", "-o", "{begun}"], "holds checkpoints of a run; go on with --resume"),
+        (["train", "{own}/text", "--data", "{texts}", "-o", "{begun}"], "checkpoints of a run; continue it with --resume"),
         (["distill", "{own}/chat", "--data", "no.txt", "-o", "{new}"], "no data file no.txt"),
         (["distill", "{own}/chat", "--data", "{set}", "-o", "{made}"], "was made with model 'other', not"),
         (
@@ -135,11 +136,11 @@ def test_generate_says_which_tree_it_uses_where_none_was_tuned(medusa, own, tmp_
         (heads / file.name).write_bytes(file.read_bytes())
     ask = ["generate", own / "text", "x = ", "--heads", heads, "-n", "12"]
     assert "these heads have no tree file: a dynamic tree of 16 nodes, maybe slower" in medusa(*ask)[2]
-    MedusaTree.dense([2, 2]).save(heads / "medusa_tree.json")
+    save_tree(MedusaTree.dense([2, 2]), heads / "medusa_tree.json")
     assert "7 nodes, is not tuned" in medusa(*ask)[2]
     (heads / "tuning.json").write_text(json.dumps({"made_with": {"dtype": "bfloat16"}}))
     assert "was tuned in bfloat16 and runs in float32" in medusa(*ask)[2]
-    MedusaTree([]).save(heads / "medusa_tree.json")
+    save_tree(MedusaTree([]), heads / "medusa_tree.json")
     assert "the root alone, as medusa tune chose: no tree paid. This is plain decoding" in medusa(*ask)[2]
     assert "tree" not in medusa(*ask, "--tree", "root")[2].replace("tokens a step", "")
 
