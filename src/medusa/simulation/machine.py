@@ -23,7 +23,7 @@ from medusa.simulation.shapes import BUILT_IN
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def measure(
+def measure_machine(
     device: str, dtype: str = "bfloat16", megabytes: int = 256, widths: Sequence[int] = (512, 2048), rounds: int = 5
 ) -> Hardware:
     """Measure a machine: copy bandwidth, linear layers by width and rows, elementwise passes, launches, fixed costs.
@@ -50,7 +50,7 @@ def measure(
         peak={dtype: best},
         bandwidth=bandwidth,
         memory=float(_memory(device)),
-        source=f"measured: {describe(device)}, torch {torch.__version__}",
+        source=f"measured: {device_name(device)}, torch {torch.__version__}",
         compute_share=1.0,
         bandwidth_share=1.0,
         launch=launch,
@@ -206,8 +206,8 @@ def _memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def describe(device: str) -> str:
-    """The machine in words."""
+def device_name(device: str) -> str:
+    """The name of a GPU, or of the CPU with its number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")

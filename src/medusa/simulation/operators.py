@@ -140,7 +140,7 @@ def _mlp(shape: ModelShape, width: int) -> list[tuple[str, int, int]]:
     return [("up", shape.hidden, width), *gate, ("down", width, shape.hidden)]
 
 
-def step(
+def step_operators(
     shape: ModelShape,
     b: int,
     s: int,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from medusa.errors import InvalidInput
 from medusa.simulation.hardware import ELEMENT, Hardware
-from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step
+from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step_operators
 from medusa.simulation.shapes import ModelShape
 from medusa.trees.calibration import Calibration
 
@@ -58,7 +58,7 @@ class Setting:
             block = layers(self.shape, batch, length, candidates, self.element, self.weight_bytes, count=1)
             return [operator for operator in block if operator.name.removeprefix("expert ") in PAPER_BLOCK]
         heads = min(self.num_heads, candidates - 1)  # no tree is deeper
-        return step(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
+        return step_operators(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
 
     def seconds(self, batch: int, length: int, candidates: int) -> float:
         """Predicted time of a step."""
