@@ -55,7 +55,6 @@ def main() -> None:
         for first in tqdm(range(0, len(prompts), size), desc=f"Medusa, {size} at a time", dynamic_ncols=True):
             batch = prompts[first : first + size]
             ids, mask = left_padded(batch)
-            width = ids.shape[1]
             out = model.generate(
                 ids,
                 mask,
@@ -64,8 +63,8 @@ def main() -> None:
                 compile=args.compile,
                 return_dict_in_generate=True,
             )
-            for row, lengths in enumerate(out.acceptance_lengths):
-                got, wanted = out.sequences[row, width : width + sum(lengths)].tolist(), own[first + row]
+            for row in range(len(batch)):
+                got, wanted = out.new_tokens(row).tolist(), own[first + row]
                 same += got == wanted
                 if got != wanted:
                     record["differences"].append({"batch": size, "prompt": first + row, **tie(model, batch[row], got, wanted)})

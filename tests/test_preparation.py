@@ -9,9 +9,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerationMixin, MaxLengthCriteria
 
 from medusa import MedusaModel, MedusaTree
-from medusa.backbone.backbone import Backbone
+from medusa.backbone.lm import TreeLM
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
-from medusa.preparation import ARGUMENTS
+from medusa.settings import ARGUMENTS
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 PROMPT = random_prompt(7)
@@ -76,10 +76,10 @@ def test_position_ids_that_follow_from_the_mask_are_taken(tiny_model):
 
 
 def test_setting_of_a_newer_transformers_is_refused_until_someone_decides(tiny_model, monkeypatch):
-    from medusa import preparation
+    from medusa import settings
 
-    keys = preparation._config_keys()
-    monkeypatch.setattr(preparation, "_config_keys", lambda: keys | {"braid_size"})
+    keys = settings._config_keys()
+    monkeypatch.setattr(settings, "_config_keys", lambda: keys | {"braid_size"})
     config = GenerationConfig(max_new_tokens=2, pad_token_id=0)
     assert tiny_model.generate(PROMPT, generation_config=config).shape == (1, 9)
     config.braid_size = 3
@@ -236,14 +236,14 @@ def test_peft_models_hand_over_to_medusa(kind):
 
 def test_cache_goes_by_the_name_that_the_decoder_gives_it():
     backbone = tiny_backbone()
-    before, forward = Backbone(backbone), backbone.model.forward
+    before, forward = TreeLM(backbone), backbone.model.forward
     wanted = before.prefill(PROMPT, None, before.new_cache(7))
 
     def renamed(input_ids, attention_mask, position_ids, cache, use_cache):
         return forward(input_ids, attention_mask, position_ids, past_key_values=cache, use_cache=use_cache)
 
     backbone.model.forward = renamed
-    after = Backbone(backbone)
+    after = TreeLM(backbone)
     assert torch.equal(after.prefill(PROMPT, None, after.new_cache(7)), wanted)
 
 

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 import medusa.decoding
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
-from medusa.preparation import FOLLOWED, REFUSED, WITHOUT_EFFECT
 from medusa.sampling import draw
+from medusa.settings import FOLLOWED, REFUSED, WITHOUT_EFFECT
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 NEW = 6

@@ -1,4 +1,4 @@
-"""Acceptance: which drafted tokens the backbone would also have said."""
+"""Acceptance: which drafted tokens agree with the backbone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medusa.trees.tensors import TreeTensors
 
 @dataclass(frozen=True)
 class TypicalAcceptance:
-    """Thresholds of typical acceptance (paper 2.3.1): the hard one and the one that falls with entropy."""
+    """Thresholds of typical acceptance (paper 2.3.1): a fixed one, and one that falls with entropy."""
 
     epsilon: float = 0.09
     delta: float = 0.3
@@ -38,18 +38,18 @@ class Accepted:
 def accept_exact(
     tree: TreeTensors,
     tokens: Tensor,  # (B, N) long: the token of every node
-    said: Tensor,  # (B, N) long: the backbone's own token after every node
+    target: Tensor,  # (B, N) long: the backbone's own token after every node
 ) -> Accepted:
-    """Descend while a child is just what the backbone says after its parent.
+    """Descend while a child is the backbone's own token after its parent.
 
-    With the argmax as `said` this is greedy acceptance. With a draw from the backbone's distribution p at every node it
+    With the argmax as `target` this is greedy acceptance. With a draw from the backbone's distribution p at every node it
     is exact sampling: the token after each accepted node is that one draw, whether the tree held it or not, so the output
-    is distributed as p for any tree that depends only on the past; and as the draw is accepted whenever the tree holds
-    it, no rule with the same candidates accepts more.
+    is distributed as p for any tree that depends only on the past. The draw is accepted whenever the tree holds it, so no
+    rule accepts more of the same candidates.
     """
-    agreed = tokens == said.gather(1, tree.parents.expand_as(tokens))
+    agreed = tokens == target.gather(1, tree.parents.expand_as(tokens))
     node = _reachable(tree, agreed).mul(tree.depths + 1).argmax(-1)  # at most one node at each depth is reachable
-    return _accepted(tree, node, said)
+    return _accepted(tree, node, target)
 
 
 def accept_typical(
@@ -58,9 +58,9 @@ def accept_typical(
     scores: Tensor,  # (B, N, V) float32: the backbone's logits after temperature and processors
     thresholds: TypicalAcceptance,
 ) -> Accepted:
-    """Descend to every child that is typical of the backbone; the longest path wins, among equals the likeliest.
+    """Descend to every child that is typical of the backbone; the longest path wins, then the likeliest.
 
-    Not lossless: opt-in. The root is the backbone's argmax and unconditional (paper 2.3.1).
+    Not lossless, hence opt-in. The root is the backbone's argmax and always accepted (paper 2.3.1).
     """
     log_p = scores.log_softmax(-1)
     entropy = torch.special.entr(log_p.exp()).sum(-1)  # (B, N)
@@ -71,7 +71,7 @@ def accept_typical(
     reachable = _reachable(tree, own.exp() > threshold.gather(1, parents))
     depth = reachable * (tree.depths + 1)
     deepest = depth == depth.amax(-1, keepdim=True)
-    own = own.masked_fill(tree.depths == 0, 0.0).clamp(min=-1e4)  # finite: -inf times 0 is no number
+    own = own.masked_fill(tree.depths == 0, 0.0).clamp(min=-1e4)  # finite: -inf times 0 is NaN
     likelihood = (tree.ancestors.to(own.dtype) @ own[..., None]).squeeze(-1)
     node = likelihood.masked_fill(~deepest, -torch.inf).argmax(-1)
     return _accepted(tree, node, scores.argmax(-1))
@@ -79,18 +79,18 @@ def accept_typical(
 
 def _reachable(
     tree: TreeTensors,
-    accepted: Tensor,  # (B, N) bool: whether the node follows its parent; the root's own entry does not count
-) -> Tensor:  # (B, N) bool: whether it and all above it do
+    accepted: Tensor,  # (B, N) bool: the node may follow its parent; the root's entry is ignored
+) -> Tensor:  # (B, N) bool: the node and all its ancestors are accepted
     accepted = accepted | (tree.depths == 0)
     return (accepted[:, None, :] | ~tree.ancestors).all(-1)
 
 
-def _accepted(tree: TreeTensors, node: Tensor, said: Tensor) -> Accepted:
+def _accepted(tree: TreeTensors, node: Tensor, target: Tensor) -> Accepted:
     rows = torch.arange(len(node), device=node.device)
     path = tree.lineage.expand(len(node), -1, -1)[rows, node]
     return Accepted(
         node=node,
         path=path,
         length=(path >= 0).sum(-1),
-        bonus=said.gather(1, node[:, None]).squeeze(1),
+        bonus=target.gather(1, node[:, None]).squeeze(1),
     )

@@ -1,4 +1,4 @@
-"""The pool: rows that decode together, where a request that ends is replaced at once by the next."""
+"""The pool: rows that decode together; when a request ends, the next takes its row at once."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa.decoding import Decodable, DecodingOptions, DecodingState, admit, check_request, room, step, vacant
+from medusa.decoding import check_request, step
+from medusa.state import Decodable, DecodingOptions, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
 
-JOIN_SHARE = 16  # of this many rows one may wait for others to join with: a pass over several prompts costs little more
+JOIN_SHARE = 16  # requests join once 1 / JOIN_SHARE of the rows is free: a pass over several prompts costs little more
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be continued. Its output depends on its seed, never on the rows beside it."""
+    """A prompt to continue. Its output depends on its seed, never on the rows beside it."""
 
     ids: list[int]
     seed: int = 0
-    tag: Any = None  # whatever the caller knows it by
+    tag: Any = None  # the caller's name for it
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of a request."""
+    """A request and its continuation."""
 
     request: Request
     tokens: list[int]
@@ -40,12 +41,12 @@ def decode_queue(
     tree: Tree,
     options: DecodingOptions,
 ) -> Iterator[Finished]:
-    """Decode requests, so many rows at a time, as `decode` would each of them alone with its seed.
+    """Decode requests in a batch of rows. Each gets the tokens that `decode` gives it alone with its seed.
 
     Args:
-        take: the next request; None while there is none. It is asked again after every request that ends, which may have
-            brought others about, and when nothing is left to decode it is over.
-        rows: requests that decode at a time.
+        take: returns the next request, or None if there is none now. It is called again whenever a request ends, since that
+            may lead to new ones; decoding ends when no request is left.
+        rows: number of requests decoded at a time.
 
     Raises:
         InvalidInput, ContextOverflow, InvalidTree: a request cannot be decoded (see `decode`).

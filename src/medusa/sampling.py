@@ -1,4 +1,4 @@
-"""Sampling: the backbone's distribution after logits processors, and one reproducible draw from it per tree node."""
+"""Sampling: the backbone's distribution after logits processors, and one reproducible draw per tree node."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch.nn.functional import pad
 
 from medusa.trees.tensors import TreeTensors
 
-BLOCK = 256  # tokens, of a draw's first level
+BLOCK = 256  # tokens per block of a draw's first level
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 Levels = list[tuple[Tensor, Tensor]]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
-Reads = Literal["scores", "tokens", "length"]  # nothing else; the row's tokens; its tokens with their padding
+Reads = Literal["scores", "tokens", "length"]  # scores alone; also the row's tokens; also its tokens with padding
 
 
 @dataclass(frozen=True)
 class Processors:
-    """Logits processors in order, each with what it looks at besides the scores."""
+    """Logits processors in order, each with what it reads."""
 
     steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
-    unseen: int = 0  # slots at the left of the prefixes that stand for no token (soft prompts), shown to none
+    unseen: int = 0  # leading slots of every prefix that hold no token (soft prompts); processors do not see them
 
     def __bool__(self) -> bool:
         return bool(self.steps)
 
     @property
     def read_paths(self) -> bool:
-        """Whether one of them looks at tokens."""
+        """Whether one of them reads tokens."""
         return any(reads != "scores" for _, reads in self.steps)
 
     def __call__(
         self,
         logits: Tensor,  # (B, N, V)
-        prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, padded; None: the row is finished
-        pads: Sequence[int],  # per row, how many of them are padding
-        nodes: NodePrefixes | None = None,  # None: logits follow the prefixes themselves, N = 1
+        prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, left-padded; None: the row has finished
+        pads: Sequence[int],  # per row, the number of padding tokens
+        nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the prefixes
     ) -> Tensor:  # (B, N, V), float32 where there are processors
         """Scores of every node: each processor sees the prefix of that node's own path. Without processors, the logits."""
         if not self.steps:
@@ -69,17 +69,17 @@ class Processors:
 
 @dataclass(frozen=True)
 class NodePrefixes:
-    """The tokens along every node's path, by depth, for processors that look at them."""
+    """The tokens along the path of every node, by depth, for processors that read tokens."""
 
     tokens: Tensor  # (B, N) long
-    levels: Sequence[Levels]  # of every row, or of all rows at once
+    levels: Sequence[Levels]  # one per row, or one for all
 
     def of(self, row: int) -> Levels:
         return self.levels[row if len(self.levels) > 1 else 0]
 
 
 def levels_of(tree: TreeTensors) -> list[Levels]:
-    """The nodes of each depth with their lineages, per row of the tree; syncs with the device."""
+    """The nodes of each depth with their lineages, for each row of the tree. Syncs with the device."""
     return [
         [
             (level, lineage[level, : depth + 1])
@@ -91,14 +91,14 @@ def levels_of(tree: TreeTensors) -> list[Levels]:
 
 
 def uniforms(streams: Sequence[tuple[int, int]], length: int, device: torch.device) -> Tensor:
-    """(rows, length) float64 in [0, 1): each row its own stream (seed, number), the same on every device and in any batch."""
+    """(rows, length) float64 in [0, 1): one stream (seed, number) per row, the same on every device and in any batch."""
     generators = [torch.Generator().manual_seed(_mix(seed, number)) for seed, number in streams]
     table = torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
     return table.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def _mix(seed: int, number: int) -> int:
-    """A 63-bit generator seed from (seed, number), by two rounds of splitmix64, so that near seeds share no stream."""
+    """A 63-bit generator seed from (seed, number), by two rounds of splitmix64, so that nearby seeds get unrelated streams."""
     mask = (1 << 64) - 1
     state = seed & mask
     for word in (0, number):
@@ -113,7 +113,7 @@ def choose(
     scores: Tensor,  # (B, N, V): logits after processors
     uniform: Tensor | None,  # (B, N) in [0, 1); None: nothing is drawn
 ) -> Tensor:  # (B, N) long
-    """The token that follows every node: its draw, or the likeliest."""
+    """The backbone's token after every node: a draw, or the likeliest."""
     return scores.argmax(-1) if uniform is None else draw(scores.float(), uniform)
 
 
@@ -123,12 +123,12 @@ def draw(
 ) -> Tensor:  # (B, N) long
     """One token per node by inversion: the first whose cumulative probability exceeds the uniform number.
 
-    One number per token position decides, shared by all nodes at that depth: only one node per depth is ever reached,
-    so the output keeps the backbone's distribution, and the token at a position is the same function of the seed and
-    the context whatever the tree: sampled Medusa output equals sampled plain output.
+    All nodes at a depth share the number of their token position. Only one node per depth is ever reached, so the output
+    keeps the backbone's distribution; and the token at a position is a function of seed and context alone, whatever the
+    tree: sampled Medusa output equals sampled plain output.
     """
     p = scores.softmax(-1)
-    # In two levels, by blocks and then within one: a cumulative sum in double precision of the whole vocabulary is slow.
+    # In two levels, over blocks and then within one: a double-precision cumulative sum over the whole vocabulary is slow.
     if short := -p.shape[-1] % BLOCK:
         p = pad(p, (0, short))
     blocks = p.unflatten(-1, (-1, BLOCK))  # (B, N, V / BLOCK, BLOCK)
@@ -139,11 +139,11 @@ def draw(
 
 
 def _invert(
-    cumulative: Tensor,  # (..., n), never falling
+    cumulative: Tensor,  # (..., n), non-decreasing
     wanted: Tensor,  # (..., 1)
 ) -> tuple[Tensor, Tensor]:  # (..., 1) long, (..., 1)
-    """Where a cumulative sum first exceeds a value, and how far the value is above the sum before that."""
-    # Kept below the whole by a rounding: what is found has a probability, however the value was rounded.
+    """The first index at which a cumulative sum exceeds a value, and the value minus the sum before it."""
+    # Below the total by one rounding: the token found then has a positive probability, however the value was rounded.
     wanted = torch.minimum(wanted, cumulative[..., -1:] * (1 - torch.finfo(cumulative.dtype).eps))
     place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[-1] - 1)
     before = cumulative.gather(-1, (place - 1).clamp(min=0)).where(place > 0, 0)

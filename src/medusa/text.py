@@ -1,27 +1,27 @@
-"""Text as it comes: incremental detokenising."""
+"""Incremental detokenising: text from tokens as they come."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST = 4  # tokens that one character can take: a byte each
-WINDOW = 8  # tokens decoded together where no character ends between them
-PROMPT = 16  # tokens of the prompt that can matter to what follows
+LONGEST = 4  # most tokens of one character: one per byte
+WINDOW = 8  # most tokens decoded together while no character ends between them
+PROMPT = 16  # tokens of the prompt that can influence what follows
 
 
 class Detokenizer:
-    """Turns tokens into text as they come; never decodes the whole text again and never splits a character.
+    """Turns tokens into text as they come, without decoding the whole text again or splitting a character.
 
-    A token's text can depend on the one before it (a space at the start of a text is dropped) and a character can be spread
-    over several tokens. So tokens are decoded behind those since the last whole character but one, and what can still become
-    another character is held back: a U+FFFD at the end, or, where a tokenizer spells rare characters in byte pieces
-    (`<0xE4>`), those of an unfinished one. A run of byte pieces decodes as a whole or not at all, so that a broken byte would
-    take the characters around it along; here it is one U+FFFD, and they come out.
+    The text of a token can depend on the one before it (a space at the start of a text is dropped), and a character can be
+    spread over several tokens. So new tokens are decoded together with those since the last complete character but one, and
+    what can still become another character is held back: a final U+FFFD, or the byte pieces (`<0xE4>`) of an unfinished
+    character, if the tokenizer spells rare characters in them. Tokenizers decode a run of byte pieces as a whole or not at
+    all, so that a broken byte would take its neighbours along; here it becomes one U+FFFD and they come out.
 
     Args:
-        tokenizer: anything with transformers' `decode`.
-        prompt_ids: what the tokens follow.
+        tokenizer: an object with transformers' `decode`.
+        prompt_ids: the tokens before the first.
         skip_special_tokens: as in `decode`.
     """
 
@@ -30,25 +30,25 @@ class Detokenizer:
         self._skip = skip_special_tokens
         self._byte_pieces = _byte_pieces(tokenizer)
         self._special = _special_tokens(tokenizer) if skip_special_tokens else frozenset()
-        self._window: list[int] = []  # the tokens decoded: some given out already, for their influence, then the new ones
-        self._old = 0  # tokens of the window that were there when a character last ended
-        self._given = 0  # characters of the window's text that were given out
+        self._window: list[int] = []  # the tokens decoded: some whose text is out already, for their influence, then new ones
+        self._old = 0  # number of tokens in the window when a character last ended
+        self._given = 0  # number of characters of the window's text that are out
         self._held: list[int] = []  # byte pieces of an unfinished character
-        self.put(list(prompt_ids)[-PROMPT:])  # said already; a character that it leaves unfinished is still to come
+        self.put(list(prompt_ids)[-PROMPT:])  # not returned, but it may leave a character unfinished
 
     def put(self, tokens: Iterable[int]) -> str:
-        """The text that these tokens make complete; "" while a character is unfinished."""
+        """The text that these tokens complete; "" while a character is unfinished."""
         return "".join([self._put(token) for token in tokens])
 
     def end(self) -> str:
-        """What was held back, an unfinished character as U+FFFD."""
+        """The text held back; an unfinished character is U+FFFD."""
         text = self._broken() + self._decode(self._window)[self._given :]
         self._window, self._old, self._given = [], 0, 0
         return text
 
     def _put(self, token: int) -> str:
         if token in self._special and not self._decode([token]):
-            return ""  # left out before anything is decoded
+            return ""  # skipped
         if token not in self._byte_pieces:
             return self._broken() + self._add([token])
         self._held.append(token)
@@ -67,7 +67,7 @@ class Detokenizer:
         return text
 
     def _broken(self) -> str:
-        """What byte pieces come to that nothing completes."""
+        """The text of byte pieces that are never completed."""
         if not self._held:
             return ""
         self._window, self._old, self._held = self._held, len(self._held), []
@@ -77,29 +77,29 @@ class Detokenizer:
     def _add(self, tokens: list[int]) -> str:
         self._window += tokens
         text = self._decode(self._window)
-        # Of a text of bytes only the last U+FFFD can become something else.
+        # With byte-level tokens, only the last U+FFFD can become something else.
         end = len(text) - (text.endswith("\ufffd") and not self._byte_pieces)
-        said, self._given = text[self._given : end], max(self._given, end)
-        if said and end == len(text):
+        new, self._given = text[self._given : end], max(self._given, end)
+        if new and end == len(text):
             self._window = self._window[self._old :]
             self._old = len(self._window)
             self._given = len(self._decode(self._window))
-        elif len(self._window) > WINDOW:  # each token ends inside a character, or says nothing
+        elif len(self._window) > WINDOW:  # every token ends inside a character, or has no text
             self._window, self._old = self._window[-LONGEST:], 0
             self._given = max(0, len(self._decode(self._window)) - (len(text) - self._given))
-        return said
+        return new
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
 
 
 def _byte_pieces(tokenizer: Any) -> dict[int, int]:
-    """The byte that each byte piece stands for; none where the tokenizer does not spell characters so."""
+    """The byte of every byte piece; empty if the tokenizer has none."""
     if not hasattr(tokenizer, "convert_tokens_to_ids"):
         return {}
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = tokenizer.convert_tokens_to_ids(names)
-    found = {  # without those for which the unknown token stands
+    found = {  # without those that are the unknown token
         byte: token
         for byte, (name, token) in enumerate(zip(names, tokens, strict=True))
         if token is not None and tokenizer.convert_ids_to_tokens(token) == name

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel
-from medusa.backbone.backbone import Backbone
 from medusa.backbone.compilation import _check
-from medusa.decoding import DecodingOptions, prefill, step
+from medusa.backbone.lm import TreeLM
+from medusa.decoding import prefill, step
+from medusa.state import DecodingOptions
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
@@ -128,5 +129,5 @@ def test_compiled_step_may_differ_by_the_noise_of_the_model(dtype, used):
         _check(
             Drafted(tokens, tree, logits, 1.04 * logits),
             Drafted(tokens, tree, logits, logits),
-            Backbone(tiny_backbone(dtype=dtype)).probe(),
+            TreeLM(tiny_backbone(dtype=dtype)).probe(),
         )

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medusa.backbone.backbone import Backbone
 from medusa.backbone.cache import TreeCache
+from medusa.backbone.lm import TreeLM
 from medusa.errors import UnsupportedBackbone
 from tiny import tiny_backbone
 
@@ -64,7 +64,7 @@ INPUT_MISTAKES = [causal_masks, dropped_masks, positions_by_node, positions_one_
 
 
 @contextmanager
-def mistaken(backbone: Backbone, mistake: Callable[[dict], None]) -> Iterator[None]:
+def mistaken(lm: TreeLM, mistake: Callable[[dict], None]) -> Iterator[None]:
     """A model that makes a mistake of its own wherever it reads a tree."""
 
     def change(_module, args, inputs: dict):
@@ -74,7 +74,7 @@ def mistaken(backbone: Backbone, mistake: Callable[[dict], None]) -> Iterator[No
             mistake(inputs)
         return args, inputs
 
-    hook = backbone.decoder.register_forward_pre_hook(change, with_kwargs=True)
+    hook = lm.decoder.register_forward_pre_hook(change, with_kwargs=True)
     try:
         yield
     finally:
@@ -93,19 +93,19 @@ def keep_a_neighbour(cache: TreeCache, source: Tensor, target: Tensor, keep=Tree
 @pytest.mark.parametrize("model", [*MODELS])
 def test_right_model_is_accepted_and_its_mistakes_are_refused(model, dtype, monkeypatch):
     model_type, overrides = MODELS[model]
-    backbone = Backbone(tiny_backbone(model_type, dtype=dtype, **overrides))
-    backbone.probe()
+    lm = TreeLM(tiny_backbone(model_type, dtype=dtype, **overrides))
+    lm.probe()
     for mistake in INPUT_MISTAKES:
-        with mistaken(backbone, mistake):
-            assert refused(backbone), mistake.__name__
+        with mistaken(lm, mistake):
+            assert refused(lm), mistake.__name__
     for keep in (keep_nothing, keep_a_neighbour):
         monkeypatch.setattr(TreeCache, "keep", keep)
-        assert refused(backbone), keep.__name__
+        assert refused(lm), keep.__name__
 
 
-def refused(backbone: Backbone) -> bool:
+def refused(lm: TreeLM) -> bool:
     try:
-        backbone.probe()
+        lm.probe()
     except UnsupportedBackbone as error:
         return "is not exact under Medusa" in str(error)
     return False

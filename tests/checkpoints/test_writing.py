@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
-from medusa import MedusaHeads, MedusaTree
+from medusa import MedusaHeads, MedusaTree, load_tree
 from medusa.checkpoints.reader import has_heads, load_heads
 from medusa.checkpoints.writer import save_heads, write_checkpoint
 from medusa.errors import InvalidInput
 from medusa.runs.files import whole
+from medusa.trees.files import save_tree
 
 SIZES = (256, 4096, 4)  # 18 MB: long enough to be killed in
 FOREVER = """
@@ -74,11 +75,11 @@ def test_kill_in_the_middle_of_writing_leaves_no_half(tmp_path, how):
 
 def test_error_in_the_middle_leaves_what_was_there(tmp_path):
     path = tmp_path / "tree.json"
-    MedusaTree([(0,)]).save(path)
+    save_tree(MedusaTree([(0,)]), path)
     with pytest.raises(RuntimeError), whole(path) as partial:
         partial.write_text("half")
         raise RuntimeError
-    assert MedusaTree.load(path) == MedusaTree([(0,)]) and [file.name for file in tmp_path.iterdir()] == ["tree.json"]
+    assert load_tree(path) == MedusaTree([(0,)]) and [file.name for file in tmp_path.iterdir()] == ["tree.json"]
 
 
 def test_conversion_that_fails_leaves_nothing(tmp_path):

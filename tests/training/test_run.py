@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa import EMBEDDED, MedusaModel, load_tree
 from medusa.checkpoints.loading import load_backbone
 from medusa.checkpoints.reader import load_heads
 from medusa.errors import InvalidInput, MedusaError
@@ -83,7 +83,7 @@ def test_every_head_learns_the_token_that_is_its_own(data, way):
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
     loaded = load_heads(data / "heads")
     assert len(loaded) == 5 and loaded.config.medusa_shared_lm_head is (way == "shared")
-    assert MedusaTree.load(data / "heads" / "medusa_tree.json").depth == 5
+    assert load_tree(data / "heads" / "medusa_tree.json").depth == 5
     record = json.loads((data / "heads" / "training.json").read_text())
     assert record["config"]["num_heads"] == 5 and record["metrics"] == metrics
     assert record["data"]["fingerprint"] == found.fingerprint()
@@ -234,7 +234,7 @@ def test_heads_train_and_decode_on_a_quantised_backbone(data, kind):
     config = TrainingConfig(num_heads=2, max_steps=60, batch_size=16, learning_rate=1e-2, warmup_steps=2, targets="hard")
     metrics = train_heads(MedusaModel(backbone), rows(data / "train.jsonl"), data / "heads", config, rows(data / "eval.jsonl"))
     assert metrics["eval_head1_top1"] > 0.5
-    model = MedusaModel(backbone, load_heads(data / "heads"), MedusaTree.load(data / "heads" / "medusa_tree.json"))
+    model = MedusaModel(backbone, load_heads(data / "heads"), load_tree(data / "heads" / "medusa_tree.json"))
     prompt = rows(data / "eval.jsonl").rows[0].ids.long()[None, :8]
     got = model.generate(prompt, torch.ones_like(prompt), max_new_tokens=40)[0, 8:].tolist()
     assert len(got) == 40

@@ -11,7 +11,7 @@ from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import ConfigError, InvalidTree
 from medusa.trees.dynamic import LEAST_COST
 from medusa.trees.files import TreeChoice, load_tree, save_tree
-from medusa.trees.history import Context
+from medusa.trees.history import History
 from tiny import VOCAB, random_heads, random_prompt, tiny_backbone
 
 
@@ -48,9 +48,9 @@ def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus):
     prompts[:, -1] = 99 % vocab
     root = torch.randint(vocab, (batch,), generator=generator)
     guesses = drafter.guess(3 * torch.randn(3, batch, vocab, generator=generator))
-    context = Context.of(prompts, torch.zeros(batch, dtype=torch.long), root, 4096)
-    context.last[:] = 99
-    got, tensors = drafter.assemble(root, guesses, context)
+    history = History.of(prompts, torch.zeros(batch, dtype=torch.long), root, 4096)
+    history.last[:] = 99
+    got, tensors = drafter.assemble(root, guesses, history)
     assert tensors.lineage.shape == (batch, nodes, 4)
     for row in range(batch):
         text = [*prompts[row].tolist(), int(root[row])]
@@ -127,9 +127,9 @@ def test_a_repeating_text_is_drafted_from_what_it_said():
 def test_copied_nodes_are_one_path_below_the_root():
     drafter = DynamicTree(9, 2, copied=4).drafter()
     prompts = torch.tensor([[1, 2, 3, 4, 1], [6, 6, 6, 6, 6]])
-    context = Context.of(prompts, torch.tensor([0, 0]), torch.tensor([2, 6]), 64)
+    history = History.of(prompts, torch.tensor([0, 0]), torch.tensor([2, 6]), 64)
     guesses = drafter.guess(torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0)))
-    tokens, tree = drafter.assemble(torch.tensor([2, 6]), guesses, context)
+    tokens, tree = drafter.assemble(torch.tensor([2, 6]), guesses, history)
     assert tokens[:, 5:].tolist() == [[3, 4, 1, 2], [6, 6, 6, 6]]
     assert tree.parents[:, 5:].tolist() == [[0, 5, 6, 7]] * 2 and tree.depths[:, 5:].tolist() == [[1, 2, 3, 4]] * 2
 

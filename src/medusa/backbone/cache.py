@@ -1,4 +1,4 @@
-"""The KV cache of a request: allocated once, written at given slots, compacted in place to the accepted path."""
+"""The KV cache of a request: allocated once, written at given slots, compacted in place to the accepted paths."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _Cursor:
-    """Where the next forward pass writes and how far it reads; one per cache, shared by its layers."""
+    """Where the next forward pass writes and how far it reads. All layers of a cache share one."""
 
     slots: Tensor | None = None  # (n,) long: slots of the tokens being processed
     visible: int = 0  # keys and values returned: slots 0 .. visible - 1
 
 
 class TreeCacheLayer(CacheLayerMixin):
-    """One layer's keys and values, (B, kv heads, capacity, head dim); full length also where attention is windowed,
-    since the mask does the windowing and a ring buffer cannot hold a tree."""
+    """Keys and values of one layer, (B, kv heads, capacity, head dim). Full length even if attention is windowed: a ring
+    buffer cannot hold a tree, so the mask does the windowing."""
 
     is_compileable = True
     is_sliding = False
@@ -31,7 +31,7 @@ class TreeCacheLayer(CacheLayerMixin):
         self.allocate(key_states, value_states, len(key_states))
 
     def allocate(self, key_states: Tensor, value_states: Tensor, batch: int) -> None:
-        """Room for `batch` rows of keys and values like these."""
+        """Allocate `batch` rows for keys and values like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, width = states.shape
@@ -64,7 +64,7 @@ class TreeCacheLayer(CacheLayerMixin):
         return self.cursor.visible, 0
 
     def get_seq_length(self) -> int:
-        return 0  # asked only to make positions and masks, which are always given or those of a prefill
+        return 0  # read only to make positions and masks, which we give, but for a prefill's
 
     def get_max_length(self) -> int:
         return self.capacity
@@ -79,7 +79,7 @@ class TreeCache(Cache):
         super().__init__(layers=[TreeCacheLayer(capacity, self.cursor) for _ in range(num_layers)])
 
     def aim(self, slots: Tensor, visible: int) -> None:
-        """Say where the next forward pass writes its keys and values, and how many slots it sees."""
+        """Set the slots that the next forward pass writes to, and the number of slots it sees."""
         self.cursor.slots, self.cursor.visible = slots, visible
 
     def keep(
@@ -87,9 +87,9 @@ class TreeCache(Cache):
         source: Tensor,  # (B, n) long: slots to keep, in order
         target: Tensor,  # (B, n) long: where they go
     ) -> None:
-        """Move each row's accepted keys and values behind its committed ones; what lies there is overwritten."""
+        """Move keys and values within each row; the targets are overwritten."""
         for layer in self.layers:
-            if not layer.is_initialized:  # layers that share another's cache have none
+            if not layer.is_initialized:  # layers that share another layer's cache have no own
                 continue
             device = layer.keys.device
             rows = torch.arange(source.shape[0], device=device)[:, None]
@@ -100,10 +100,10 @@ class TreeCache(Cache):
     def place(
         self,
         other: TreeCache,
-        rows: Tensor,  # (n,) long: where the n rows of the other cache go
-        batch: int,  # rows of this cache, should it not have been written to yet
+        rows: Tensor,  # (n,) long: target rows of the other cache's n rows
+        batch: int,  # number of rows to allocate, if nothing has been written yet
     ) -> None:
-        """Take over the rows of another cache, all its slots."""
+        """Copy all rows of another cache into some rows of this one."""
         for layer, source in zip(self.layers, other.layers, strict=True):
             if not source.is_initialized:
                 continue
@@ -113,7 +113,7 @@ class TreeCache(Cache):
             layer.values[rows.to(layer.device), :, : source.capacity] = source.values
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` slots a row; what is there stays."""
+        """Extend every row to `capacity` slots; the contents stay."""
         self.capacity = capacity
         for layer in self.layers:
             layer.grow(capacity)

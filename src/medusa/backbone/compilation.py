@@ -1,4 +1,4 @@
-"""Compiled steps: one graph for each shape, used only where it computes what the uncompiled step computes."""
+"""Compiled steps: one graph for each shape, used only if it computes the same as the uncompiled step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from medusa.backbone.probe import NOISE_MULTIPLE, relative_difference
-from medusa.trees.history import Context
+from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
-LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums even where the model's own passes do not
+LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums, even if the model's own passes do not
 
 
 class Compiled:
@@ -35,12 +35,12 @@ class Compiled:
         self._usable: dict[tuple[float, ...], bool] = {}  # by shape
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by copy and pickle, of an object that is not yet filled
+        if name.startswith("__"):  # copy and pickle look these up before `_model` is there
             raise AttributeError(name)
         return getattr(self._model, name)
 
     def draft_and_verify(
-        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: Context | None, frame: Frame, cache: Any
+        self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted:
         args = (root, hidden, drafter, history, frame, cache)
         shape = (len(root), *drafter.shape, frame.visible, 0 if history is None else history.table.shape[1])
@@ -77,7 +77,7 @@ class Compiled:
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:
-    """Raise where compiled code computes something else: compilers have been wrong (see `Backbone._tree_masks`)."""
+    """Raise if compiled code computes something else: compilers have been wrong (see `TreeLM._tree_masks`)."""
     agreed = (got.tokens == wanted.tokens) & (got.tree.parents == wanted.tree.parents)  # heads may break a near-tie differently
     same = (agreed[:, None] | ~wanted.tree.ancestors).all(-1)
     difference = relative_difference(got.logits[same], wanted.logits[same])

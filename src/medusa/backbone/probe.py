@@ -1,4 +1,4 @@
-"""The probe: whether a model under tree masks, given positions and a kept cache computes what it computes by itself."""
+"""The probe: does a model compute the same with tree masks, given positions and a kept cache as it does by itself?"""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from medusa.backbone.cache import TreeCache
 from medusa.errors import UnsupportedBackbone, one_line
 from medusa.trees.tensors import Frame, TreeTensors, tree_tensors
 
-# Nodes in an order in which few have only their ancestors before them, so that a wrong mask shows at most of them.
+# In this order few nodes have only ancestors before them, so that a wrong mask shows at most nodes.
 PARENTS = (0, 0, 0, 0, 2, 1, 3, 4, 1, 5)
 DEPTH = 3
-PATH = (0, 2, 4, 7)  # the path kept: not contiguous, so that keeping it moves it
+PATH = (0, 2, 4, 7)  # the kept path: not contiguous, so that it has to move
 PROMPT, PADS = 9, (0, 4)  # a row without padding and a row with
-CHUNKS = (5, 4, 4, 4)  # the model's second reading: every tree ends with a chunk
+CHUNKS = (5, 4, 4, 4)  # token counts of the model's second reading, in chunks: every tree ends with a chunk
 
-NOISE_MULTIPLE = 4.0  # how far from its own pass a right model may be, in differences between its own passes
-TELLING = 1.0  # a mistake is looked for where it is at least so many times as large as the noise
-NEARER = 0.25  # of the way from right to a mistake, or away from it: right models are within 0.01
-LOGITS_LIMIT = 1e-5  # of the logits' spread, where rounding is less
+NOISE_MULTIPLE = 4.0  # largest error of a right model, in multiples of the difference between its own passes
+TELLING = 1.0  # a mistake is looked for where its size is at least this multiple of the noise
+NEARER = 0.25  # largest part of the way from right to a mistake; right models are within 0.01
+LOGITS_LIMIT = 1e-5  # largest error of logits relative to their spread, if rounding is smaller
 ATTEMPTS = 3
 
 Layers = list[Tensor]  # hidden states (2, 2, N, d) of the nodes after every layer: first and second tree, two rows
 
 
 class Probed(Protocol):
-    """What the probe asks of a backbone; see `Backbone`."""
+    """What the probe needs from a language model; see `TreeLM`."""
 
-    module: nn.Module
+    backbone: nn.Module
     decoder: nn.Module
     attention: str
     vocab_size: int
@@ -54,29 +54,29 @@ class Probed(Protocol):
 
 
 class Reading(NamedTuple):
-    """One way of reading the trees: the right one, or one with a mistake."""
+    """A way of reading the trees: the right one, or one with a mistake."""
 
-    what: str
+    what: str  # the mistake in words
     tree: TreeTensors  # b = 1
     pads: Tensor  # (2,) long
-    path: Tensor  # (n,) long: the nodes kept
+    path: Tensor  # (n,) long: the kept nodes
 
 
 class Finding(NamedTuple):
-    """What one run of the probe found."""
+    """The result of one run of the probe."""
 
-    fault: str | None
-    noise: float  # of the logits, relative to their spread
+    fault: str | None  # None: the model is right
+    noise: float  # noise of the logits, relative to their spread
 
 
-def probe(backbone: Probed) -> float:
-    """Decode two small trees of random ids, one behind the other, on a row with padding and a row without, and compare the
-    hidden states after every layer with the model's own on each path alone.
+def probe(lm: Probed) -> float:
+    """Compare two small trees of random ids, one behind the other, with their paths: hidden states after every layer, for a row
+    with padding and a row without.
 
-    What is too far is measured, not fixed. The model reads the same paths twice by itself, whole and in chunks: that is its
-    noise. The trees are also read with mistakes on purpose. A right model is within a small multiple of its noise, and
-    nearer to its own pass than to every mistake, wherever that mistake outgrows the noise. Where one run finds a fault,
-    others with other ids have to find one too: experts may have been routed otherwise.
+    The limit is measured, not fixed. The model reads the same paths twice by itself, whole and in chunks: the difference is
+    its noise. The trees are also read with deliberate mistakes. A right model is within a small multiple of its noise, and
+    nearer to its own pass than to any mistake that exceeds the noise. A fault counts only if runs with other ids find one
+    too, since experts may have been routed differently.
 
     Returns:
         The noise of the logits, relative to their spread.
@@ -84,52 +84,52 @@ def probe(backbone: Probed) -> float:
     Raises:
         UnsupportedBackbone: tree decoding on this model would not be exact.
     """
-    name = type(backbone.module).__name__
+    name = type(lm.backbone).__name__
     for seed in range(ATTEMPTS):
         try:
-            finding = _run(backbone, seed)
-        except Exception as error:  # of whatever a model makes of a mask and a cache that are not its own
+            finding = _run(lm, seed)
+        except Exception as error:  # models fail in ways of their own on a mask and a cache that are not theirs
             raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {one_line(error)}") from error
         if finding.fault is None:
             return finding.noise
     raise UnsupportedBackbone(
-        f"{name} with {backbone.attention} attention is not exact under Medusa: {finding.fault}; "
+        f"{name} with {lm.attention} attention is not exact under Medusa: {finding.fault}; "
         "try attn_implementation='eager' or float32"
     )
 
 
-def _run(backbone: Probed, seed: int) -> Finding:
+def _run(lm: Probed, seed: int) -> Finding:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(backbone.vocab_size, (2, PROMPT + len(PARENTS)), generator=generator).to(backbone.device)
+    ids = torch.randint(lm.vocab_size, (2, PROMPT + len(PARENTS)), generator=generator).to(lm.device)
     prompts, nodes = ids[:, :PROMPT], ids[:, PROMPT:]
-    readings = _readings(backbone.device)
-    right, *mistakes = _read_trees(backbone, readings, prompts, nodes)
-    whole, chunks = _read_paths(backbone, prompts, nodes)
-    own_logits = backbone.module(input_ids=prompts[:1], use_cache=False).logits
-    logits = backbone.logits(backbone.decoder(input_ids=prompts[:1], use_cache=False).last_hidden_state)
-    # Roundings add up over layers like a random walk. Two passes through the same kernels may show none.
-    rounding = torch.finfo(backbone.dtype).eps * math.sqrt(len(whole))
-    noise = max(relative_difference(backbone.logits(chunks[-1][0]), backbone.logits(whole[-1][0])), rounding)
+    readings = _readings(lm.device)
+    right, *mistakes = _read_trees(lm, readings, prompts, nodes)
+    whole, chunks = _read_paths(lm, prompts, nodes)
+    own_logits = lm.backbone(input_ids=prompts[:1], use_cache=False).logits
+    logits = lm.logits(lm.decoder(input_ids=prompts[:1], use_cache=False).last_hidden_state)
+    # Roundings accumulate over layers like a random walk. Two passes through the same kernels may show none.
+    rounding = torch.finfo(lm.dtype).eps * math.sqrt(len(whole))
+    noise = max(relative_difference(lm.logits(chunks[-1][0]), lm.logits(whole[-1][0])), rounding)
     difference = relative_difference(logits, own_logits)
-    if not difference <= max(LOGITS_LIMIT, rounding):  # NaN is no match either
+    if not difference <= max(LOGITS_LIMIT, rounding):  # so that NaN is a fault too
         return Finding(f"its logits are not those of its LM head, by {difference:.1e} of their spread", noise)
     multiple = _multiple_of_noise(right, whole, chunks, rounding)
     if not multiple <= NOISE_MULTIPLE:
         fault = f"a tree differs from its paths by {multiple:.1e} times the model's own noise (limit {NOISE_MULTIPLE:.0f})"
         return Finding(fault, noise)
     for reading, mistake in zip(readings[1:], mistakes, strict=True):
-        if not _part_of_mistake(right, mistake, whole, chunks, torch.finfo(backbone.dtype).eps) < NEARER:
+        if not _part_of_mistake(right, mistake, whole, chunks, torch.finfo(lm.dtype).eps) < NEARER:
             return Finding(f"a tree is decoded as if {reading.what}", noise)
     return Finding(None, noise)
 
 
 def _multiple_of_noise(right: Layers, whole: Layers, chunks: Layers, rounding: float) -> float:
-    """How far the last hidden states are from the model's own, in differences between its own two readings."""
+    """The distance of the last hidden states from the model's own, in multiples of the distance between its two readings."""
     got, one, two = (layers[-1].float() for layers in (right, whole, chunks))
     noise = (two - one).norm(dim=-1).flatten().quantile(0.75)
     floor = one.norm(dim=-1).mean() * rounding / 4
-    # Not the greatest error: a mixture of experts may route a few nodes' near-ties the other way.
-    error = (got - one).norm(dim=-1).quantile(0.75, dim=-1)  # by tree and row
+    # Not the largest error: a mixture of experts may break a few nodes' near-ties the other way.
+    error = (got - one).norm(dim=-1).quantile(0.75, dim=-1)  # per tree and row
     return (error.max() / torch.maximum(noise, floor)).item()
 
 
@@ -137,7 +137,7 @@ def relative_difference(
     got: Tensor,  # (..., V)
     wanted: Tensor,  # (..., V)
 ) -> float:
-    """How far logits are from others, relative to how far these are spread around their mean."""
+    """The distance between logits, relative to the spread of the wanted ones around their mean."""
     got, wanted = got.float(), wanted.float()
     return ((got - wanted).norm() / (wanted - wanted.mean(-1, keepdim=True)).norm().clamp(min=1e-9)).item()
 
@@ -159,22 +159,22 @@ def _readings(device: torch.device) -> list[Reading]:
     ]
 
 
-def _read_trees(backbone: Probed, readings: list[Reading], prompts: Tensor, nodes: Tensor) -> list[Layers]:
+def _read_trees(lm: Probed, readings: list[Reading], prompts: Tensor, nodes: Tensor) -> list[Layers]:
     """Both trees under every reading, all in one batch."""
-    device = backbone.device
+    device = lm.device
     trees = TreeTensors(*(torch.cat(tensors).repeat_interleave(2, dim=0) for tensors in zip(*(r.tree for r in readings))))
     pads = torch.cat([reading.pads for reading in readings])
     paths = torch.stack([reading.path for reading in readings]).repeat_interleave(2, dim=0)
     prompts, nodes = prompts.repeat(len(readings), 1), nodes.repeat(len(readings), 1)
     padding = torch.tensor(PADS, device=device).repeat(len(readings))
-    cache = backbone.new_cache(PROMPT + len(PATH) + len(PARENTS))
-    backbone.prefill(prompts, (torch.arange(PROMPT, device=device) >= padding[:, None]).long(), cache)
+    cache = lm.new_cache(PROMPT + len(PATH) + len(PARENTS))
+    lm.prefill(prompts, (torch.arange(PROMPT, device=device) >= padding[:, None]).long(), cache)
     lengths = torch.full_like(pads, PROMPT)
     both: list[list[Tensor]] = []
     for _ in range(2):
         layers: list[Tensor] = []
         base = lengths[0]
-        backbone.verify(nodes, trees, Frame(base, lengths, pads, int(base) + len(PARENTS)), cache, layers)
+        lm.verify(nodes, trees, Frame(base, lengths, pads, int(base) + len(PARENTS)), cache, layers)
         both.append(layers)
         cache.keep(base + paths, base + torch.arange(len(PATH), device=device).expand_as(paths))
         lengths = lengths + len(PATH)
@@ -182,12 +182,12 @@ def _read_trees(backbone: Probed, readings: list[Reading], prompts: Tensor, node
     return [[states[:, index] for states in stacked] for index in range(len(readings))]
 
 
-def _read_paths(backbone: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layers, Layers]:
-    """The model's own readings of every path as a text of its own: in one pass, and in chunks by a cache of its own."""
+def _read_paths(lm: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layers, Layers]:
+    """The model's own readings of every path as a separate text: in one pass, and in chunks with its own cache."""
     lineages = tree_tensors(torch.tensor([PARENTS]), DEPTH).lineage[0]
     leaves = sorted(set(range(len(PARENTS))) - set(PARENTS))
     texts: list[Tensor] = []
-    text_of, place = torch.zeros(2, 2, 2, len(PARENTS), dtype=torch.long)  # of every node, by tree and row
+    text_of, place = torch.zeros(2, 2, 2, len(PARENTS), dtype=torch.long)  # for every node, by tree and row
     for turn in range(2):
         for row, pad in enumerate(PADS):
             prefix = torch.cat([prompts[row, pad:], nodes[row, list(PATH)]]) if turn else prompts[row, pad:]
@@ -196,31 +196,31 @@ def _read_paths(backbone: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layer
                 text_of[turn, row, path] = len(texts)
                 place[turn, row, path] = len(prefix) + torch.arange(len(path))
                 texts.append(torch.cat([prefix, nodes[row, path]]))
-    # padded at the right, which a causal model does not see
+    # Right padding, which a causal model does not see.
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=0)
-    output = backbone.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
+    output = lm.decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
     whole = [states[text_of, place] for states in hidden_states_of(output)]
     cache, parts = None, []
     for part in ids.split(CHUNKS, dim=1):
-        output = backbone.decoder(input_ids=part, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        output = lm.decoder(input_ids=part, past_key_values=cache, use_cache=True, output_hidden_states=True)
         cache = output.past_key_values
         parts.append(hidden_states_of(output))
     return whole, [torch.cat(states, dim=1)[text_of, place] for states in zip(*parts, strict=True)]
 
 
 def hidden_states_of(output) -> list[Tensor]:
-    """The hidden states (B, T, d) after every layer, as far as the decoder tells them; the last is what the LM head reads."""
+    """Hidden states (B, T, d) after every layer, as far as the decoder gives them; the LM head reads the last."""
     last = output.last_hidden_state
     return [states for states in output.hidden_states or () if states.shape == last.shape] + [last]
 
 
 def _part_of_mistake(right: Layers, mistake: Layers, whole: Layers, chunks: Layers, eps: float) -> float:
-    """Which part of the way from the model's own pass to a mistake the right reading is, where the mistake outgrows the noise;
-    0 where it does so nowhere.
+    """The part of the way from the model's own pass to a mistake that the right reading has gone, where the mistake exceeds
+    the noise; 0 if it does so nowhere.
 
-    Projected on the mistake, noise of many dimensions all but vanishes, so small mistakes show that distances would not.
-    Two readings of its own keep the noise of either from being counted as a mistake, and the quartile over layers and nodes
-    keeps out the nodes that a mixture of experts routed otherwise under tree masks, right or mistaken.
+    Projected on the mistake, noise in many dimensions almost vanishes, which reveals mistakes too small for distances.
+    The two own readings keep the noise of either from counting as a mistake; the quartile over layers and nodes leaves out
+    nodes that a mixture of experts routed differently under tree masks.
     """
     parts, places = [], 0
     for got, wrong, one, two in zip(right, mistake, whole, chunks, strict=True):

@@ -1,4 +1,4 @@
-"""Logits processors: what each of them may look at under a tree, and whether one that nobody knows can follow it."""
+"""Logits processors: what each of them reads, and whether an unknown one can follow a tree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medusa.config import integer
 from medusa.errors import InvalidInput
 from medusa.sampling import LogitsProcessor, Processors, Reads
 
-# What those of transformers look at that are known to be right. The very class: a subclass may look at more.
+# What transformers' processors read. The exact class: a subclass may read more.
 READS: dict[type, Reads] = {
     # Nothing but the scores: applied to all nodes at once.
     hf.TemperatureLogitsWarper: "scores",
@@ -39,13 +39,13 @@ READS: dict[type, Reads] = {
     hf.WatermarkLogitsProcessor: "tokens",
     hf.MinLengthLogitsProcessor: "tokens",
     hf.ForcedBOSTokenLogitsProcessor: "tokens",
-    # How many tokens there are since the end of the padded prompts, whose length they were given.
+    # The number of tokens since the end of the padded prompts, whose length they were given.
     hf.MinNewTokensLengthLogitsProcessor: "length",
     hf.ForcedEOSTokenLogitsProcessor: "length",
     hf.ExponentialDecayLengthPenalty: "length",
     hf.SuppressTokensAtBeginLogitsProcessor: "length",
 }
-# Known not to follow a tree, by the setting that makes them.
+# Processors that cannot follow a tree, with the setting that makes them.
 REFUSED: dict[type, str] = {
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
     hf.ClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
@@ -59,15 +59,15 @@ REFUSED: dict[type, str] = {
 def classify(
     processors: Sequence[LogitsProcessor],
     prompts: Tensor,  # (B, P) long, left-padded
-    pads: Sequence[int],  # per row, of its slots
+    pads: Sequence[int],  # per row, number of padding slots
     vocab_size: int,
-    unseen: int = 0,  # slots before the prompts that stand for no token
-    min_length_counts_padding: bool = False,  # made of min_new_tokens and the padded length
+    unseen: int = 0,  # leading slots that hold no token (soft prompts)
+    min_length_counts_padding: bool = False,  # it was made from min_new_tokens and the padded length
 ) -> Processors:
-    """Mark each processor by what it looks at.
+    """Mark each processor with what it reads.
 
     Raises:
-        InvalidInput: one that is not a function of a path's tokens and scores alone, by name.
+        InvalidInput: one depends on more than the tokens and scores of a path, by name.
     """
     steps: list[tuple[LogitsProcessor, Reads]] = []
     for processor in processors:
@@ -90,7 +90,7 @@ def classify(
 
 
 def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tuple[LogitsProcessor, Reads]:
-    """The repetition penalty for rows that come without their padding, which transformers has it ignore by itself."""
+    """The repetition penalty for rows without padding; transformers makes one that ignores the padding itself."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if ignored is None:
         return processor, "tokens"
@@ -107,7 +107,7 @@ def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tu
 
 
 def check_sampling(**settings: float | None) -> None:
-    """Refuse settings that make no sense, by name; None is not set."""
+    """Refuse settings that make no sense, by name; None: not set."""
     ranges = {
         "temperature": (lambda v: v > 0, "more than 0; for greedy decoding pass do_sample=False"),
         "top_k": (lambda v: integer("top_k", v) >= 0, "an integer of at least 0, where 0 is off"),
@@ -126,14 +126,14 @@ def check_follows_paths(
     prompt: Tensor,  # (n,) long
     vocab_size: int,
 ) -> None:
-    """Call a processor that nobody knows as a tree would, on copies, and see whether it minds.
+    """Try out an unknown processor on copies, as a tree would call it.
 
-    It may look at the tokens of a path and at the scores after it, and at nothing else: not at how often it was called, for
-    which paths before, or in which row. So two copies see three paths in different orders, alone and as rows of a batch.
-    Their scores must be the same, and so must they be afterwards: what differs by then is state.
+    It may depend on the tokens of a path and the scores after it, and on nothing else: not on the number of calls, the
+    paths before, or the row. So two copies see three paths in different orders, alone and as rows of a batch. Their scores
+    must be equal, and so must the copies be afterwards: any difference is state.
 
     Raises:
-        InvalidInput: it is not so, or it cannot be called or copied.
+        InvalidInput: it depends on more, or it cannot be called or copied.
     """
     name = getattr(processor, "__name__", type(processor).__name__)
     generator = torch.Generator().manual_seed(0)
@@ -151,13 +151,13 @@ def check_follows_paths(
     try:
         one, two = _copy(processor), _copy(processor)
         if one is two and not isinstance(processor, FunctionType):
-            raise ValueError("it gives itself for a copy")
+            raise ValueError("its copy is the object itself")
         before = copy.deepcopy(_shared(processor))
         answers = [answer for path in ("short", "long", "long", "other") for answer in scored(one, path)]
         answers += scored(one, "long", "other") + scored(two, "other", "long")
         answers += [answer for path in ("other", "long", "short") for answer in scored(two, path)]
         same = _same(one, two) and _same(before, _shared(processor))
-    except Exception as error:  # someone else's code: it may raise anything
+    except Exception as error:  # foreign code may raise anything
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise InvalidInput(
             f"{name} cannot be called on copies for the paths of a tree, in any order and several at once: {reason}"
@@ -176,7 +176,7 @@ def check_follows_paths(
 
 
 def _is_constant(value: Any) -> bool:
-    """Models and tokenizers are no state, and too large to copy; functions are looked into."""
+    """Whether a value is a model or tokenizer: too large to copy, and not state."""
     return isinstance(value, torch.nn.Module | PreTrainedTokenizerBase)
 
 
@@ -185,12 +185,12 @@ def _attributes(processor: Any) -> list[Any]:
 
 
 def _copy(processor: Any) -> Any:
-    """A copy with a state of its own."""
+    """A copy with its own state."""
     return copy.deepcopy(processor, {id(value): value for value in _attributes(processor) if _is_constant(value)})
 
 
 def _shared(processor: Any) -> list[Any]:
-    """What copies share and calls may change: the variables of the functions in it, and those of its class."""
+    """Variables that copies share and calls may change: those of its functions and of its class."""
     variables: list[Any] = []
     for part in (processor, getattr(processor, "func", None), *_attributes(processor)):
         if isinstance(part, FunctionType):
@@ -203,7 +203,7 @@ def _shared(processor: Any) -> list[Any]:
 
 
 def _same(one: Any, two: Any, seen: frozenset[tuple[int, int]] = frozenset()) -> bool:
-    """Whether two objects hold the same, all the way down."""
+    """Whether two objects are equal, all the way down."""
     if one is two or (id(one), id(two)) in seen:
         return True
     if type(one) is not type(two):
@@ -221,7 +221,7 @@ def _same(one: Any, two: Any, seen: frozenset[tuple[int, int]] = frozenset()) ->
         return len(one) == len(two) and all(_same(a, b, seen) for a, b in zip(one, two, strict=True))
     if one is None or isinstance(one, int | float | complex | str | bytes | set | frozenset | type):
         return bool(one == two)
-    # Anything else by what it would be pickled as.
+    # Anything else: compare what would be pickled.
     return _same(_parts(one), _parts(two), seen)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from medusa.backbone.backbone import context_of
+from medusa.backbone.lm import max_length_of
 from medusa.checkpoints import loading
 from medusa.checkpoints.hub import find_heads, find_model
 from medusa.checkpoints.quantization import quantized
@@ -145,7 +145,7 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
 
 def max_length_named(model: str, trust_remote_code: bool = False) -> int | None:
     """The longest text that a model takes, in tokens, as its config says; None if it says nothing."""
-    return context_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
+    return max_length_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
 
 
 def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:

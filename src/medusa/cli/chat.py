@@ -42,6 +42,7 @@ def chat_command(
 
     from medusa.checkpoints import named
     from medusa.data.prompts import prompt_ids
+    from medusa.generation import Collected
     from medusa.text import Detokenizer
 
     prompting.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
@@ -78,13 +79,13 @@ def chat_command(
         messages.append({"role": "user", "content": said})
         ids = torch.tensor([prompt_ids(tokenizer, messages)])
         detokenizer = Detokenizer(tokenizer, ids[0].tolist())
-        answer, steps, count, words = "", 0, 0, showing.Words(showing.console())
+        answer, collected, words = "", Collected(), showing.Words(showing.console())
         start = time.perf_counter()
         try:
-            for step in medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options):
+            steps = medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options)
+            for step in collected.follow(steps):
                 piece = detokenizer.put(step.tokens[0])
                 answer += piece
-                steps, count = steps + 1, count + len(step.tokens[0])
                 words.put(piece)
         except KeyboardInterrupt:
             pass  # the answer ends here, the conversation goes on
@@ -97,5 +98,5 @@ def chat_command(
         words.put(rest)
         words.end()
         messages.append({"role": "assistant", "content": answer + rest})
-        if steps:
-            note(f"[{showing.speed(count, steps, seconds)}]")
+        if lengths := collected.lengths[0]:
+            note(f"[{showing.speed(sum(lengths), len(lengths), seconds)}]")

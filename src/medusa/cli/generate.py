@@ -46,6 +46,7 @@ def generate_command(
 
     from medusa.checkpoints import named
     from medusa.data.prompts import as_conversation, prompt_ids
+    from medusa.generation import Collected
     from medusa.text import Detokenizer
 
     if prompt is None and prompt_file is None:
@@ -60,10 +61,7 @@ def generate_command(
     medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     named.note_advice_on_tree(medusa, model, heads, tree)
     detokenizer = Detokenizer(tokenizer, ids[0].tolist())
-    tokens: list[int] = []
-    lengths: list[int] = []
-    pieces: list[str] = []
-    finish_reason = None
+    collected, pieces = Collected(), []
     start = time.perf_counter()
     steps = medusa.stream(
         ids,
@@ -74,16 +72,14 @@ def generate_command(
         compile=compile,
         **options,
     )
-    for step in steps:
-        tokens += step.tokens[0]
-        lengths.append(len(step.tokens[0]))
-        finish_reason = step.finish_reasons[0]
+    for step in collected.follow(steps):
         pieces.append(detokenizer.put(step.tokens[0]))
         if not as_json:
             sys.stdout.write(pieces[-1])
             sys.stdout.flush()
     pieces.append(detokenizer.end())
     seconds = time.perf_counter() - start
+    tokens, lengths, finish_reason = collected.tokens[0], collected.lengths[0], collected.finish_reasons[0]
     record = {
         "text": "".join(pieces),
         "token_ids": tokens,

@@ -102,7 +102,7 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     """Facts about the model of a folder or a GGUF file; None if there is no model, only heads."""
     if source.gguf_file is not None:
         return {"model": str(source), **gguf_facts(source.folder / source.gguf_file)}
-    from medusa.backbone.backbone import context_of
+    from medusa.backbone.lm import max_length_of
     from medusa.checkpoints.loading import load_config
     from medusa.checkpoints.names import belongs_to_heads
     from medusa.config import CONFIG_FILE, read_json_object
@@ -125,7 +125,7 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
         "attention_heads": getattr(config, "num_attention_heads", None),
         "key_value_heads": getattr(config, "num_key_value_heads", None),
         "vocab_size": getattr(config, "vocab_size", None),
-        "context": context_of(config),
+        "context": max_length_of(config),
         "parameters": sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights) or None,
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "chat_template": (source.folder / "chat_template.jinja").is_file()

@@ -46,10 +46,10 @@ class PromptSet:
         """
         stops = sorted({*model.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
         prompter = Prompter(tokenizer, stops)
-        room = None if model.context is None else model.context - max_new_tokens
+        room = None if model.max_length is None else model.max_length - max_new_tokens
         fit, others = fitting(questions, prompter, room)
         if not fit:
-            raise InvalidInput(f"no prompt fits the context of {model.context} with {max_new_tokens} new tokens")
+            raise InvalidInput(f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens")
         return cls(fit, others, prompter, room, {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None})
 
     @property

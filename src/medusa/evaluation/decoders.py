@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from medusa.errors import InvalidInput
+from medusa.generation import Collected
 from medusa.model import MedusaModel
 
 
@@ -73,20 +74,19 @@ class MedusaDecoder:
                 pass
 
     def __call__(self, ids: Tensor) -> Decoded:
-        tokens: list[list[int]] = [[] for _ in ids]
-        lengths: list[list[int]] = [[] for _ in ids]
-        steps, first_seconds, prefill_seconds = 0, 0.0, 0.0
+        collected, first_seconds, prefill_seconds = Collected(len(ids)), 0.0, 0.0
         start = time.perf_counter()
-        for step in self._model.stream(ids, torch.ones_like(ids), **self._options):
-            if steps == 0:
+        for step in collected.follow(self._model.stream(ids, torch.ones_like(ids), **self._options)):
+            if len(collected.seconds) == 1:
                 first_seconds, prefill_seconds = time.perf_counter() - start, step.prefill_seconds
-            steps += 1
-            for row, new in enumerate(step.tokens):
-                if new:
-                    tokens[row] += new
-                    lengths[row].append(len(new))
-        # The prefill decides every row's first token.
-        return Decoded(tokens, lengths, steps, first_seconds, prefill_seconds, prefill_tokens=len(tokens))
+        return Decoded(
+            collected.tokens,
+            collected.lengths,
+            len(collected.seconds),
+            first_seconds,
+            prefill_seconds,
+            prefill_tokens=len(ids),  # the prefill decides every row's first token
+        )
 
 
 class TransformersDecoder:

@@ -243,7 +243,7 @@ def experiment(
     folder = Path("experiments") / name if output is None else Path(output)
 
     def recorded(which: MedusaModel) -> list[Recorded]:
-        room = None if which.context is None else which.context - config.max_new_tokens - which.num_heads
+        room = None if which.max_length is None else which.max_length - config.max_new_tokens - which.num_heads
         prompter = Prompter(tokenizer, which.eos_token_ids)
         texts = calibration_ids(calibrating, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
         kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")

@@ -88,7 +88,7 @@ class ModelAnswerer:
             except InvalidInput as error:
                 job.fail(str(error))
                 return None
-        room = (self.model.context or 1 << 30) - self.options.max_new_tokens - len(self.model.tree)
+        room = (self.model.max_length or 1 << 30) - self.options.max_new_tokens - len(self.model.tree)
         if not 0 < len(ids) <= room:
             job.fail(DOES_NOT_FIT)
             return None

@@ -38,6 +38,7 @@ from medusa.training.hidden_states import keep
 from medusa.training.model_card import write_card
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
+from medusa.trees.files import save_tree
 
 RECORD = "training.json"
 IDENTITY = "run.json"  # what a run in this folder is of, so that only the same is resumed
@@ -298,7 +299,7 @@ def _report(
     config, evaluated = trainer.model.recipe, trainer.evaluated
     assert evaluated is not None
     tree = evaluated.tree(config.tree_nodes)
-    tree.save(output / TREE_FILE)
+    save_tree(tree, output / TREE_FILE)
     asked = max(evaluated.asked)
     write_card(output, config, base_model, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
     record = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from medusa.backbone.backbone import context_of
+from medusa.backbone.lm import max_length_of
 from medusa.checkpoints import named
 from medusa.checkpoints.hub import find_heads, find_model
 from medusa.checkpoints.loading import load_config
@@ -102,7 +102,7 @@ def train(
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     backbone = named.load_backbone(model, dtype, device, trust_remote_code, recipe.quantization)
     medusa = MedusaModel(backbone, load_heads(find_heads(heads)) if heads is not None else None)
-    length = min(recipe.max_length, medusa.context or recipe.max_length)
+    length = min(recipe.max_length, medusa.max_length or recipe.max_length)
     rows = load_rows(_sources(data), tokenizer, length, medusa.vocab_size, recipe.packing, progress=is_main_process())
     eval_rows = None if eval_data is None else load_rows(_sources(eval_data), tokenizer, length, medusa.vocab_size)
     if is_main_process():
@@ -128,7 +128,7 @@ def training_rows(
     named.quiet_transformers()
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     sizes = load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code)
-    length = min(recipe.max_length, context_of(sizes) or recipe.max_length)
+    length = min(recipe.max_length, max_length_of(sizes) or recipe.max_length)
     rows = load_rows(_sources(data), tokenizer, length, sizes.vocab_size, recipe.packing)
     return rows, tokenizer
 

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from medusa.config import from_mapping
 from medusa.errors import InvalidTree
-from medusa.trees.history import Context, pair_end, pair_start, triple_end, triple_start
+from medusa.trees.history import History, pair_end, pair_start, triple_end, triple_start
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
@@ -135,7 +135,11 @@ class DynamicDrafter:
         return max(self.num_heads, self.copied)
 
     @property
-    def reads_context(self) -> bool:
+    def fixed(self) -> None:
+        return None
+
+    @property
+    def reads_history(self) -> bool:
         return bool(self.pair_bonus or self.triple_bonus or self.copied)
 
     @property
@@ -160,7 +164,7 @@ class DynamicDrafter:
         self,
         root: Tensor,  # (B,) long
         guesses: Guesses | None,
-        context: Context | None = None,
+        history: History | None = None,
     ) -> tuple[Tensor, TreeTensors]:
         """The token of every node (B, N), and every row's own tree.
 
@@ -170,7 +174,7 @@ class DynamicDrafter:
         assert guesses is not None and guesses.log_p is not None
         wanted, ranks = self.num_nodes - self.copied - 1, guesses.tokens.shape[-1]
         value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
-        before = context.last[:, None] if context is not None else previous
+        before = history.last[:, None] if history is not None else previous
         log_p = guesses.log_p.clamp(max=-LEAST_COST)
         odds = log_p - torch.log(-torch.expm1(log_p))
         ends = pair_end(guesses.tokens), triple_end(guesses.tokens)
@@ -179,10 +183,10 @@ class DynamicDrafter:
         values, tokens, parents = [], [], []
         for depth in range(self.num_heads):
             step = odds[depth, :, None]  # (B, 1, R)
-            if context is not None and (self.pair_bonus or self.triple_bonus):
+            if history is not None and (self.pair_bonus or self.triple_bonus):
                 pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
                 triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
-                said = context.said(torch.stack([pairs, triples], 1))
+                said = history.contains(torch.stack([pairs, triples], 1))
                 step = step.add(said[:, 0], alpha=self.pair_bonus).add_(said[:, 1], alpha=self.triple_bonus)
             candidates = (value[..., None] + logsigmoid(step) - LEAST_COST).flatten(1)  # (B, W * R)
             value, chosen = candidates.topk(min(wanted, candidates.shape[1]), dim=-1)
@@ -194,11 +198,11 @@ class DynamicDrafter:
             tokens.append(previous)
             parents.append(parent)
         own, above = self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
-        if self.copied and context is not None:
+        if self.copied and history is not None:
             # A path that some of the others may have as well: twice the same is as right as once.
             path = torch.arange(above.shape[1] - 1, above.shape[1] - 1 + self.copied, device=root.device)
             above = torch.cat([above, (path * (path >= above.shape[1])).expand(len(root), -1)], dim=1)
-            own = torch.cat([own, context.continuation(self.copied)], dim=1)
+            own = torch.cat([own, history.continuation(self.copied)], dim=1)
         return own, tree_tensors(above, self.depth)
 
     def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:

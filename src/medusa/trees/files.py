@@ -1,4 +1,4 @@
-"""Tree files, presets, and the trees that a model can have: static, dynamic, or one for each size of batch."""
+"""Tree files and presets, and the kinds of tree that a model can have: static, dynamic, or one for each batch size."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import CheckpointError, InvalidInput, InvalidTree
+from medusa.runs.files import read_json, write_text
 from medusa.trees.dynamic import DynamicTree
-from medusa.trees.static import MedusaTree, read_tree_file, write_tree_file
+from medusa.trees.static import MedusaTree
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeChoice:
-    """A tree for each size of batch: larger batches leave less arithmetic to spare and want smaller trees.
+    """A tree for each batch size: larger batches leave less arithmetic to spare and want smaller trees.
 
     Args:
-        trees: by batch size; a batch takes the tree of the greatest size that is not above its own.
+        trees: trees by batch size; a batch takes the tree of the largest size not above its own.
 
     >>> choice = TreeChoice({1: MedusaTree.dense([2, 2]), 8: MedusaTree([])})
     >>> [len(choice.for_batch(batch)) for batch in (1, 7, 8, 100)]
@@ -36,7 +37,7 @@ class TreeChoice:
 
     @property
     def depth(self) -> int:
-        """Heads used by the deepest of them."""
+        """The number of heads that the deepest tree uses."""
         return max(tree.depth for tree in self.trees.values())
 
     def check(self, num_heads: int, vocab_size: int) -> None:
@@ -49,7 +50,7 @@ class TreeChoice:
         return {"batches": {str(batch): tree.to_dict() for batch, tree in sorted(self.trees.items())}}
 
     def for_batch(self, batch: int) -> MedusaTree | DynamicTree:
-        """The tree for a batch of so many rows."""
+        """The tree for a batch of this size."""
         return self.trees[max((size for size in self.trees if size <= batch), default=min(self.trees))]
 
 
@@ -57,8 +58,17 @@ Tree = MedusaTree | DynamicTree | TreeChoice
 
 
 def save_tree(tree: Tree, path: str | Path) -> None:
-    """Write a tree file."""
-    write_tree_file(tree.to_dict(), path)
+    """Write a tree file, complete or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(tree.to_dict()) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _presets() -> dict[str, Any]:
@@ -66,15 +76,15 @@ def _presets() -> dict[str, Any]:
 
 
 def presets() -> dict[str, str]:
-    """The names of the trees that are part of the package, each with the heads it was made for."""
+    """The names of the trees in the package, each with the heads it was made for."""
     return {name: found["for"] for name, found in _presets().items()}
 
 
 def preset(name: str) -> MedusaTree:
-    """A tree that is part of the package: those of the reference project, 64 nodes with the root.
+    """A tree of the reference project, from the package: 64 nodes with the root.
 
     Raises:
-        InvalidInput: there is none of that name.
+        InvalidInput: no preset has this name.
 
     >>> preset("vicuna_7b_stage2")
     MedusaTree(64 nodes, depth 4, up to rank 9)
@@ -86,7 +96,7 @@ def preset(name: str) -> MedusaTree:
 
 
 def load_tree(path: str | Path) -> Tree:
-    """Read a tree file of any kind, or a bare JSON list of paths; where there is no such file, the preset of that name.
+    """Read a tree file of any kind or a bare JSON list of paths; without such a file, take the preset of this name.
 
     Raises:
         CheckpointError: the file is missing or holds no tree.
@@ -96,7 +106,10 @@ def load_tree(path: str | Path) -> Tree:
     """
     if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
         return preset(str(path))
-    return _tree(read_tree_file(path), str(path))
+    if not Path(path).is_file():
+        what = f"cannot read the tree file {path}: it is no file" if Path(path).exists() else f"no tree file {path}"
+        raise CheckpointError(what)
+    return _tree(read_json(Path(path), CheckpointError), str(path))
 
 
 def _tree(found: Any, source: str) -> Tree:

@@ -1,4 +1,4 @@
-"""The context of a request: which short runs of tokens it has said before, as drafters like to know."""
+"""The history of a request: which pairs and triples of tokens it has had, and what followed them. Drafters look them up."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SLOTS = 16  # of the table for each token there may be: so few collisions that drafts hardly feel them
+SLOTS = 16  # table slots per token of capacity: few enough collisions that drafts hardly suffer
 
 
 @dataclass
-class Context:
-    """What every row has said: its tokens, and where it last said each of its pairs and triples of tokens, by their hashes.
+class History:
+    """The tokens of every row, and a hash table of where each pair and triple of tokens last occurred.
 
-    It only ever proposes: a collision costs a node of a draft, never an output.
+    It only proposes drafts: a collision may waste a node, and never changes the output.
     """
 
-    table: Tensor  # (B, slots + 1) int32: where the token after a run stands; 0: never said; the last slot is for what is none
-    tokens: Tensor  # (B, capacity + 1) long: the padded prompt, then what was decided, the root last
-    length: Tensor  # (B,) long: of them
+    table: Tensor  # (B, slots + 1) int32: index of the token after a run, 0 if it has not occurred; the last slot is a dump
+    tokens: Tensor  # (B, capacity + 1) long: the padded prompt, then the tokens decided, the root last
+    length: Tensor  # (B,) long: number of these tokens
     last: Tensor  # (B,) long: the token before the root
-    after: Tensor  # (B,) long: where the token stands that followed when the text last came to the root like this; 0: never
+    after: Tensor  # (B,) long: index of the token that followed the last occurrence of the current suffix; 0 if none
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, device: torch.device | str | None = None) -> Context:
-        """The context of rows that have said nothing yet.
+    def empty(cls, batch: int, capacity: int, device: torch.device | str | None = None) -> History:
+        """The history of rows without tokens.
 
         Args:
-            capacity: tokens that a row may come to hold, padding and root included.
+            capacity: the most tokens of a row, padding and root included.
         """
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         table = zeros.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
@@ -41,12 +41,12 @@ class Context:
         prompts: Tensor,  # (B, P) long, left-padded
         pads: Tensor,  # (B,) long
         root: Tensor,  # (B,) long
-        capacity: int,  # tokens that a row may come to hold, padding and root included
-    ) -> Context:
-        """The context at the start of a request."""
-        context = cls.empty(len(prompts), capacity, prompts.device)
-        context.place(torch.arange(len(prompts), device=prompts.device), prompts, pads, root)
-        return context
+        capacity: int,  # the most tokens of a row, padding and root included
+    ) -> History:
+        """The history of rows that hold their prompts and roots."""
+        history = cls.empty(len(prompts), capacity, prompts.device)
+        history.place(torch.arange(len(prompts), device=prompts.device), prompts, pads, root)
+        return history
 
     def place(
         self,
@@ -55,36 +55,35 @@ class Context:
         pads: Tensor,  # (n,) long
         root: Tensor,  # (n,) long
     ) -> None:
-        """Begin some rows anew, with the prompts of new requests."""
+        """Restart some rows with the prompts of new requests."""
         number, width = prompts.shape
-        text = pad(
-            torch.cat([prompts, root[:, None]], 1), (1, 0)
-        )  # one more in front: three even where the prompt is one token
+        # One more in front: three tokens even if the prompt has one.
+        text = pad(torch.cat([prompts, root[:, None]], 1), (1, 0))
         length, last = torch.full_like(pads, width + 1), prompts[:, -1]
         tokens = pad(text[:, 1:], (0, self.tokens.shape[1] - width - 1))
-        part = Context(self.table.new_zeros(number, self.table.shape[1]), tokens, length, last, torch.zeros_like(pads))
-        at = torch.arange(-1, width + 1, device=prompts.device).expand(number, -1)  # where each token stands
-        place = at - pads[:, None]  # and where in its text
+        part = History(self.table.new_zeros(number, self.table.shape[1]), tokens, length, last, torch.zeros_like(pads))
+        at = torch.arange(-1, width + 1, device=prompts.device).expand(number, -1)  # the index of each token
+        place = at - pads[:, None]  # and its index without padding
         part._remember(text, at + 1, place >= 1, place >= 2, length)
         for name in ("table", "tokens", "length", "last", "after"):
             setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens a row; the tables stay as they are, with more collisions, which cost drafts alone."""
+        """Make room for more tokens per row. The tables keep their size: more collisions, hence worse drafts."""
         self.tokens = pad(self.tokens, (0, capacity + 1 - self.tokens.shape[1]))
 
     def extend(
         self,
-        path: Tensor,  # (B, D + 1) long: the tokens of the accepted path, the old root first; behind it anything
-        length: Tensor,  # (B,) long: of the path
+        path: Tensor,  # (B, D + 1) long: the tokens of the accepted path, the old root first; anything after its end
+        length: Tensor,  # (B,) long: length of the path
         bonus: Tensor,  # (B,) long: the next root
     ) -> None:
-        """Remember an accepted path and the token after it."""
+        """Append an accepted path and the token after it."""
         rows = torch.arange(len(path), device=path.device)
         new = torch.cat([self.last[:, None], path, path[:, :1]], dim=1)
         new[rows, length + 1] = bonus
         number = torch.arange(new.shape[1], device=path.device)
-        wanted = (number <= length[:, None] + 1) & (number > 1)  # the old root, with what led to it, is known
+        wanted = (number <= length[:, None] + 1) & (number > 1)  # the old root is recorded already
         at = self.length[:, None] + number - 2
         trash = self.tokens.shape[1] - 1
         self.tokens.scatter_(1, at.where(wanted & (at < trash), trash), new)
@@ -93,7 +92,7 @@ class Context:
         self._remember(new, at + 1, wanted, wanted, length + 1)
 
     def _remember(self, tokens: Tensor, after: Tensor, pairs: Tensor, triples: Tensor, end: Tensor) -> None:
-        """Note where the token after each pair and triple stands, where they are wanted; look up the last run before that."""
+        """Record the index of the token after each wanted pair and triple, and look up where the final run occurred before."""
         trash = self.table.shape[1] - 1
         a, b = tokens[:, :-1], tokens[:, 1:]
         found = []
@@ -104,13 +103,13 @@ class Context:
             slots = self._slots(keys).where(wanted, trash)
             inside = torch.arange(slots.shape[1], device=slots.device) < end[:, None] - first
             places = after[:, first:].to(self.table.dtype)
-            # The run at the end is looked up before it is known itself, but after all before it.
+            # Look the final run up before inserting it, and after inserting all earlier ones.
             self.table.scatter_reduce_(1, slots.where(inside, trash), places, "amax")
             last = slots.gather(1, (end - first).clamp(min=0)[:, None])
             found.append(self.table.gather(1, last).squeeze(1).where((last != trash).squeeze(1), 0))
             self.table.scatter_reduce_(1, slots, places, "amax")
-        # Places are the right ones but for collisions, and the tokens that led to them are at hand. A row that has ended is
-        # still extended, beyond its room.
+        # Collisions are found by comparing the tokens before each place. A row that has ended is still extended, past its
+        # capacity.
         before = torch.arange(-3, 0, device=end.device)
         places = torch.stack(found, 1).long()  # (B, 2)
         places = places.where(places < self.length[:, None], 0)
@@ -120,28 +119,27 @@ class Context:
         pair, triple = places.where(torch.stack([same[:, 0, 1:].all(-1), same[:, 1].all(-1)], 1), 0).unbind(1)
         self.after = torch.where(triple > 0, triple, pair)
 
-    def said(
+    def contains(
         self,
         keys: Tensor,  # (B, ...) long: of pairs or triples
     ) -> Tensor:  # (B, ...) bool
-        """Whether the context holds these runs of tokens."""
+        """Whether these runs of tokens have occurred (or one with the same hash has)."""
         return self.table.gather(1, self._slots(keys).flatten(1)).view(keys.shape) > 0
 
     def continuation(self, number: int) -> Tensor:  # (B, number) long
-        """What followed the last time the text came to the root in this way, and behind the root the same again; where it never
-        did, anything."""
+        """The tokens after the last occurrence of the current suffix, repeated past the root; arbitrary if there was none."""
         period = (self.length - self.after)[:, None]
         at = self.after[:, None] + torch.arange(number, device=period.device) % period
         return self.tokens.gather(1, at)
 
     def _slots(self, keys: Tensor) -> Tensor:
-        """The top bits of a key."""
+        """The table slots of keys: their top bits."""
         bits = (self.table.shape[1] - 1).bit_length() - 1
         return (keys >> (64 - bits)) & ((1 << bits) - 1)
 
 
-# A run's key is what its beginning and its last token add up to, modulo 2 ** 64; slots are its top bits: multiplicative
-# hashing, in parts, so that a drafter computes what each guess adds once for all the runs that it may end.
+# Multiplicative hashing: a run's key is a sum over its beginning and its last token, modulo 2 ** 64. In two parts, so that a
+# drafter computes the part of each guess once for all the runs that it may end.
 
 
 def pair_start(first: Tensor) -> Tensor:

@@ -1,21 +1,18 @@
-"""The candidate tree: which combinations of the heads' guesses are verified together (paper 2.1.2, 2.3.3)."""
+"""The static tree: which combinations of the heads' guesses are verified together, at every step (paper 2.1.2, 2.3.3)."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medusa.errors import CheckpointError, InvalidTree
-from medusa.runs.files import read_json, write_text
-from medusa.trees.history import Context
+from medusa.trees.history import History
 from medusa.trees.tensors import Guesses, TreeTensors, tree_tensors
 
 Path_ = tuple[int, ...]
@@ -23,10 +20,10 @@ Path_ = tuple[int, ...]
 
 class MedusaTree:
     """A prefix-closed set of rank paths. Path (i1, ..., ik) is the guess of rank i1 (0-based) of head 1, then rank i2 of
-    head 2, and so on; the root, the backbone's own next token, is implicit and is node 0.
+    head 2, and so on. The root, the backbone's own next token, is implicit: node 0.
 
     Nodes are numbered in lexicographic order of their paths: parents come before children, and the path of all first
-    guesses is nodes 0, 1, 2, ...: the usual outcome is then contiguous in the KV cache and nothing has to move.
+    guesses is nodes 0, 1, 2, ...: the usual outcome is then contiguous in the KV cache, and nothing has to move.
 
     Raises:
         InvalidTree: a path is empty, repeated, has a negative rank, or its parent is missing.
@@ -80,7 +77,7 @@ class MedusaTree:
 
     @property
     def depth(self) -> int:
-        """The longest path, hence the number of heads used; 0 for the root alone."""
+        """The length of the longest path, hence the number of heads used; 0 for the root alone."""
         return max(map(len, self.paths), default=0)
 
     @property
@@ -109,72 +106,39 @@ class MedusaTree:
 
     @classmethod
     def from_dict(cls, found: Any, source: str) -> MedusaTree:
-        """The tree of a saved mapping, or of a bare list of paths; CheckpointError where there is none."""
+        """The tree in a saved mapping or a bare list of paths; CheckpointError if it holds none."""
         paths = found.get("paths") if isinstance(found, dict) else found
         if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
             raise CheckpointError(f"{source} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
         return cls(paths)
 
-    def save(self, path: str | Path) -> None:
-        """Write a tree file."""
-        write_tree_file(self.to_dict(), path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> MedusaTree:
-        """Read a saved tree, or a bare JSON list of paths; `load_tree` reads trees of all kinds.
-
-        Raises:
-            CheckpointError: the file is missing or is not such JSON.
-            InvalidTree: its paths are not a tree.
-        """
-        return cls.from_dict(read_tree_file(path), str(path))
-
     def tensors(self, device: torch.device | str | None = None) -> TreeTensors:
-        """The tree as index tensors on a device, the same for every row (b = 1)."""
+        """The tree as index tensors on a device, one for all rows (b = 1)."""
         return tree_tensors(torch.tensor([(0, *self.parents[1:])], device=device), self.depth)
 
     def drafter(self, device: torch.device | str | None = None) -> StaticDrafter:
-        """What fills the tree with tokens in a decoding request on a device."""
+        """The drafter that fills the tree during a request on this device."""
         guesses = torch.tensor([(len(path) - 1) * (self.max_rank + 1) + path[-1] for path in self.paths])
         return StaticDrafter(self.tensors(device), guesses.long().to(device), self.depth, self.max_rank + 1)
 
     def for_batch(self, batch: int) -> MedusaTree:
-        """The tree for a batch of so many rows: itself; see `TreeChoice`."""
+        """The tree for a batch of this size: itself; see `TreeChoice`."""
         return self
-
-
-def write_tree_file(tree: dict[str, Any], path: str | Path) -> None:
-    """Write a tree file, whole or not at all; CheckpointError where it cannot be written."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(tree) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
-
-
-def read_tree_file(path: str | Path) -> Any:
-    """The JSON in a tree file; CheckpointError where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        what = f"cannot read the tree file {path}: it is no file" if path.exists() else f"no tree file {path}"
-        raise CheckpointError(what)
-    return read_json(path, CheckpointError)
 
 
 @dataclass(frozen=True)
 class StaticDrafter:
     """The same tree at every step: rank i_k of head k along each path."""
 
-    tree: TreeTensors  # b = 1
-    guesses: Tensor  # (N - 1,) long: (head - 1) * num_ranks + rank of every node but the root
+    fixed: TreeTensors  # b = 1: the tree of every step
+    guesses: Tensor  # (N - 1,) long: (head - 1) * ranks + rank, for every node but the root
     num_heads: int
-    num_ranks: int  # guesses taken of each head
-    reads_context = False
+    ranks: int  # guesses taken from each head
+    reads_history = False
 
     @property
     def num_nodes(self) -> int:
-        return self.tree.num_nodes
+        return self.fixed.num_nodes
 
     @property
     def depth(self) -> int:
@@ -182,22 +146,25 @@ class StaticDrafter:
 
     @property
     def shape(self) -> tuple[float, ...]:
-        return (self.num_nodes, self.num_heads, self.num_ranks)
+        return (self.num_nodes, self.num_heads, self.ranks)
 
     def guess(
         self,
         head_logits: Tensor,  # (D, B, V)
     ) -> Guesses:
-        return Guesses(head_logits.topk(self.num_ranks, dim=-1).indices, None)
+        return Guesses(head_logits.topk(self.ranks, dim=-1).indices, None)
+
+    def tempered(self, guesses: Guesses) -> Guesses:
+        return guesses
 
     def assemble(
         self,
         root: Tensor,  # (B,) long
         guesses: Guesses | None,  # None: the tree is its root
-        context: Context | None = None,
+        history: History | None = None,
     ) -> tuple[Tensor, TreeTensors]:
         """The token of every node (B, N), and the tree."""
         if guesses is None:
-            return root[:, None], self.tree
+            return root[:, None], self.fixed
         tokens = guesses.tokens.transpose(0, 1).flatten(1)  # (B, D * R)
-        return torch.cat([root[:, None], tokens[:, self.guesses]], dim=1), self.tree
+        return torch.cat([root[:, None], tokens[:, self.guesses]], dim=1), self.fixed

@@ -7,17 +7,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from medusa.trees.history import Context
+from medusa.trees.history import History
 
 
 class TreeTensors(NamedTuple):
-    """A tree of N nodes (the root included) and depth D as index tensors, for b rows: all of a batch, or 1 for the same tree
-    in every row."""
+    """A tree of N nodes (the root included) and depth D as index tensors. b is the batch, or 1 for one tree in all rows."""
 
     parents: Tensor  # (b, N) long; the root is its own parent
     depths: Tensor  # (b, N) long; the root's is 0
     lineage: Tensor  # (b, N, D + 1) long: the nodes from the root to the node, then -1
-    ancestors: Tensor  # (b, N, N) bool: [n, m] whether m is n or above it
+    ancestors: Tensor  # (b, N, N) bool: [n, m] is True if m is n or above it
 
     @property
     def num_nodes(self) -> int:
@@ -26,9 +25,9 @@ class TreeTensors(NamedTuple):
 
 def tree_tensors(
     parents: Tensor,  # (b, N) long; the root, node 0, is its own parent
-    depth: int,  # D: at least the tree's
+    depth: int,  # D, at least that of the tree
 ) -> TreeTensors:
-    """The trees that parents describe; no sync."""
+    """The index tensors of the trees that the parents describe. No host-device sync."""
     up, ancestors = paths_up(parents, depth)
     depths = ancestors.sum(-1) - 1
     left = depths[..., None] - torch.arange(depth + 1, device=parents.device)  # steps up from the node to each depth
@@ -40,7 +39,7 @@ def paths_up(
     parents: Tensor,  # (b, N) long
     depth: int,
 ) -> tuple[Tensor, Tensor]:
-    """From every node upwards (b, N, depth + 1), the root repeated once it is reached; and its ancestors (b, N, N) bool."""
+    """The way up from every node (b, N, depth + 1), the root repeated at its end, and the ancestors (b, N, N) bool."""
     at = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
     steps = [at]
     for _ in range(depth):
@@ -54,7 +53,7 @@ class Guesses(NamedTuple):
     """The likeliest tokens of the first D heads for every row, best first."""
 
     tokens: Tensor  # (D, B, R) long
-    log_p: Tensor | None  # (D, B, R) float32; None where nobody asks
+    log_p: Tensor | None  # (D, B, R) float32; None if the drafter does not need them
 
 
 class Frame(NamedTuple):
@@ -76,23 +75,31 @@ class Drafted(NamedTuple):
 
 
 class Drafter(Protocol):
-    """How a request's trees get their tokens; `MedusaTree` and `DynamicTree` make one each."""
+    """What fills the trees of a request with tokens. `MedusaTree` and `DynamicTree` each make one."""
 
     @property
-    def num_nodes(self) -> int: ...  # at most, the root included
+    def num_nodes(self) -> int: ...  # the most, the root included
 
     @property
-    def num_heads(self) -> int: ...  # heads asked
+    def num_heads(self) -> int: ...  # number of heads it reads, from the first
 
     @property
-    def depth(self) -> int: ...  # the greatest that a node may have
+    def ranks(self) -> int: ...  # number of guesses it takes from each head
 
     @property
-    def reads_context(self) -> bool: ...
+    def depth(self) -> int: ...  # of the deepest node that it may place
+
+    @property
+    def reads_history(self) -> bool: ...
+
+    @property
+    def fixed(self) -> TreeTensors | None: ...  # the tree, if it is the same at every step
 
     @property
     def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
 
     def guess(self, head_logits: Tensor) -> Guesses: ...
 
-    def assemble(self, root: Tensor, guesses: Guesses | None, context: Context | None) -> tuple[Tensor, TreeTensors]: ...
+    def tempered(self, guesses: Guesses) -> Guesses: ...  # with the probabilities that it assumes
+
+    def assemble(self, root: Tensor, guesses: Guesses | None, history: History | None) -> tuple[Tensor, TreeTensors]: ...

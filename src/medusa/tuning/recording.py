@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa.errors import InvalidInput, one_line
+from medusa.generation import MedusaGenerateOutput
 from medusa.model import MedusaModel
-from medusa.output import MedusaGenerateOutput
 from medusa.pool import left_padded
 from medusa.runs.files import whole
 from medusa.runs.provenance import fingerprint, heads_fingerprint
@@ -107,13 +107,14 @@ def _record(
     assert model.heads is not None
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids, mask = left_padded(prompts)
-    width, beyond = ids.shape[1], model.num_heads + 1
+    beyond = model.num_heads + 1
     output = model.generate(
         ids, mask, max_new_tokens=max_new_tokens + model.num_heads, seed=seed, return_dict_in_generate=True, **sampling
     )
-    assert isinstance(output, MedusaGenerateOutput) and output.sequences is not None and output.acceptance_lengths is not None
+    assert isinstance(output, MedusaGenerateOutput)
     for row, prompt in enumerate(prompts):
-        text = output.sequences[row, width - len(prompt) : width + sum(output.acceptance_lengths[row])].to(model.device)
+        new = output.new_tokens(row).to(model.device)
+        text = torch.cat([prompt.to(new), new])
         start = len(prompt) - 1
         places = len(text) - start - beyond
         if places < 1:

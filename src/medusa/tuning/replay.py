@@ -18,8 +18,8 @@ from torch import Tensor
 from medusa.acceptance import accept_exact
 from medusa.errors import InvalidInput
 from medusa.trees.calibration import Calibration
-from medusa.trees.dynamic import DynamicDrafter, DynamicTree, tempered
-from medusa.trees.history import Context
+from medusa.trees.dynamic import DynamicTree, tempered
+from medusa.trees.history import History
 from medusa.trees.search import search_joint_tree
 from medusa.trees.static import MedusaTree
 from medusa.trees.tensors import Guesses
@@ -57,10 +57,10 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
         InvalidInput: the tree asks for heads or ranks that were not recorded.
     """
     _, heads, ranks = texts[0].guesses.shape
-    asked = tree.ranks if isinstance(tree, DynamicTree) else tree.max_rank + 1
+    drafter = tree.drafter()
+    asked = drafter.ranks
     if tree.depth > heads or asked > ranks:
         raise InvalidInput(f"the tree asks {tree.depth} heads for {asked} guesses, recorded were {heads} and {ranks}")
-    drafter = tree.drafter()
     # Texts as rows, so that each prompt ends in column `width - 1`.
     width, places = max(text.start for text in texts) + 1, torch.tensor([len(text) for text in texts])
     ids = torch.zeros(len(texts), width + int(places.max()) + drafter.depth + heads + 2, dtype=torch.long)
@@ -71,20 +71,20 @@ def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replaye
         guesses[row, : len(text)] = text.guesses[:, : tree.depth, :asked]
         log_p[row, : len(text)] = text.log_p[:, : tree.depth, :asked]
     rows, pads = torch.arange(len(texts)), width - 1 - torch.tensor([text.start for text in texts])
-    context = Context.of(ids[:, :width], pads, ids[:, width], ids.shape[1]) if drafter.reads_context else None
+    history = History.of(ids[:, :width], pads, ids[:, width], ids.shape[1]) if drafter.reads_history else None
     done, steps = torch.zeros_like(places), torch.zeros_like(places)
     began = torch.zeros(guesses.shape[:2], dtype=torch.bool)
     while bool((active := done < places).any()):
         at = done.clamp(max=places - 1)
         began[rows, at] |= active
         offered = Guesses(guesses[rows, at].transpose(0, 1), log_p[rows, at].transpose(0, 1)) if tree.depth else None
-        if offered is not None and isinstance(drafter, DynamicDrafter):
+        if offered is not None:
             offered = drafter.tempered(offered)
-        tokens, tensors = drafter.assemble(ids[rows, width + at], offered, context)
+        tokens, tensors = drafter.assemble(ids[rows, width + at], offered, history)
         said = ids.gather(1, (width + at + 1)[:, None] + tensors.depths.expand_as(tokens))
         accepted = accept_exact(tensors, tokens, said)
-        if context is not None:
-            context.extend(tokens.gather(1, accepted.path.clamp(min=0)), accepted.length, accepted.bonus)
+        if history is not None:
+            history.extend(tokens.gather(1, accepted.path.clamp(min=0)), accepted.length, accepted.bonus)
         done = torch.where(active, done + accepted.length, done).clamp(max=places)  # as decoding cuts its last step
         steps += active
     return Replayed(done, steps, [row[: len(text)] for row, text in zip(began, texts, strict=True)])

@@ -163,7 +163,7 @@ def tune(
         raise InvalidInput(f"{prompts} holds one prompt, which cannot both choose trees and judge them; give more prompts")
     medusa = named.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
     tokenizer = named.load_tokenizer(model, trust_remote_code)
-    room = None if medusa.context is None else medusa.context - config.max_new_tokens - medusa.num_heads
+    room = None if medusa.max_length is None else medusa.max_length - config.max_new_tokens - medusa.num_heads
     chosen = calibration_ids(questions, Prompter(tokenizer, medusa.eos_token_ids), limit, prompt_tokens, room)
     return tune_model(medusa, chosen, output, config, source if questions is not None else "held out")
 
@@ -242,8 +242,8 @@ def _check_room(model: MedusaModel, config: TuningConfig) -> int:
     """The number of tokens that timing adds to a context, refused if there is no room for them."""
     copied = max(copied_nodes(kind, size) for kind in config.kinds for size in config.nodes)
     room = room_to_time(model.num_heads, max(model.num_heads, copied))
-    if model.context is not None and max(config.contexts, default=1) + room > model.context:
-        longest = model.context - room
+    if model.max_length is not None and max(config.contexts, default=1) + room > model.max_length:
+        longest = model.max_length - room
         raise InvalidInput(f"--context is {max(config.contexts)}, wanted at most {longest}: timing adds {room} tokens to it")
     return room
 
@@ -251,7 +251,7 @@ def _check_room(model: MedusaModel, config: TuningConfig) -> int:
 def _usual_length(texts: Sequence[Recorded], model: MedusaModel, room: int) -> int:
     """The median length of the prompts, or less if timing needs the room."""
     usual = int(statistics.median(text.start + 1 for text in texts))
-    return usual if model.context is None else max(1, min(usual, model.context - room))
+    return usual if model.max_length is None else max(1, min(usual, model.max_length - room))
 
 
 def _made_with(model: MedusaModel, source: str, contexts: Sequence[int], compile: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from medusa import MedusaModel, MedusaTree
-from medusa.backbone.backbone import Backbone
+from medusa.backbone.lm import TreeLM
 from medusa.errors import ContextOverflow, UnsupportedBackbone
 from medusa.trees.tensors import Frame
 from tiny import ARCHITECTURES, VOCAB, WINDOWED, random_prompt, tiny_backbone
@@ -13,60 +13,58 @@ from tiny import ARCHITECTURES, VOCAB, WINDOWED, random_prompt, tiny_backbone
 
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES])
 def test_probe_accepts_the_architecture(model_type):
-    Backbone(tiny_backbone(model_type)).probe()
+    TreeLM(tiny_backbone(model_type)).probe()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
 def test_probe_accepts_both_attention_implementations(model_type, attention):
-    Backbone(tiny_backbone(model_type, attention)).probe()
+    TreeLM(tiny_backbone(model_type, attention)).probe()
 
 
 @pytest.mark.parametrize("model_type", [*WINDOWED])
 def test_tree_logits_equal_path_logits_past_the_window(model_type):
     module = tiny_backbone(model_type, **WINDOWED[model_type])
-    backbone = Backbone(module)
+    lm = TreeLM(module)
     tree = MedusaTree([(0,), (0, 0), (0, 1), (1,), (1, 0), (1, 0, 0)]).tensors()
     prompt, nodes = random_prompt(30), random_prompt(tree.num_nodes, seed=1)
-    cache = backbone.new_cache(64)
+    cache = lm.new_cache(64)
     with torch.inference_mode():
-        backbone.prefill(prompt, None, cache)
+        lm.prefill(prompt, None, cache)
         length = torch.tensor([30])
-        hidden = backbone.verify(
-            nodes, tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 30 + tree.num_nodes), cache
-        )
+        hidden = lm.verify(nodes, tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 30 + tree.num_nodes), cache)
         for node, lineage in enumerate(tree.lineage[0]):
             chain = torch.cat([prompt[0], nodes[0, lineage[lineage >= 0]]])[None]
             wanted = module(input_ids=chain, use_cache=False).logits[0, -1]
-            torch.testing.assert_close(backbone.logits(hidden[0, node]), wanted, atol=2e-3, rtol=2e-4)
+            torch.testing.assert_close(lm.logits(hidden[0, node]), wanted, atol=2e-3, rtol=2e-4)
 
 
 def test_kept_cache_equals_a_fresh_prefill():
-    backbone = Backbone(tiny_backbone())
+    lm = TreeLM(tiny_backbone())
     tree = MedusaTree([(0,), (1,), (1, 0), (1, 1), (1, 1, 0)]).tensors()
     prompt, nodes = random_prompt(10), random_prompt(tree.num_nodes, seed=1)
     path = torch.tensor([0, 2, 4, 5])
-    kept, fresh = backbone.new_cache(40), backbone.new_cache(40)
+    kept, fresh = lm.new_cache(40), lm.new_cache(40)
     with torch.inference_mode():
-        backbone.prefill(prompt, None, kept)
+        lm.prefill(prompt, None, kept)
         length = torch.tensor([10])
-        backbone.verify(nodes, tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 10 + tree.num_nodes), kept)
+        lm.verify(nodes, tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 10 + tree.num_nodes), kept)
         kept.keep(10 + path[None], 10 + torch.arange(4)[None])
-        backbone.prefill(torch.cat([prompt, nodes[:, path]], 1), None, fresh)
+        lm.prefill(torch.cat([prompt, nodes[:, path]], 1), None, fresh)
     for a, b in zip(kept.layers, fresh.layers, strict=True):
         torch.testing.assert_close(a.keys[:, :, :14], b.keys[:, :, :14], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.values[:, :, :14], b.values[:, :, :14], atol=1e-4, rtol=1e-4)
 
 
 def test_cache_is_allocated_once():
-    backbone = Backbone(tiny_backbone())
-    cache = backbone.new_cache(40)
+    lm = TreeLM(tiny_backbone())
+    cache = lm.new_cache(40)
     tree = MedusaTree([(0,)]).tensors()
     with torch.inference_mode():
-        backbone.prefill(random_prompt(10), None, cache)
+        lm.prefill(random_prompt(10), None, cache)
         before = [layer.keys.data_ptr() for layer in cache.layers]
         length = torch.tensor([10])
-        backbone.verify(random_prompt(2), tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 12), cache)
+        lm.verify(random_prompt(2), tree, Frame(length[0], length, torch.zeros(1, dtype=torch.long), 12), cache)
     assert [layer.keys.data_ptr() for layer in cache.layers] == before
     assert all(layer.keys.shape[2] == 40 for layer in cache.layers)
 
@@ -82,13 +80,13 @@ def test_cache_is_allocated_once():
 )
 def test_alibi_models_are_refused(model_type, overrides, dtype):
     with pytest.raises(UnsupportedBackbone):
-        Backbone(tiny_backbone(model_type, dtype=dtype, **overrides)).probe()
+        TreeLM(tiny_backbone(model_type, dtype=dtype, **overrides)).probe()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3"])
 def test_probe_accepts_low_precision(model_type, dtype):
-    Backbone(tiny_backbone(model_type, dtype=dtype)).probe()
+    TreeLM(tiny_backbone(model_type, dtype=dtype)).probe()
 
 
 def test_context_ends_where_the_rotation_would_change():
@@ -106,7 +104,7 @@ def test_context_ends_where_the_rotation_would_change():
 
 def test_gpt_neo_is_refused():
     with pytest.raises(UnsupportedBackbone, match="GPT-Neo"):
-        Backbone(tiny_backbone("gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 2]]))
+        TreeLM(tiny_backbone("gpt_neo", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 2]]))
 
 
 def test_recurrent_model_is_refused_with_the_reason():
@@ -125,7 +123,7 @@ def test_recurrent_model_is_refused_with_the_reason():
         num_experts_per_tok=2,
     )
     with pytest.raises(UnsupportedBackbone, match="a recurrent state cannot hold the branches of a tree"):
-        Backbone(AutoModelForCausalLM.from_config(config))
+        TreeLM(AutoModelForCausalLM.from_config(config))
 
 
 def test_encoder_decoder_is_refused():

@@ -1,4 +1,4 @@
-"""The backbone: any transformers causal LM seen as hidden states and logits under a tree attention mask."""
+"""TreeLM: any transformers causal LM as hidden states and logits under a tree attention mask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medusa.errors import UnsupportedBackbone, one_line
 from medusa.placement import device_of, linear_sizes
 from medusa.trees.tensors import Frame, TreeTensors
 
-# What a causal LM does to its LM head's output, by the config field that says so.
+# What a causal LM does to the output of its LM head, by config field.
 LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2-4
     "logit_scale": lambda logits, scale: logits * scale,  # Cohere
@@ -28,32 +28,32 @@ ATTENTION = ("sdpa", "eager")  # the implementations that add a float mask of fo
 Masks = Tensor | dict[str, Tensor] | None
 
 
-class Backbone:
-    """A causal LM as Medusa uses it. Nothing here changes after construction: requests on it may run in parallel.
+class TreeLM:
+    """A causal LM that reads trees of tokens. It does not change after construction: requests can run in parallel.
 
     Args:
-        module: a loaded transformers causal LM; put into eval mode.
+        backbone: a loaded transformers causal LM; put into eval mode.
 
     Raises:
-        UnsupportedBackbone: the model is no causal LM, or its attention or its logits cannot be reproduced.
+        UnsupportedBackbone: it is not a causal LM, or its attention or its logits cannot be reproduced.
     """
 
-    def __init__(self, module: PreTrainedModel):
-        self.module = module.eval()
-        name = type(module).__name__
-        if getattr(module.config, "is_encoder_decoder", False):
+    def __init__(self, backbone: PreTrainedModel):
+        self.backbone = backbone.eval()
+        name = type(backbone).__name__
+        if getattr(backbone.config, "is_encoder_decoder", False):
             raise UnsupportedBackbone(f"{name} is an encoder-decoder; Medusa needs a causal language model")
-        lm_head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        lm_head = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
         if lm_head is None:
             raise UnsupportedBackbone(f"{name} has no LM head; load it with AutoModelForCausalLM")
         self.lm_head: nn.Module = lm_head
-        decoder = module.get_decoder()
-        self.decoder: nn.Module = getattr(module, "model", module) if decoder is module else decoder  # Llama 4
-        if self.decoder is module:
+        decoder = backbone.get_decoder()
+        self.decoder: nn.Module = getattr(backbone, "model", backbone) if decoder is backbone else decoder  # Llama 4
+        if self.decoder is backbone:
             raise UnsupportedBackbone(f"{name} does not say which part of it is its decoder")
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
-        self.config = module.config.get_text_config(decoder=True)
+        self.config = backbone.config.get_text_config(decoder=True)
         self.attention = getattr(self.config, "_attn_implementation", "eager")
         if self.attention not in ATTENTION:
             raise UnsupportedBackbone(
@@ -65,7 +65,7 @@ class Backbone:
         except Exception as error:
             raise UnsupportedBackbone(f"{name} has an LM head that does not run: {one_line(error)}") from error
         self.num_layers: int = self.config.num_hidden_layers
-        self.context = context_of(self.config)
+        self.max_length = max_length_of(self.config)
         self.lm_head_device = device_of(lm_head)
         if hasattr(self.config, "attention_types"):
             raise UnsupportedBackbone(f"{name} keeps its attention window in a buffer of fixed size (GPT-Neo)")
@@ -79,7 +79,7 @@ class Backbone:
         self.mask_kinds = self._mask_kinds(name)
 
     def _mask_kinds(self, name: str) -> tuple[str, ...]:
-        """The kinds of attention mask the layers take; several mean a dict of masks."""
+        """The kinds of attention mask that the layers take; if there are several, masks come as a dict."""
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is None:
             return ("sliding_attention",) if self._window else ("full_attention",)
@@ -95,18 +95,18 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
-        return device_of(self.module.get_input_embeddings())
+        """The device of the input embeddings, which token ids are expected on."""
+        return device_of(self.backbone.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states and masks."""
-        return self.module.dtype
+        return self.backbone.dtype
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text, from the generation config."""
-        config = getattr(self.module, "generation_config", None) or self.config
+        config = getattr(self.backbone, "generation_config", None) or self.config
         return token_ids(config.eos_token_id)
 
     def new_cache(self, capacity: int) -> TreeCache:
@@ -115,9 +115,9 @@ class Backbone:
     def logits(
         self,
         hidden: Tensor,  # (..., d)
-        lm_head: nn.Module | None = None,  # some rows of the model's own; None: all
+        lm_head: nn.Module | None = None,  # a part of the model's LM head; None: all of it
     ) -> Tensor:  # (..., V)
-        """The model's own logits, with the cap or scale that its forward applies after the LM head."""
+        """The model's logits, with the cap or scale that its own forward applies after the LM head."""
         logits = (lm_head or self.lm_head)(hidden)
         for rule, value in self._rules:
             logits = rule(logits, value)
@@ -125,12 +125,12 @@ class Backbone:
 
     def hidden_states(
         self,
-        ids: Tensor,  # (B, T) long, padded at the right if at all
-        segments: Tensor | None = None,  # (B, T) long: the text that each token belongs to; None: one text a row
+        ids: Tensor,  # (B, T) long, possibly right-padded
+        segments: Tensor | None = None,  # (B, T) long: number of the text that each token belongs to; None: one per row
     ) -> Tensor:  # (B, T, d)
         """The last hidden state of every position in one causal pass, without a cache.
 
-        Texts packed into one row see nothing of one another, and each counts its positions from 0.
+        Texts packed into one row do not see one another; the positions of each start from 0.
         """
         if segments is None:
             return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -148,7 +148,7 @@ class Backbone:
         ids: Tensor,  # (B, P) long, left-padded
         attention_mask: Tensor | None,  # (B, P), 1 for tokens; None: no padding
         cache: TreeCache,
-        embeds: Tensor | None = None,  # (B, P, d): read in the place of the ids
+        embeds: Tensor | None = None,  # (B, P, d): input embeddings that replace those of the ids
     ) -> Tensor:  # (B, d)
         """Process the prompts into slots 0 .. P-1 and return the last hidden state."""
         length = ids.shape[1]
@@ -157,9 +157,9 @@ class Backbone:
         if attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache.aim(slots, visible=length)
-        # A clone: compiled steps are specialised to the strides of a row on its own.
         soft: dict[str, Any] = {} if embeds is None else {"inputs_embeds": embeds}
         hidden = self._decode(None if soft else ids, attention_mask, positions, cache, **soft)
+        # A clone, since compiled steps are specialised to the strides of a contiguous row.
         return hidden[:, -1].clone(memory_format=torch.contiguous_format)
 
     def verify(
@@ -168,13 +168,13 @@ class Backbone:
         tree: TreeTensors,
         frame: Frame,
         cache: TreeCache,
-        layers: list[Tensor] | None = None,  # filled with the hidden states after every layer, for the probe
+        layers: list[Tensor] | None = None,  # for the probe: receives the hidden states after every layer
     ) -> Tensor:  # (B, N, d)
         """Hidden states of all nodes in one pass: each sees the committed tokens, its ancestors and itself."""
         slots = frame.base + torch.arange(tree.num_nodes, device=ids.device)
         positions = (frame.lengths - frame.pads)[:, None] + tree.depths
-        if self.context is not None:  # deeper nodes cannot be emitted any more, but must not index past a table
-            positions = positions.clamp(max=self.context - 1)
+        if self.max_length is not None:  # nodes beyond it are never emitted, but must not index past a table
+            positions = positions.clamp(max=self.max_length - 1)
         cache.aim(slots, frame.visible)
         return self._decode(ids, self._tree_masks(tree, frame, positions), positions, cache, layers)
 
@@ -200,18 +200,18 @@ class Backbone:
         base, lengths, pads, visible = frame
         slot = torch.arange(visible, device=base.device)
         committed = (slot < lengths[:, None]) & (slot >= pads[:, None])  # (B, visible)
-        # Gathered rather than copied in with index_copy, which inductor gets wrong for bool on a CPU (torch 2.13).
-        node = (slot - base).clamp(0, tree.num_nodes - 1)  # the node in each slot, where there is one
+        # A gather instead of index_copy, which inductor gets wrong for bool on a CPU (torch 2.13).
+        node = (slot - base).clamp(0, tree.num_nodes - 1)  # the node in each slot, if it has one
         in_tree = (slot >= base) & (slot < base + tree.num_nodes)
         allowed = committed[:, None] | (tree.ancestors.index_select(2, node) & in_tree)  # (B, N, visible)
-        at = torch.where(in_tree, positions.index_select(1, node), slot - pads[:, None])  # by slot
+        at = torch.where(in_tree, positions.index_select(1, node), slot - pads[:, None])  # position in each slot
         return self._masks(allowed, positions, at)
 
     def _masks(
         self,
-        allowed: Tensor,  # (B, N, S) bool: what each query may see but for windows
-        positions: Tensor,  # (B, N) long: of the queries
-        at: Tensor,  # (B, S) long: of what is seen
+        allowed: Tensor,  # (B, N, S) bool: the keys that each query may see, windows aside
+        positions: Tensor,  # (B, N) long: positions of the queries
+        at: Tensor,  # (B, S) long: positions of the keys
     ) -> Masks:
         """The masks of every kind of layer, (B, 1, N, S), to be added to attention scores."""
         masks = {}
@@ -239,19 +239,19 @@ class Backbone:
         return probe(self)
 
 
-def context_of(
-    config: Any,  # of the text model
+def max_length_of(
+    config: Any,  # config of the text model
 ) -> int | None:
-    """The most tokens that a model takes; None where its config does not say."""
+    """The longest text of a model, in tokens; None if its config does not say."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic") and rope.get("original_max_position_embeddings"):
-        # Past this length its rotation depends on the longest row and on how far the tree reaches.
+        # Beyond this length the rotation depends on the longest row and on the depth of the tree.
         return rope["original_max_position_embeddings"]
     return getattr(config, "max_position_embeddings", None)
 
 
 def token_ids(given: int | Sequence[int] | Tensor | None) -> tuple[int, ...]:
-    """One or several token ids, or none, as transformers' configurations give them."""
+    """Token ids as a tuple, from any form that transformers' configurations use: none, one or several."""
     if given is None:
         return ()
     return tuple(int(token) for token in torch.as_tensor(given).flatten())
