@@ -123,7 +123,7 @@ def _likelihood(right: Tensor, log_p: Tensor, temperature: float) -> float:
 
 
 def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16) -> DynamicTree:
-    """The dynamic tree of so many nodes whose bonuses accept the most on these texts, its heads' temperatures fitted."""
+    """The dynamic tree of this size with fitted temperatures, and the bonuses that accept the most on these texts."""
     _, heads, ranks = texts[0].guesses.shape
     best = DynamicTree(num_nodes, heads, ranks, fit_temperatures(texts), 0.0, 0.0)
     rate = replay(texts, best).acceleration_rate
