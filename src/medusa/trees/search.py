@@ -104,8 +104,8 @@ def random_dense_tree(num_nodes: int, num_heads: int, seed: int) -> MedusaTree:
     """A dense tree with randomly drawn top-s_k, the baseline of the paper's Figure 4 (2.1.2, 3.3.1).
 
     It is drawn uniformly from all Cartesian trees of up to num_heads heads whose size is within a sixteenth of num_nodes; few
-    or odd trees have exactly that size, such as those of 32 nodes, which take one guess of the first head or all nodes from it. No
-    head gives more than its best ten guesses, unless no such tree is large enough.
+    or odd trees have exactly that size, such as those of 32 nodes, which take one guess of the first head or all nodes from it.
+    No head gives more than its best ten guesses, unless no such tree is large enough.
 
     Args:
         num_nodes: size of the tree, the root included.
