@@ -135,11 +135,11 @@ def test_generate_says_which_tree_it_uses_where_none_was_tuned(medusa, own, tmp_
         (heads / file.name).write_bytes(file.read_bytes())
     ask = ["generate", own / "text", "x = ", "--heads", heads, "-n", "12"]
     assert "these heads have no tree file: a dynamic tree of 16 nodes, maybe slower" in medusa(*ask)[2]
-    MedusaTree.dense([2, 2]).save(heads / "medusa_tree.json")
+    save_tree(MedusaTree.dense([2, 2]), heads / "medusa_tree.json")
     assert "7 nodes, is not tuned" in medusa(*ask)[2]
     (heads / "tuning.json").write_text(json.dumps({"made_with": {"dtype": "bfloat16"}}))
     assert "was tuned in bfloat16 and runs in float32" in medusa(*ask)[2]
-    MedusaTree([]).save(heads / "medusa_tree.json")
+    save_tree(MedusaTree([]), heads / "medusa_tree.json")
     assert "the root alone, as medusa tune chose: no tree paid. This is plain decoding" in medusa(*ask)[2]
     assert "tree" not in medusa(*ask, "--tree", "root")[2].replace("tokens a step", "")
 

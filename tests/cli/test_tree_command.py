@@ -69,7 +69,7 @@ def test_calibration_is_searched_by_what_came_true_together(tree, calibration):
 
 
 def test_each_source_gives_its_tree_and_accuracies_beside_it_say_what_it_gains(tree, accuracies, tmp_path):
-    preset("zephyr_stage2").save(tmp_path / "own.json")
+    save_tree(preset("zephyr_stage2"), tmp_path / "own.json")
     for source, wanted in (
         (["--dense", "4", "--dense", "3", "--dense", "2"], MedusaTree.dense([4, 3, 2])),
         (["--random-dense", "64", "--num-heads", "4", "--seed", "3"], random_dense_tree(64, 4, 3)),
@@ -142,7 +142,7 @@ def test_presets_are_the_published_trees_of_64_nodes(tree):
 def test_a_preset_is_a_tree_by_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_tree("zephyr_stage2") == preset("zephyr_stage2")
-    MedusaTree([(0,)]).save("zephyr_stage2")
+    save_tree(MedusaTree([(0,)]), "zephyr_stage2")
     assert load_tree("zephyr_stage2") == MedusaTree([(0,)])
 
 

@@ -51,7 +51,7 @@ def test_the_embedded_model_with_its_own_calibration_and_a_tree(tmp_path):
         json.loads(simulate("embedded", "--batch", "1", *more, "--json")) for more in ([], ["--calibration", "embedded"])
     )
     assert law["acceleration"] != own["acceleration"] == "calibrated"
-    MedusaTree.dense([3, 2]).save(tmp_path / "tree.json")
+    save_tree(MedusaTree.dense([3, 2]), tmp_path / "tree.json")
     tree = json.loads(
         simulate("embedded", "--batch", "1", "--tree", str(tmp_path / "tree.json"), "--calibration", "embedded", "--json")
     )
@@ -82,7 +82,8 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     ],
 )
 def test_nonsense_is_refused(arguments, words):
-    from medusa.errors import MedusaError
+    from medusa.trees.files import save_tree
+from medusa.errors import MedusaError
 
     with pytest.raises(MedusaError, match=words):
         CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
