@@ -11,6 +11,7 @@ from medusa import MedusaModel, MedusaTree
 from medusa.cli import showing
 from medusa.cli.train import FIELDS, GROUPS
 from medusa.training.config import resolve
+from medusa.trees.files import save_tree
 from tiny import random_heads, random_tree, tiny_backbone
 
 TEMPLATE = (

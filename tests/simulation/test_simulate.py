@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from medusa import MedusaTree
 from medusa.cli import app
+from medusa.trees.files import save_tree
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 
@@ -82,8 +83,7 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     ],
 )
 def test_nonsense_is_refused(arguments, words):
-    from medusa.trees.files import save_tree
-from medusa.errors import MedusaError
+    from medusa.errors import MedusaError
 
     with pytest.raises(MedusaError, match=words):
         CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
