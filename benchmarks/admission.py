@@ -17,7 +17,7 @@ import torch
 from medusa import MedusaModel, MedusaTree
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
-from medusa.cli.common import dtype_named, quiet_transformers
+from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from medusa import MedusaModel
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
-from medusa.cli.common import dtype_named, quiet_transformers
+from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.pool import left_padded
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import operator
 import types
 import typing
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medusa.errors import CheckpointError, ConfigError, InvalidInput
-from medusa.runs.files import read_json, write_text
+from medusa.runs.files import read_json, write_json
 
 T = TypeVar("T")
 
@@ -56,8 +55,7 @@ class MedusaConfig:
         return {**legacy, **fields}
 
     def save(self, folder: str | Path) -> None:
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_text(Path(folder) / CONFIG_FILE, text)
+        write_json(Path(folder) / CONFIG_FILE, self.to_dict(), sort_keys=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> MedusaConfig:

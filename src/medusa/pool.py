@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from medusa.data.prompts import left_padded
 from medusa.decoding import check_request, step
 from medusa.state import Decodable, DecodingOptions, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
@@ -82,14 +80,3 @@ def _join(model: Decodable, state: DecodingState, joining: dict[int, Request], t
     ids, mask = left_padded([request.ids for request in joining.values()])
     ids, checked = check_request(model, ids, mask, tree, options)
     admit(model, state, list(joining), ids, checked, [(request.seed, 0) for request in joining.values()], options)
-
-
-def left_padded(prompts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts as one batch, (B, P) long, with its attention mask, (B, P) long."""
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask

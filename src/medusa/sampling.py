@@ -39,7 +39,7 @@ class Processors:
         prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, left-padded; None: the row has finished
         pads: Sequence[int],  # per row, the number of padding tokens
         nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the prefixes
-    ) -> Tensor:  # (B, N, V), float32 where there are processors
+    ) -> Tensor:  # (B, N, V), float32 if there are processors
         """Scores of every node: each processor sees the prefix of that node's own path. Without processors, the logits."""
         if not self.steps:
             return logits

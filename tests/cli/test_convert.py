@@ -18,12 +18,12 @@ from medusa.cli.inspect import inspect_command
 from tiny import random_heads, tiny_backbone
 
 
-def medusa(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def in_a_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-m", "medusa", *arguments], capture_output=True, text=True, timeout=240, env=env)
 
 
-def test_convert_and_inspect(tmp_path, capsys):
+def test_convert_and_inspect(medusa, tmp_path, capsys):
     out = tmp_path / "out"
     done = medusa("convert", "embedded", str(out), "--to", "vllm", "--json")
     assert done.returncode == 0, done.stderr
@@ -113,7 +113,7 @@ def test_hub_id_of_a_whole_model_in_pickles_is_read(tmp_path, hub):
     (Hub.served / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (Hub.served / "optimizer.bin").write_bytes(b"x")
     torch.save({**backbone.state_dict(), **heads}, Hub.served / "pytorch_model.bin")
-    done = medusa("inspect", "me/heads", "--json", **hub)
+    done = in_a_process("inspect", "me/heads", "--json", **hub)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["heads"]["format"] == "merged" and json.loads(done.stdout)["heads"]["num_heads"] == 3
     assert set(Hub.asked) == {"config.json", "pytorch_model.bin"}
@@ -124,7 +124,7 @@ def test_push_to_hub_publishes_the_folder_with_a_card(tmp_path, hub):
     save_heads(random_heads(backbone), tmp_path / "heads", base_model="me/backbone")
     (tmp_path / "heads" / "run.json").write_text("{}")
     out = tmp_path / "out"
-    done = medusa(
+    done = in_a_process(
         "convert", str(tmp_path / "heads"), str(out), "--to", "medusa", "--push-to-hub", "me/heads", "--private", **hub
     )
     assert done.returncode == 0, done.stderr
@@ -138,7 +138,7 @@ def test_push_to_hub_publishes_the_folder_with_a_card(tmp_path, hub):
 
 
 def test_hub_that_is_not_there_is_one_line(tmp_path):
-    done = medusa(
+    done = in_a_process(
         "convert", "embedded", str(tmp_path / "out"), "--to", "medusa", "--push-to-hub", "me/heads",
         HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="hf_x",
     )  # fmt: skip

@@ -68,7 +68,7 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
             ["train", "{own}/text", "--data", "{texts}", "--heads", "{own}/text", "-o", "{new}"],
             "has no Medusa heads to start from",
         ),
-        (["train", "{own}/text", "--data", "{texts}", "-o", "{begun}"], "holds checkpoints of a run; go on with --resume"),
+        (["train", "{own}/text", "--data", "{texts}", "-o", "{begun}"], "checkpoints of a run; continue it with --resume"),
         (["distill", "{own}/chat", "--data", "no.txt", "-o", "{new}"], "no data file no.txt"),
         (["distill", "{own}/chat", "--data", "{set}", "-o", "{made}"], "was made with model 'other', not"),
         (

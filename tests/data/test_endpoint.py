@@ -104,8 +104,8 @@ def test_where_the_server_says_how_long_every_thread_waits(server):
     [
         ((401, {}, {"error": "bad key"}), "refuses the request with status 401: .*bad key"),
         ((404, {}, {"error": "no model m"}), "refuses the request with status 404"),
-        ((200, {}, b"<html>"), "something else than a chat completion: '<html>'"),
-        ((200, {}, {"choices": []}), "something else than a chat completion"),
+        ((200, {}, b"<html>"), "something other than a chat completion: '<html>'"),
+        ((200, {}, {"choices": []}), "something other than a chat completion"),
         ((200, {}, {"choices": [{"message": {"content": None}}]}), "answers without text"),
     ],
 )
@@ -175,11 +175,11 @@ def test_ending_that_is_not_said_is_told_by_the_tokens(server):
 
 
 def test_answer_is_checked_for_what_a_seed_is(server):
-    with pytest.raises(EndpointError, match="no valid Unicode"):
+    with pytest.raises(EndpointError, match="not valid Unicode"):
         answered(server, "Hello \ud83d", finish_reason="stop")
 
 
 def test_key_that_no_header_takes_is_refused_without_being_shown():
-    with pytest.raises(InvalidInput, match="the endpoint's key holds characters that no key has") as refused:
+    with pytest.raises(InvalidInput, match="the endpoint's key holds characters that are not allowed in keys") as refused:
         Endpoint("http://localhost:1/v1", "m", api_key="schlüssel\n")
     assert "schl" not in str(refused.value)

@@ -59,7 +59,7 @@ def test_prompt_and_completion_text_and_ids(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "x"}' + chr(10) + half + chr(10))
     skips = Skips()
     assert len(list(read_samples(tmp_path / "d.jsonl", skips))) == 1
-    assert skips.reasons == {"with text that is no valid Unicode": 1}
+    assert skips.reasons == {"with text that is not valid Unicode": 1}
 
 
 def test_unusable_conversations_are_counted_by_reason_and_the_first_is_named(tmp_path):
@@ -103,7 +103,7 @@ def test_bad_records_are_refused_with_their_line(tmp_path, content, message):
 def test_broken_parquet_missing_files_and_empty_folders_are_refused(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "data.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(InvalidInput, match="broken or no Parquet file"):
+    with pytest.raises(InvalidInput, match="broken or not a Parquet file"):
         list(read_samples(tmp_path / "data.parquet"))
     with pytest.raises(InvalidInput, match="no data file"):
         list(read_samples(tmp_path / "absent.jsonl"))
@@ -118,7 +118,7 @@ def test_broken_parquet_missing_files_and_empty_folders_are_refused(tmp_path):
 def test_a_data_set_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InvalidInput, match=r"nobody/nothing-2\.5 is no file here and cannot be read as a data set"):
+    with pytest.raises(InvalidInput, match=r"nobody/nothing-2\.5 is not a file here and cannot be read as a data set"):
         list(read_samples("nobody/nothing-2.5"))
 
 

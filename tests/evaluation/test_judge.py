@@ -134,7 +134,7 @@ def test_failures_of_the_endpoint_are_waited_out_or_counted(tmp_path, server):
     assert not grade_tasks(tasks[:1], Endpoint(server.url, "j", sleep=lambda _: None), kept)
     server.script = [(200, {}, b"<html>")]
     (reason,) = grade_tasks(tasks, Endpoint(server.url, "j"), kept)
-    assert "something else than a chat completion" in reason
+    assert "something other than a chat completion" in reason
 
 
 def test_a_refused_key_stops_the_run_and_keeps_the_grades(tmp_path, server):

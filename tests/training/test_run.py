@@ -19,7 +19,7 @@ from medusa.checkpoints.reader import load_heads
 from medusa.errors import InvalidInput, MedusaError
 from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
 from medusa.training.data import Row, Rows, load_rows
-from medusa.training.hidden_states import keep
+from medusa.training.hidden_states import save_hidden_states
 from medusa.training.run import train_heads
 from tiny import VOCAB, plain_greedy, random_prompt, tiny_backbone
 
@@ -102,7 +102,7 @@ def test_offline_training_gives_the_heads_of_online_training(data):
 
 def test_hidden_states_once_written_are_not_made_again_and_a_half_written_shard_is(data, monkeypatch):
     model, found = MedusaModel(tiny_backbone()), rows(data / "train.jsonl")
-    first = keep(model, found, data / "hidden", shard_tokens=300)
+    first = save_hidden_states(model, found, data / "hidden", shard_tokens=300)
     shards = sorted((data / "hidden").glob("*.safetensors"))
     assert len(shards) > 3
     wanted = [first[number][1].hidden for number in range(len(found))]
@@ -114,14 +114,14 @@ def test_hidden_states_once_written_are_not_made_again_and_a_half_written_shard_
     computed = []
     original = model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda *args: computed.append(len(args[0])) or original(*args))
-    again = keep(model, found, data / "hidden", shard_tokens=300)
+    again = save_hidden_states(model, found, data / "hidden", shard_tokens=300)
     assert 0 < sum(computed) < len(found) / 3
     assert [path.stat().st_mtime_ns for path in shards if path != shards[1]] == times
     assert all(torch.equal(again[number][1].hidden, wanted[number]) for number in range(len(found)))
     with pytest.raises(InvalidInput, match="was made with data"):
-        keep(model, rows(data / "eval.jsonl"), data / "hidden", shard_tokens=300)
+        save_hidden_states(model, rows(data / "eval.jsonl"), data / "hidden", shard_tokens=300)
     with pytest.raises(InvalidInput, match="was made with backbone"):
-        keep(MedusaModel(tiny_backbone(gain=2.0)), found, data / "hidden", shard_tokens=300)
+        save_hidden_states(MedusaModel(tiny_backbone(gain=2.0)), found, data / "hidden", shard_tokens=300)
 
 
 def test_resumed_run_ends_with_the_same_heads_whatever_was_half_written(data):
@@ -382,7 +382,7 @@ def test_a_folder_of_another_run_is_not_resumed_nor_begun_anew_unasked(data):
     found = rows(data / "train.jsonl")
     config = TrainingConfig(num_heads=1, max_steps=2, save_steps=1, batch_size=8)
     train_heads(MedusaModel(tiny_backbone()), found, data / "out", config)
-    with pytest.raises(InvalidInput, match="holds checkpoints of a run; go on with --resume"):
+    with pytest.raises(InvalidInput, match="holds checkpoints of a run; continue it with --resume"):
         train_heads(MedusaModel(tiny_backbone()), found, data / "out", config)
     for changed, message in (
         (lambda: (MedusaModel(tiny_backbone(gain=2.0)), found, config), "made with backbone weights"),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.placement import device_of, is_offloaded
+from medusa.runs.extras import require
 from medusa.runs.files import whole
 
 PEFT_PREFIX = "base_model.model."  # of the names in peft's files, for the wrapper that is not there
@@ -23,7 +24,7 @@ ADAPTER_FILES = ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapte
 
 def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: float) -> None:
     """Put a new LoRA on every linear layer of a backbone, the LM head included; it changes nothing until trained."""
-    peft = _peft()
+    peft = require("peft", "train", "an adapter")
     if getattr(backbone, "peft_config", None):
         raise InvalidInput("the backbone has an adapter already; merge it first (peft: merge_and_unload)")
     targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
@@ -59,7 +60,7 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
     Raises:
         CheckpointError: broken, or made for another model.
     """
-    peft = _peft()
+    peft = require("peft", "train", "an adapter")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
@@ -82,7 +83,7 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
 
 def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None, trained: dict[str, Tensor]) -> None:
     """Write the backbone's adapter, whose tensors are in `trained` by their names in the backbone, as peft's two files."""
-    peft = _peft()
+    peft = require("peft", "train", "an adapter")
     (name, config) = next(iter(backbone.peft_config.items()))
     # Without the embedding and the LM head themselves, which peft would add where an adapter is on the LM head.
     tensors = peft.get_peft_model_state_dict(backbone, trained, adapter_name=name, save_embedding_layers=False)
@@ -164,11 +165,3 @@ def _untie(backbone: PreTrainedModel) -> None:
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear, bitsandbytes' quantised ones, GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InvalidInput("adapters need peft: pip install 'medusa-decoding[train]'") from None
-    return peft

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import warnings
@@ -19,6 +18,7 @@ from medusa.checkpoints.names import belongs_to_heads
 from medusa.checkpoints.tensors import check_tensors
 from medusa.config import CONFIG_FILE, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
+from medusa.runs.extras import require
 from medusa.runs.files import read_json, read_text
 
 GENERATION_CONFIG = "generation_config.json"
@@ -126,8 +126,7 @@ def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:
 
 def _gguf_options(source: Source) -> dict[str, Any]:
     """What transformers is to be told to read a GGUF file and unpack its weights, once."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InvalidInput(f"{source} is a GGUF file, which needs the package gguf: pip install 'medusa-decoding[gguf]'")
+    require("gguf", "gguf", f"the GGUF file {source}")
     options: dict[str, Any] = {"gguf_file": source.gguf_file}
     try:
         from transformers import GgufConfig

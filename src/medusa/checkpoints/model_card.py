@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 CARD = """\
 ---
-library_name: medusa-decoding
-pipeline_tag: text-generation
-tags: [medusa, speculative-decoding]{base_model_line}
+{metadata}
 ---
 
 # Medusa heads{of}
@@ -20,17 +20,23 @@ tags: [medusa, speculative-decoding]{base_model_line}
 """
 
 
-def card(
+def card_of_heads(
     num_heads: int, num_layers: int, shared_lm_head: bool, base_model: str | None, method: str = "Medusa", merged: bool = False
 ) -> str:
-    """What the heads are and how to load them: the head of a model card, to which a training adds what it measured.
+    """A model card's beginning: what the heads are and how to load them. Training appends its measurements.
 
     Args:
-        merged: the folder holds the backbone too.
+        merged: whether the folder holds the backbone too.
     """
+    on_hub = base_model if base_model and not Path(base_model).is_dir() else None  # the hub takes only its own ids
+    metadata = ModelCardData(
+        base_model=on_hub,
+        library_name="medusa-decoding",
+        pipeline_tag="text-generation",
+        tags=["medusa", "speculative-decoding"],
+    )
     return CARD.format(
-        # The hub knows its own names alone.
-        base_model_line=f"\nbase_model: {base_model}" if base_model and not Path(base_model).is_dir() else "",
+        metadata=metadata.to_yaml(),
         of=f" for {base_model}" if base_model else "",
         method=method,
         num_heads=num_heads,

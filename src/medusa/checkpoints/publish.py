@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from medusa.checkpoints.model_card import card
+from medusa.checkpoints.model_card import card_of_heads
 from medusa.checkpoints.reader import open_checkpoint
 from medusa.errors import CheckpointError, one_line
 from medusa.runs.files import PARTIAL, write_text
@@ -35,7 +35,7 @@ def push_to_hub(
     if not (folder / CARD_FILE).is_file():
         merged = checkpoint.format in ("merged", "modelopt")
         about = checkpoint.num_heads, checkpoint.num_layers, checkpoint.shared_lm_head, checkpoint.base_model
-        write_text(folder / CARD_FILE, card(*about, merged=merged))
+        write_text(folder / CARD_FILE, card_of_heads(*about, merged=merged))
     if checkpoint.base_model and Path(checkpoint.base_model).is_dir():
         warnings.warn(
             f"{folder} names the folder {checkpoint.base_model} as its backbone; others will not have it", stacklevel=2

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 
 from medusa.errors import InvalidInput
+from medusa.runs.extras import require
 
 KINDS = ("none", "nf4", "int8")
 
@@ -29,8 +29,7 @@ def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         raise InvalidInput(f"quantization is {kind!r}, wanted one of {', '.join(KINDS)}")
     if kind == "none":
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InvalidInput(f"{kind} needs bitsandbytes: pip install 'medusa-decoding[quantized]'")
+    require("bitsandbytes", "quantized", f"{kind} quantization")
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":

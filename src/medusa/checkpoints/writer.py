@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -22,7 +21,7 @@ from medusa.config import CONFIG_FILE, HEADS_FILE, INDEX, OLD_HEADS_FILE, SAFETE
 from medusa.errors import CheckpointError, InvalidInput, one_line
 from medusa.heads import MedusaHeads
 from medusa.placement import linear_map
-from medusa.runs.files import whole, write_text
+from medusa.runs.files import whole, write_json
 
 FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
 # What of a backbone's folder goes into a merged model, besides its weights.
@@ -167,7 +166,7 @@ def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_hea
         "original_lm_head": config.medusa_shared_lm_head,
         "base_model_name_or_path": base_model,
     }
-    write_text(folder / CONFIG_FILE, json.dumps(found, indent=2) + "\n")
+    write_json(folder / CONFIG_FILE, found)
 
 
 def copy_beside(backbone: Path, folder: Path) -> None:
@@ -202,10 +201,10 @@ def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
         weight_map |= dict.fromkeys(sizes, name)
         size += sum(sizes.values())
     found = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / (SAFETENSORS + INDEX), json.dumps(found, indent=2) + "\n")
+    write_json(folder / (SAFETENSORS + INDEX), found)
     ours_too = {key: value for key, value in heads.config.to_dict().items() if key.startswith("medusa_")}
     config = {**read_json_object(backbone / CONFIG_FILE), **ours_too}
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(folder / CONFIG_FILE, config, sort_keys=True)
 
 
 def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from medusa.cli import common, prompting, showing
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.runs.console import note
+
+if TYPE_CHECKING:
+    from medusa.model import MedusaModel
 
 COMMANDS = "/reset forgets the conversation, /help shows this, /quit or end of file ends it; Ctrl-C stops an answer"
 
@@ -38,12 +42,7 @@ def chat_command(
     trust_remote_code: common.TrustOption = False,
 ) -> None:
     """Talk to a model that has a chat template. Type /help for its commands."""
-    import torch
-
     from medusa.checkpoints import named
-    from medusa.data.prompts import prompt_ids
-    from medusa.generation import Collected
-    from medusa.text import Detokenizer
 
     prompting.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
     model = common.with_file(model, gguf_file, revision)
@@ -54,49 +53,71 @@ def chat_command(
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
     medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     named.note_advice_on_tree(medusa, model, heads, tree)
+    chat = Chat(medusa, tokenizer, system, max_new_tokens=max_new_tokens, **options)
     terminal = sys.stdin.isatty()
     if terminal:
         note(f"{model} is listening. {COMMANDS}")
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    while True:
-        try:
-            said = input("> " if terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        except UnicodeDecodeError as error:
-            raise InvalidInput(f"the text on stdin is not {error.encoding}: {error.reason}") from None
-        if said == "/quit":
-            return
+    while (said := _read(terminal)) not in (None, "/quit"):
         if said == "/reset":
-            messages = list(opening)
-            continue
-        if said.startswith("/") and " " not in said and "/" not in said[1:]:  # /etc/hosts is not a command
+            chat.reset()
+        elif said.startswith("/") and " " not in said and "/" not in said[1:]:  # /etc/hosts is not a command
             note(COMMANDS if said == "/help" else f"{said} is not a command: {COMMANDS}")
-            continue
-        if not said:
-            continue
-        messages.append({"role": "user", "content": said})
-        ids = torch.tensor([prompt_ids(tokenizer, messages)])
-        detokenizer = Detokenizer(tokenizer, ids[0].tolist())
-        answer, collected, words = "", Collected(), showing.Words(showing.console())
-        start = time.perf_counter()
+        elif said:
+            chat.answer(said)
+
+
+def _read(terminal: bool) -> str | None:
+    """A line of the user's; None at the end of the file, or after Ctrl-C."""
+    try:
+        return input("> " if terminal else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"the text on stdin is not {error.encoding}: {error.reason}") from None
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        system: system message, if any.
+        options: options of `MedusaModel.stream`.
+    """
+
+    def __init__(self, model: MedusaModel, tokenizer: Any, system: str | None, **options: Any):
+        self._model, self._tokenizer, self._options = model, tokenizer, options
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._messages = list(self._opening)
+
+    def answer(self, said: str) -> None:
+        """Show the model's answer as it is generated, and its speed. Ctrl-C ends the answer, not the conversation."""
+        import torch
+
+        from medusa.data.prompts import prompt_ids
+        from medusa.generation import Collected
+        from medusa.text import Detokenizer
+
+        messages = [*self._messages, {"role": "user", "content": said}]
+        ids = torch.tensor([prompt_ids(self._tokenizer, messages)])
+        detokenizer, words = Detokenizer(self._tokenizer, ids[0].tolist()), showing.Words(showing.console())
+        collected, pieces, start = Collected(), list[str](), time.perf_counter()
         try:
-            steps = medusa.stream(ids, ids.new_ones(ids.shape), max_new_tokens=max_new_tokens, **options)
-            for step in collected.follow(steps):
-                piece = detokenizer.put(step.tokens[0])
-                answer += piece
-                words.put(piece)
+            for step in collected.follow(self._model.stream(ids, ids.new_ones(ids.shape), **self._options)):
+                pieces.append(detokenizer.put(step.tokens[0]))
+                words.put(pieces[-1])
         except KeyboardInterrupt:
-            pass  # the answer ends here, the conversation goes on
+            pass
         except ContextOverflow as error:
             note(f"medusa: {error}; /reset begins a new conversation")
-            messages.pop()
-            continue
+            return
         seconds = time.perf_counter() - start
-        rest = detokenizer.end()
-        words.put(rest)
+        pieces.append(detokenizer.end())
+        words.put(pieces[-1])
         words.end()
-        messages.append({"role": "assistant", "content": answer + rest})
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
         if lengths := collected.lengths[0]:
             note(f"[{showing.speed(sum(lengths), len(lengths), seconds)}]")

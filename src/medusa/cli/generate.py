@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medusa.cli import common, prompting, showing
 from medusa.runs.console import note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.model import MedusaModel
 
 
 def generate_command(
@@ -46,8 +50,6 @@ def generate_command(
 
     from medusa.checkpoints import named
     from medusa.data.prompts import as_conversation, prompt_ids
-    from medusa.generation import Collected
-    from medusa.text import Detokenizer
 
     if prompt is None and prompt_file is None:
         prompting.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
@@ -60,27 +62,39 @@ def generate_command(
     named.check_room(model, ids.shape[1], max_new_tokens, trust_remote_code)
     medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
     named.note_advice_on_tree(medusa, model, heads, tree)
-    detokenizer = Detokenizer(tokenizer, ids[0].tolist())
-    collected, pieces = Collected(), []
+    how = {"max_new_tokens": max_new_tokens, "stop_strings": stop, "tokenizer": tokenizer, "compile": compile, **options}
+    record = _generate(medusa, tokenizer, ids, not as_json, how)
+    if as_json:
+        print(json.dumps(record))
+        return
+    tokens, steps, seconds = record["new_tokens"], record["steps"], record["seconds"]
+    note(f"{tokens} tokens in {seconds:.2f} s: {showing.speed(tokens, steps, seconds)} ({record['finish_reason']})")
+    showing.note_low_rate(len(medusa.tree), tokens, steps)
+
+
+def _generate(medusa: MedusaModel, tokenizer: Any, ids: Tensor, show: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """Continue token ids (1, P), and return the record that --json prints.
+
+    Args:
+        show: whether to write the text to stdout as it is generated.
+        options: options of `MedusaModel.stream`.
+    """
+    from medusa.generation import Collected
+    from medusa.text import Detokenizer
+
+    detokenizer, collected, pieces = Detokenizer(tokenizer, ids[0].tolist()), Collected(), list[str]()
     start = time.perf_counter()
-    steps = medusa.stream(
-        ids,
-        ids.new_ones(ids.shape),  # a single prompt has no padding, whatever ids are in it
-        max_new_tokens=max_new_tokens,
-        stop_strings=stop,
-        tokenizer=tokenizer,
-        compile=compile,
-        **options,
-    )
-    for step in collected.follow(steps):
+    # A single prompt has no padding, whatever ids are in it.
+    for step in collected.follow(medusa.stream(ids, ids.new_ones(ids.shape), **options)):
         pieces.append(detokenizer.put(step.tokens[0]))
-        if not as_json:
-            sys.stdout.write(pieces[-1])
-            sys.stdout.flush()
+        if show:
+            print(pieces[-1], end="", flush=True)
     pieces.append(detokenizer.end())
     seconds = time.perf_counter() - start
-    tokens, lengths, finish_reason = collected.tokens[0], collected.lengths[0], collected.finish_reasons[0]
-    record = {
+    if show:
+        print(pieces[-1])
+    tokens, lengths = collected.tokens[0], collected.lengths[0]
+    return {
         "text": "".join(pieces),
         "token_ids": tokens,
         "prompt_tokens": ids.shape[1],
@@ -90,11 +104,5 @@ def generate_command(
         "acceleration_rate": len(tokens) / len(lengths),
         "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds,
-        "finish_reason": finish_reason,
+        "finish_reason": collected.finish_reasons[0],
     }
-    if as_json:
-        print(json.dumps(record))
-        return
-    print(pieces[-1])
-    note(f"{len(tokens)} tokens in {seconds:.2f} s: {showing.speed(len(tokens), len(lengths), seconds)} ({finish_reason})")
-    showing.note_low_rate(len(medusa.tree), len(tokens), len(lengths))

@@ -1,4 +1,8 @@
-"""Endpoints: chat models behind an OpenAI-compatible HTTP interface, asked politely."""
+"""Endpoints: chat models behind an OpenAI-compatible HTTP interface.
+
+Written by hand rather than with the `openai` SDK: there a server's Retry-After pauses one request, here every thread, and its
+sleep between tries cannot be interrupted.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +15,37 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from medusa.errors import InvalidInput, MedusaError
+from medusa.runs.extras import require
 from medusa.runs.files import is_unicode
 
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that another try may mend
-# How endpoints say, in small letters, that an answer ended by itself, and that it reached the limit of tokens. What is neither
-# (a filter, a call of a tool, an error, something new) is no answer to go on from.
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may go away at another try
+# Endpoints' words, in lower case, for an answer that ended by itself and for one that reached the limit of tokens. One that
+# ended in another way (a filter, a tool call, an error, something new) cannot be used.
 BY_ITSELF = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "complete", "completed", "finished")
 AT_THE_LIMIT = ("length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "model_length", "token_limit")
-LONGEST_WAIT = 60.0  # seconds between tries, unless the server asks for more
+LONGEST_WAIT = 60.0  # maximum number of seconds between tries, unless the server asks for more
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class EndpointError(MedusaError):
-    """An endpoint that does not answer, or refuses the request."""
+    """An endpoint does not answer, or refuses the request."""
 
 
 class EndpointRefused(EndpointError):
-    """An endpoint that would refuse any request: the key, the address or the model is wrong."""
+    """An endpoint would refuse any request: the key, the address or the model is wrong."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an endpoint said."""
+    """An endpoint's answer."""
 
     text: str
-    finished: bool | None  # by itself; False: at the limit of tokens; None: neither, `ended_by` says how
+    finished: bool | None  # True: ended by itself; False: at the limit of tokens; None: in another way, see `ended_by`
     prompt_tokens: int
     completion_tokens: int
-    ended_by: str | None = None  # in the endpoint's own words
+    ended_by: str | None = None  # the endpoint's own word
 
 
 @dataclass
@@ -51,9 +56,9 @@ class Endpoint:
         url: base address, such as http://localhost:8000/v1.
         model: the name the server knows it by.
         api_key: sent as a bearer token.
-        tries: how often a request is made before it counts as failed.
-        timeout: seconds for one request.
-        sleep: waits so many seconds between tries; None: no longer than until `concurrently` is stopped.
+        tries: number of times that a request is made before it counts as failed.
+        timeout: seconds allowed for one request.
+        sleep: waits a number of seconds between tries; None: a wait that ends when `concurrently` is stopped.
     """
 
     url: str
@@ -65,17 +70,14 @@ class Endpoint:
     _client: Any = field(default=None, init=False)
     _resume_at: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    _here: threading.local = field(default_factory=threading.local, init=False)  # of a thread: what stops it
+    _here: threading.local = field(default_factory=threading.local, init=False)  # per thread: the event that stops it
 
     def __post_init__(self) -> None:
-        try:
-            import httpx
-        except ImportError:
-            raise InvalidInput("endpoints need httpx: pip install 'medusa-decoding[endpoint]'") from None
+        httpx = require("httpx", "endpoint", "an endpoint")
         if not self.url.startswith(("http://", "https://")):
             raise InvalidInput(f"endpoint is {self.url!r}, wanted an address such as http://localhost:8000/v1")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise InvalidInput("the endpoint's key holds characters that no key has; copy it again")
+            raise InvalidInput("the endpoint's key holds characters that are not allowed in keys; copy it again")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=None)  # the caller bounds its threads
         self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
@@ -83,26 +85,26 @@ class Endpoint:
     def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Answer:
         """The model's answer to a conversation.
 
-        A passing failure is tried again after a pause that doubles, with some chance in it; where the server says how long
-        to wait (Retry-After), every thread waits.
+        A temporary failure is tried again after a pause that doubles, with jitter; if the server says how long to wait
+        (Retry-After), every thread waits.
 
         Args:
-            options: `max_tokens`, `temperature`, `top_p`, `seed`, …, as the interface names them.
+            options: `max_tokens`, `temperature`, `top_p`, `seed` and others of the interface.
 
         Raises:
-            EndpointError: refused, still failing at the last try, or stopped.
+            EndpointError: the request is refused, still fails at the last try, or is stopped.
         """
         import httpx
 
         request = {"model": self.model, "messages": list(messages), **options}
         reason = ""
         for attempt in range(1, self.tries + 1):
-            self._wait_for_leave()
+            self._wait_until_allowed()
             asked = None
             try:
                 response = self._client.post(f"{self.url.rstrip('/')}/chat/completions", json=request)
             except httpx.InvalidURL as error:
-                raise EndpointRefused(f"{self.url} is no address: {error}") from None
+                raise EndpointRefused(f"{self.url} is not an address: {error}") from None
             except httpx.HTTPError as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             else:
@@ -122,7 +124,7 @@ class Endpoint:
                 self._sleep(pause)
         raise EndpointError(f"{self.url} does not answer after {self.tries} tries ({reason})")
 
-    def _wait_for_leave(self) -> None:
+    def _wait_until_allowed(self) -> None:
         while (left := self._resume_at - time.monotonic()) > 0 and not self._stopped.is_set():
             self._sleep(left)
         if self._stopped.is_set():
@@ -138,9 +140,12 @@ class Endpoint:
         (self.sleep or self._stopped.wait)(seconds)
 
     def concurrently(self, work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
-        """What the work, which asks this endpoint, gives for every task, as it comes, with a bounded number under way.
+        """The results of all tasks, in the order in which they finish; at most `at_once` run at a time.
 
-        Stopped from outside or by an error, it waits for the answers under way and asks nothing more.
+        If stopped from outside or by an error, it waits for the running requests and makes no more.
+
+        Args:
+            work: computes a task's result, with requests to this endpoint.
         """
         waiting: set[Future] = set()
         stopped = threading.Event()
@@ -172,17 +177,17 @@ def _read(response: Any, url: str, max_tokens: int | None) -> Answer:
         text, ended_by = choice["message"]["content"], choice.get("finish_reason")
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise EndpointError(f"{url} answers with something else than a chat completion: {response.text[:100]!r}") from None
+        raise EndpointError(f"{url} answers with something other than a chat completion: {response.text[:100]!r}") from None
     if not isinstance(text, str):
         raise EndpointError(f"{url} answers without text")
     if not is_unicode(text):
-        raise EndpointError(f"{url} answers with text that is no valid Unicode")
+        raise EndpointError(f"{url} answers with text that is not valid Unicode")
     said = None if ended_by is None else str(ended_by)
     return Answer(text, _finished(said, tokens[1], max_tokens), *tokens, ended_by=said)
 
 
 def _finished(ended_by: str | None, tokens: int, max_tokens: int | None) -> bool | None:
-    """Whether an answer ended by itself; None where that cannot be told."""
+    """Whether an answer ended by itself; None if unknown."""
     if ended_by is None:  # some never say
         return tokens < max_tokens if tokens and max_tokens else None
     word = ended_by.lower()
@@ -190,7 +195,7 @@ def _finished(ended_by: str | None, tokens: int, max_tokens: int | None) -> bool
 
 
 def _retry_after(response: Any) -> float | None:
-    """Seconds the server asks to wait; a date instead of a number is passed over."""
+    """Seconds that the server asks to wait; a date instead of a number is ignored."""
     try:
         return max(0.0, float(response.headers["retry-after"]))
     except (KeyError, ValueError):

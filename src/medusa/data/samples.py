@@ -1,4 +1,4 @@
-"""Samples and prompts: conversations and texts read from the formats that data sets come in."""
+"""Samples and prompts: conversations and texts, read from the usual formats of data sets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import InvalidInput, one_line
+from medusa.runs.extras import require
 from medusa.runs.files import is_unicode, read_json, read_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
-# ShareGPT's names of the speakers, and the OpenAI convention's own.
+# ShareGPT's names of the speakers, and OpenAI's.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -37,8 +38,8 @@ class Sample:
     """One record: exactly one of `messages`, `text` and `input_ids` is given.
 
     Attributes:
-        source: where it stands, for errors: `file:line` or `file, record n`.
-        prompt: what comes before `text` and is not to be learnt (prompt/completion records).
+        source: its place, for errors: `file:line` or `file, record n`.
+        prompt: text before `text` that is not labelled (prompt/completion records).
     """
 
     source: str
@@ -46,12 +47,12 @@ class Sample:
     text: str | None = None
     prompt: str | None = None
     input_ids: tuple[int, ...] | None = None
-    prompt_tokens: int = 0  # of `input_ids`, not to be learnt
-    cut: bool = False  # the last turn was cut off: its end is not to be learnt
+    prompt_tokens: int = 0  # number of the first `input_ids` that are not labelled
+    cut: bool = False  # whether the last turn was cut off: its end is not labelled
 
 
 class Skips:
-    """Samples that were left out, counted by reason."""
+    """Samples that were left out, by reason."""
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
@@ -76,10 +77,10 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
     its split after a colon: `user/name:train_sft` (default: train).
 
     Args:
-        skips: counts conversations that are empty or whose turns do not alternate; without it they are errors.
+        skips: counts conversations that are empty or whose turns do not alternate; None: they are errors.
 
     Raises:
-        InvalidInput: no such data, a broken file, or a record of no known or another format; file and line are named.
+        InvalidInput: no such data, a broken file, or a record of an unknown or another format; file and line are named.
     """
     first_format: str | None = None
     empty = True
@@ -105,15 +106,15 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
 
 @dataclass(frozen=True)
 class Asked:
-    """One record as what a model is asked: `turns` or `ids`.
+    """One record as a prompt: `turns` or `ids`.
 
     Attributes:
-        source: where it stands, for errors.
-        record: all of it.
-        turns: the user's, each to be answered before the next; a bare prompt is one.
-        system: said before the first turn.
-        text: the turn is not only a question: what is here may be continued as it stands.
-        whole: of the text nothing may be cut: it is a prompt, not the beginning of a document.
+        source: its place, for errors.
+        record: the complete record.
+        turns: the user's turns, each to be answered before the next; a bare prompt is one turn.
+        system: system message before the first turn.
+        text: the prompt as a text that may be continued as it stands; empty if it can only be answered.
+        whole: whether nothing of the text may be cut off: it is a prompt, not the beginning of a document.
     """
 
     source: str
@@ -129,17 +130,17 @@ ASKED = "turns, instruction, messages, conversations, prompt, text or input_ids"
 
 
 def read_prompts(source: str | Path, skips: Skips | None = None) -> Iterator[Asked]:
-    """What every command that takes prompts takes: a `.txt` file, a prompt a line, or the records of what `read_samples` reads.
+    """Prompts, for every command that takes some: a `.txt` file with one prompt per line, or records as in `read_samples`.
 
-    A record is `{"messages"}` or `{"conversations"}`, of which the assistant's turns are left out, `{"turns": [text, …]}` as
-    MT-Bench has them, `{"instruction"}` and perhaps `{"input"}` (AlpacaEval), `{"prompt"}` (a text, texts, or messages),
-    `{"text"}`, or `{"input_ids"}` and perhaps `{"prompt_tokens"}`.
+    A record is `{"messages"}` or `{"conversations"}` (the assistant's turns are dropped), `{"turns": [text, …]}` (MT-Bench),
+    `{"instruction"}` and optionally `{"input"}` (AlpacaEval), `{"prompt"}` (a text, texts, or messages), `{"text"}`, or
+    `{"input_ids"}` and optionally `{"prompt_tokens"}`.
 
     Args:
-        skips: counts records that ask nothing and conversations that are broken; without it they are errors.
+        skips: counts empty prompts and broken conversations; None: they are errors.
 
     Raises:
-        InvalidInput: no such data, a broken file, or a record that is no prompt; file and line are named.
+        InvalidInput: no such data, a broken file, or a record that is not a prompt; file and line are named.
     """
     for where, record in read_records(source):
         try:
@@ -171,7 +172,7 @@ def _asked(where: str, record: Any) -> Asked:
     if key is None:
         raise InvalidInput(f"{where} has keys {sorted(record)}, wanted {ASKED}")
     value = record[key]
-    if isinstance(value, list) and value and isinstance(value[0], dict):  # a prompt that is messages
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # a prompt of messages
         return _asked_in(where, record, value)
     turns = [value] if isinstance(value, str) else value
     if not isinstance(turns, list | tuple) or not all(isinstance(text, str) for text in turns):
@@ -189,7 +190,7 @@ def _asked_in(where: str, record: dict[str, Any], talk: list[Any]) -> Asked:
 
 
 class _Unusable(Exception):
-    """A sample that nothing can be learnt from; the reason is the message."""
+    """A sample that cannot be used for training; the message is the reason."""
 
 
 def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
@@ -219,12 +220,12 @@ def _string(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, wanted a string")
     if not is_unicode(value):
-        raise _Unusable("with text that is no valid Unicode")
+        raise _Unusable("with text that is not valid Unicode")
     return value
 
 
 def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
-    """The turns as role and content: perhaps a system turn, then user and assistant by turns, from the user on."""
+    """The turns as role and content: an optional system turn, then user and assistant in alternation, the user first."""
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
@@ -236,7 +237,7 @@ def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
     if not messages:
         raise _Unusable("with an empty conversation")
     start = 1 if messages[0]["role"] == "system" else 0
-    # ShareGPT cuts long conversations in pieces, of which the later ones begin in the assistant's turn.
+    # ShareGPT cuts long conversations into pieces; the later ones begin with the assistant's turn.
     if start == 0 and messages[0]["role"] == "assistant":
         messages = messages[1:]
     expected = ("user", "assistant")
@@ -246,7 +247,7 @@ def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
 
 
 def read_records(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """The raw records of a file, folder or hub id, each with where it stands; of a `.txt` file a line is a prompt."""
+    """The raw records of a file, folder or hub id, each with its place for errors; each line of a `.txt` file is a prompt."""
     path = Path(source)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -282,7 +283,7 @@ def _records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)  # which some editors put before a text
+                    line = line.removeprefix(codecs.BOM_UTF8)  # which some editors add
                 if not line.strip():
                     continue
                 try:
@@ -295,7 +296,7 @@ def _records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _records_of_text(path: Path) -> Iterator[tuple[str, Any]]:
-    """A prompt a line; an empty line is none."""
+    """One prompt per line; empty lines are skipped."""
     lines = read_text(path, InvalidInput).splitlines()
     yield from ((f"{path}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
@@ -309,7 +310,7 @@ def _first_character(path: Path) -> str:
 
 
 def _records_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    parquet = _optional("pyarrow.parquet", "Parquet files")
+    parquet = require("pyarrow.parquet", "data", f"the Parquet file {path}")
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -317,12 +318,12 @@ def _records_of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, record {number}", record
-    except Exception as error:  # of pyarrow, or of a text in it that is not UTF-8
-        raise InvalidInput(f"{path} is broken or no Parquet file: {one_line(error, 120)}") from None
+    except Exception as error:  # pyarrow's, or a text that is not UTF-8
+        raise InvalidInput(f"{path} is broken or not a Parquet file: {one_line(error, 120)}") from None
 
 
 def _records_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
-    datasets = _optional("datasets", "data sets by name")
+    datasets = require("datasets", "data", f"the data set {name}")
     identifier, _, split = name.partition(":")
     try:
         if Path(identifier).is_dir():
@@ -333,14 +334,5 @@ def _records_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
             data = datasets.load_dataset(identifier, split=split or "train", streaming=True)
         for number, record in enumerate(data, 1):
             yield f"{name}, record {number}", record
-    except Exception as error:  # of datasets, the hub, and whatever the files are in
-        raise InvalidInput(f"{name} is no file here and cannot be read as a data set: {one_line(error, 160)}") from None
-
-
-def _optional(module: str, what: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InvalidInput(f"reading {what} needs {module.split('.')[0]}: pip install 'medusa-decoding[data]'") from None
+    except Exception as error:  # from datasets, the hub, or readers of any file format
+        raise InvalidInput(f"{name} is not a file here and cannot be read as a data set: {one_line(error, 160)}") from None

@@ -31,7 +31,7 @@ from medusa.evaluation.report import bench_page, save_report
 from medusa.model import MedusaModel
 from medusa.runs.console import note, progress
 from medusa.runs.plotting import can_plot
-from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
+from medusa.runs.provenance import environment, fingerprint
 from medusa.runs.records import refuse_claimed
 from medusa.tuning.recording import Recorded, record
 
@@ -130,7 +130,7 @@ def bench(
     settings |= {
         "trees": {name: tree.to_dict() for name, tree in (trees or {"own": medusa.tree}).items() if tree is not None},
         "decoders": list(entries),
-        "draft": fingerprint(drafting) if drafting is not None else None,
+        "draft": fingerprint(drafting.backbone) if drafting is not None else None,
     }
     made_with = _made_with(medusa, model, prompt_set, prompts, config.compile, settings)
     scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if config.quality else None
@@ -280,8 +280,8 @@ def _others(setup: Setup) -> dict[str, Any]:
     """Hashes of the other models of an experiment."""
     other = setup.medusa_2
     return {
-        "medusa_2": None if other is None or other.heads is None else [fingerprint(other), heads_fingerprint(other.heads)],
-        "drafts": {title: fingerprint(each) for title, each in setup.drafts.items()},
+        "medusa_2": None if other is None or other.heads is None else [fingerprint(other.backbone), fingerprint(other.heads)],
+        "drafts": {title: fingerprint(each.backbone) for title, each in setup.drafts.items()},
     }
 
 
@@ -307,8 +307,8 @@ def _made_with(
     """Model, machine and settings of answers; a folder holds only answers with the same ones."""
     return {
         "model": model,
-        "backbone": fingerprint(medusa),
-        "heads": heads_fingerprint(medusa.heads) if medusa.heads is not None else None,
+        "backbone": fingerprint(medusa.backbone),
+        "heads": fingerprint(medusa.heads) if medusa.heads is not None else None,
         **more,
         "prompts": prompts,
         "questions": prompt_set.digest,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import importlib.util
 from typing import Any
 
 from medusa.errors import InvalidInput
 
 
 def require(module: str, extra: str, what: str) -> Any:
-    """Import a module of an optional package.
+    """The module of an optional package, imported.
 
     Args:
         module: the module's full name, such as `matplotlib.figure`.
@@ -19,8 +19,7 @@ def require(module: str, extra: str, what: str) -> Any:
     Raises:
         InvalidInput: the package is not installed.
     """
-    try:
-        return import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise InvalidInput(f"{what} needs {package}: pip install 'medusa-decoding[{extra}]'") from None
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise InvalidInput(f"{what} needs {package}: pip install 'medusa-decoding[{extra}]'")
+    return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Files: what is written is there to its end or not at all, whenever the process dies; what cannot be read is named."""
+"""Files: a written file is complete or absent, even if the process dies; an unreadable file is named in the error."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import yaml
 
 from medusa.errors import MedusaError, one_line
 
-PARTIAL = ".partial"  # what is being written, or was when a process was killed: never read
+PARTIAL = ".partial"  # suffix of a file that is being written, or was when a process was killed; never read
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """The name to write a file or a folder under; at the end it is flushed to the disk and renamed to `path`, at once."""
+    """A temporary name to write a file or folder under; at the end it is flushed to the disk and renamed to `path`."""
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(path.name + PARTIAL)
-    _remove(partial)  # of a process that was killed
+    _remove(partial)  # left by a process that was killed
     try:
         yield partial
         for part in sorted(partial.rglob("*")) if partial.is_dir() else ():
@@ -39,7 +39,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file; it is complete or absent."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -55,10 +55,13 @@ def digest(value: Any) -> str:
 
 
 def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
-    """A text file in UTF-8, without the byte-order mark that some editors put before it.
+    """The text of a UTF-8 file, without the byte-order mark that some editors add.
+
+    Args:
+        wrong: class of the error.
 
     Raises:
-        wrong: it is not there, not to be read, or in another encoding; it is named.
+        wrong: the file is missing, unreadable or in another encoding.
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -69,25 +72,25 @@ def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
 
 
 def read_json(path: str | Path, wrong: type[MedusaError]) -> Any:
-    """The JSON in a file; `wrong`, which names it, where there is none."""
+    """The JSON value of a file; an error of class `wrong` if there is none."""
     text = read_text(path, wrong)
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, an integer of too many digits, lists within lists without end
+    except (ValueError, RecursionError) as error:  # not JSON, an integer with too many digits, or lists nested too deeply
         raise wrong(f"{path} is not valid JSON: {one_line(error)}") from None
 
 
 def read_yaml(path: str | Path, wrong: type[MedusaError]) -> Any:
-    """The YAML in a file; `wrong`, which names it, where there is none."""
+    """The YAML value of a file; an error of class `wrong` if there is none."""
     text = read_text(path, wrong)
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the latter of dates that are none, and the like
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the latter from invalid dates and the like
         raise wrong(f"{path} is not valid YAML: {one_line(error)}") from None
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written: not with half of a surrogate pair, which JSON and command lines let through."""
+    """Whether a text is valid Unicode: JSON and command lines let half of a surrogate pair through."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

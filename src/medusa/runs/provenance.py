@@ -1,4 +1,4 @@
-"""Provenance: what a figure was made with, so that it can be believed and made again."""
+"""Provenance: versions, machine and weights behind a figure, so that it can be reproduced."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from medusa import __version__
-from medusa.heads import MedusaHeads
-from medusa.model import MedusaModel
 from medusa.placement import weights_of
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as far as they bear on speed."""
+    """Versions and machine, as far as they affect speed."""
     found = {
         "medusa": __version__,
         "torch": torch.__version__,
@@ -45,22 +44,13 @@ def _cpu() -> str:
     return named[0] if named else platform.processor()
 
 
-def fingerprint(model: MedusaModel) -> str:
-    """A hash of the backbone's config and of a sample of every weight, its dtype with it."""
-    config = model.backbone.config.to_dict()
-    told = {key: value for key, value in config.items() if not key.startswith(("_", "transformers_version"))}
-    return _digest(told, model.backbone)
-
-
-def heads_fingerprint(heads: MedusaHeads) -> str:
-    """A hash of a sample of every weight of the heads."""
-    return _digest({}, heads)
-
-
-def _digest(told: dict[str, Any], module: torch.nn.Module) -> str:
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+def fingerprint(module: torch.nn.Module) -> str:
+    """A hash of a module's weights, of each a sample and its dtype; of a transformers model with its config."""
+    config = module.config.to_dict() if isinstance(module, PreTrainedModel) else {}
+    lasting = {key: value for key, value in config.items() if not key.startswith(("_", "transformers_version"))}
+    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
-        if tensor.is_meta:  # offloaded: it is brought, and goes again
+        if tensor.is_meta:  # offloaded: it is brought here for a moment
             owner, _, own = name.rpartition(".")
             with weights_of(module.get_submodule(owner)):
                 tensor = getattr(module.get_submodule(owner), own)

@@ -1,4 +1,4 @@
-"""Records: JSONL files that a run adds to, every line whole and on the disk or not there at all, in folders it has claimed."""
+"""Records: append-only JSONL files whose lines are durable or absent, in folders that belong to one run at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medusa.runs.files import is_unicode, read_yaml, write_text
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where there is none.
+    """Make a folder if there is none.
 
     Raises:
         InvalidInput: it cannot be made.
@@ -30,11 +30,10 @@ def make_folder(folder: Path) -> None:
 
 
 def hold(path: Path) -> AbstractContextManager:
-    """Keep other processes from writing what this one writes: within `with`, or for as long as what is returned lives.
-    The folder is made where there is none.
+    """Lock a file against other processes: inside `with`, or while the returned object lives. The folder is made if needed.
 
     Raises:
-        InvalidInput: another process does, or the lock cannot be written.
+        InvalidInput: another process holds the lock, or the lock cannot be written.
     """
     make_folder(path.parent)
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True, thread_local=False)
@@ -46,16 +45,16 @@ def hold(path: Path) -> AbstractContextManager:
         ) from None
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None) in (None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            warnings.warn(f"{path.parent} cannot be locked: see that no other process writes there", stacklevel=2)
+            warnings.warn(f"{path.parent} cannot be locked: make sure that no other process writes there", stacklevel=2)
             return nullcontext()
         raise InvalidInput(f"cannot write to {path.parent}: {error}") from None
 
 
 def claim(path: Path, made_by: dict[str, Any]) -> None:
-    """Note in a file what makes the folder's records; make the folder where there is none.
+    """Note in a file what the folder's records are made with; the folder is made if needed.
 
     Raises:
-        InvalidInput: the folder cannot be written, or something else makes its records; what differs is named.
+        InvalidInput: the folder cannot be written, or its records are made with something else; the differences are named.
     """
     make_folder(path.parent)
     if path.exists():
@@ -65,10 +64,13 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
 
 
 def refuse_claimed(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuse a folder that something else has claimed; of what makes the records some will do, so that this can be known early.
+    """Refuse a folder whose records are made with something else.
+
+    Args:
+        made_by: what records would be made with, as far as it is known so far.
 
     Raises:
-        InvalidInput: it has; what differs is named.
+        InvalidInput: something differs, and is named.
     """
     if path.exists():
         found = read_yaml(path, InvalidInput)
@@ -76,15 +78,15 @@ def refuse_claimed(path: Path, made_by: dict[str, Any]) -> None:
 
 
 def _as_read(made_by: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read again: tuples are lists."""
+    """The mapping as it will be read back: tuples become lists."""
     return json.loads(json.dumps(made_by))
 
 
 def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on in a folder that something else made.
+    """Refuse to resume in a folder that was made with something else.
 
     Raises:
-        InvalidInput: something else did; what differs is named.
+        InvalidInput: something differs, and is named.
     """
     other = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in wanted.items() if found.get(name) != value]
     if other:
@@ -92,13 +94,13 @@ def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
-    """The records of a JSONL file by their `id`, the last of an id counting; a half-written last line is cut off.
+    """The records of a JSONL file by their `id`; the last record of an id counts. A half-written last line is cut off.
 
     Args:
-        what: the name of a record, for errors.
+        what: name of a record, for errors.
 
     Raises:
-        InvalidInput: a line is no record; the file is left as it is.
+        InvalidInput: a line is not a record; the file is left unchanged.
     """
     if not path.exists():
         return {}
@@ -113,24 +115,24 @@ def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             records[record["id"]] = record
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InvalidInput(f"{path}:{number} is no {what}; give another folder") from None
+            raise InvalidInput(f"{path}:{number} holds no {what}; give another folder") from None
     if whole < len(content):
         if not content.startswith(b"{", whole):
-            raise InvalidInput(f"{path} ends in something that is no {what}; give another folder")
+            raise InvalidInput(f"the end of {path} holds no {what}; give another folder")
         with path.open("r+b") as file:
             file.truncate(whole)
     return records
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Add one record; when this returns it is on the disk.
+    """Append one record; it is on the disk when this returns.
 
     Raises:
-        InvalidInput: it cannot be written (the disk is full); what was written before is kept.
+        InvalidInput: it cannot be written (the disk is full); earlier records are kept.
     """
     line = json.dumps(record, ensure_ascii=False) + "\n"
     if not is_unicode(line):
-        line = json.dumps(record) + "\n"  # escaped, as it came
+        line = json.dumps(record) + "\n"  # escaped, as it was given
     try:
         with path.open("ab") as file:
             file.write(line.encode("utf-8"))
@@ -141,10 +143,10 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class Journal:
-    """A JSONL file of records by id that a run adds to, alone, and goes on from.
+    """A JSONL file of records by id that one process appends to, and from which it resumes.
 
     Args:
-        what: the name of a record, for errors.
+        what: name of a record, for errors.
     """
 
     def __init__(self, path: Path, what: str):
@@ -153,6 +155,6 @@ class Journal:
         self.records = read_lines(path, what)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep a record under its `id`, on the disk."""
+        """Append a record; it is on the disk when this returns."""
         append_line(self.path, record)
         self.records[record["id"]] = record

@@ -1,4 +1,4 @@
-"""Hidden states kept on disk: a frozen backbone runs once over the data, the heads are trained from what it said."""
+"""Hidden states on disk: a frozen backbone runs once over the data, and the heads are trained from its hidden states."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from medusa.errors import InvalidInput, one_line
 from medusa.model import MedusaModel
+from medusa.runs.console import progress
 from medusa.runs.files import whole
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
@@ -22,11 +22,11 @@ CLAIM = "hidden_states.yaml"
 
 
 class RowsWithHiddenStates:
-    """Rows, each with the backbone's hidden states of its tokens, read from the shards that `keep` wrote."""
+    """Rows with the backbone's hidden states of their tokens, read from the shards that `save_hidden_states` wrote."""
 
     def __init__(self, rows: Rows, folder: Path, shards: list[tuple[int, int]]):
         self._rows, self._folder, self._shards = rows, folder, shards
-        # Of every row: its shard, and where in it its tokens begin.
+        # For each row: its shard, and the offset of its tokens there.
         self._places: list[tuple[int, int]] = []
         for shard, (first, last) in enumerate(shards):
             start = 0
@@ -42,23 +42,27 @@ class RowsWithHiddenStates:
         shard, start = self._places[number]
         path = _shard(self._folder, shard)
         try:
-            with safe_open(path, framework="pt") as file:  # mapped: only this row is read
+            with safe_open(path, framework="pt") as file:  # memory-mapped: only this row is read
                 hidden = file.get_slice("hidden_states")[start : start + len(row)]
         except (OSError, SafetensorError) as error:
             raise InvalidInput(f"cannot read {path}: {one_line(error)}; remove it and run the same command again") from None
         return number, dataclasses.replace(row, hidden=hidden)
 
 
-def keep(
+def save_hidden_states(
     model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS
 ) -> RowsWithHiddenStates:
-    """The hidden states of all rows in `folder`: 2 d bytes a token in bfloat16. What is there already is not made again.
+    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Shards that are there already are kept.
+
+    Args:
+        batch_size: number of rows in a forward pass.
+        shard_tokens: number of tokens in a file, at least.
 
     Raises:
-        InvalidInput: the folder holds those of other data or of another backbone, or the disk is full.
+        InvalidInput: the folder holds the hidden states of other data or another backbone, or the disk is full.
     """
     folder = Path(folder)
-    made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model), "shard_tokens": shard_tokens}
+    made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model.backbone), "shard_tokens": shard_tokens}
     claim(folder / CLAIM, made_of)
     shards, first, tokens = [], 0, 0
     for number, row in enumerate(rows, 1):
@@ -66,7 +70,7 @@ def keep(
         if tokens >= shard_tokens or number == len(rows):
             shards.append((first, number))
             first, tokens = number, 0
-    with tqdm(total=rows.tokens, desc="Hidden states", unit=" tokens", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress("Hidden states", rows.tokens, "tokens", unit_scale=True) as bar:
         for shard, (first, last) in enumerate(shards):
             part = rows.rows[first:last]
             if not _is_whole(_shard(folder, shard), sum(map(len, part))):
@@ -77,7 +81,7 @@ def keep(
 
 @torch.inference_mode()
 def _compute(model: MedusaModel, rows: list[Row], batch_size: int) -> torch.Tensor:  # (tokens, d)
-    """The hidden states of rows end to end; rows of like length share a batch, which wastes little on padding."""
+    """The hidden states of rows, concatenated; rows of similar length share a batch, which needs little padding."""
     hidden: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(order), batch_size):
@@ -100,7 +104,7 @@ def _write(path: Path, hidden: torch.Tensor) -> None:
         with whole(path) as partial:
             save_file({"hidden_states": hidden}, partial)
     except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot write {path}: {' '.join(str(error).split())}; what is written is kept") from None
+        raise InvalidInput(f"cannot write {path}: {' '.join(str(error).split())}; earlier shards are kept") from None
 
 
 def _is_whole(path: Path, tokens: int) -> bool:
@@ -109,5 +113,5 @@ def _is_whole(path: Path, tokens: int) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_slice("hidden_states").get_shape()[0] == tokens
-    except (OSError, SafetensorError):  # it is made again
+    except (OSError, SafetensorError):  # it is written again
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medusa.checkpoints.model_card import card
+from medusa.checkpoints.model_card import card_of_heads
 from medusa.runs.files import write_text
 from medusa.training.config import TrainingConfig
 
@@ -38,7 +38,7 @@ def write_card(
     labelled: int,
     held_out: bool,
 ) -> None:
-    """Write `README.md`."""
+    """Write `README.md`: what the heads are, how to load them, and their accuracies."""
     ranks = sorted({int(name.rpartition("top")[2]) for name in metrics if "_top" in name})
     lines = []
     for k in range(1, config.num_heads + 1):
@@ -46,7 +46,8 @@ def write_card(
             row = " | ".join(f"{metrics[f'eval_head{k}_top{i}']:.3f}" for i in ranks)
             lines.append(f"| {k} | token t+{k + 1} | {row} |")
     method = "Medusa-2" if config.joint else "Medusa-1"
-    head = card(config.num_heads, config.num_layers, config.shared_lm_head, base_model, method, config.backbone == "full")
+    merged = config.backbone == "full"
+    head = card_of_heads(config.num_heads, config.num_layers, config.shared_lm_head, base_model, method, merged)
     measured = MEASURED.format(
         backbone_note=BACKBONE_NOTES[config.backbone],
         ranks=" | ".join(f"top-{i}" for i in ranks),

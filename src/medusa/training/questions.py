@@ -1,4 +1,4 @@
-"""Questions from nothing: the model writes the user's turns itself, after its own template's header (Magpie, 2406.08464)."""
+"""Questions from nothing: the model writes user turns itself, after the header of its own template (Magpie, 2406.08464)."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medusa.data.templates import ends_of_turns, ends_users_turns, opening
+from medusa.data.prompts import opening_ids
+from medusa.data.templates import ends_of_turns, ends_users_turns
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
+from medusa.runs.console import progress
 from medusa.runs.records import Journal
 from medusa.trees.static import MedusaTree
 
-QUESTIONS = Path("self") / "questions.jsonl"  # within the folder of the samples
-LONGEST = 256  # tokens of a question
+QUESTIONS = Path("self") / "questions.jsonl"  # inside the folder of the samples
+LONGEST = 256  # maximum number of tokens in a question
 LEAST_WORDS, MOST_CHARACTERS = 3, 1500
-LEAST_LETTERS = 0.7  # share of letters, digits and spaces
-LEAST_DISTINCT = 0.4  # share of distinct words, of questions long enough for it to tell
-SHINGLE = 5  # words
-MOST_SEEN = 0.4  # share of a question's runs of words that other questions have
+LEAST_LETTERS = 0.7  # minimum share of letters, digits and spaces
+LEAST_DISTINCT = 0.4  # minimum share of distinct words, in questions of at least two shingles
+SHINGLE = 5  # number of words in a shingle, a run of words
+MOST_SEEN = 0.4  # maximum share of a question's shingles that earlier questions have
 TEMPERATURE, MIN_P = 1.0, 0.05
-MOST_TRIES = 4  # times the questions wanted
+MOST_TRIES = 4  # number of questions written for each one wanted
 
 
 class Filter:
-    """Keeps questions worth answering: whole, of a sensible length, in words, and unlike those kept before."""
+    """Keeps questions worth answering: complete, of a sensible length, in words, and unlike those kept before."""
 
     def __init__(self) -> None:
         self.refused = Counter[str]()
         self._seen: set[tuple[str, ...]] = set()
 
     def takes(self, text: str) -> bool:
-        """Whether a question is kept; why not is counted."""
+        """Whether a question is kept; the reasons why others are not are counted."""
         words = re.findall(r"\w+", text.lower())
         if len(words) < LEAST_WORDS or len(text) > MOST_CHARACTERS:
             return self._refuse("too short or too long")
@@ -59,9 +61,14 @@ class Filter:
 def write_questions(
     model: MedusaModel, tokenizer: Any, folder: Path, count: int, rows: int, seed: int = 0, compiled: bool = False
 ) -> Path:
-    """Have the model write the first turns of `count` conversations, and return their file; what is there already is kept.
+    """Have the model write the first turns of `count` conversations, and return their file.
 
-    If interrupted, the same call goes on: question n depends on the seed and on n alone, and the filter on the order.
+    If interrupted, the same call resumes: question n depends only on n and the seed, and the filter only on their order.
+
+    Args:
+        folder: the folder of the samples.
+        count: number of questions.
+        rows: number of questions written at a time.
 
     Raises:
         InvalidInput: the model has no chat template, or one that does not end the user's turns with a special token; or it
@@ -69,7 +76,7 @@ def write_questions(
     """
     if not tokenizer.chat_template or not ends_users_turns(tokenizer):
         raise InvalidInput("--data self needs a chat template that ends the user's turns with a special token")
-    prompt = list(tokenizer(opening(tokenizer, [], "user"), add_special_tokens=False)["input_ids"])
+    prompt = opening_ids(tokenizer, [], "user")
     journal, keeps = Journal(folder / QUESTIONS, "question of a model"), Filter()
     asked = 0
     for record in journal.records.values():
@@ -78,12 +85,8 @@ def write_questions(
     if len(journal.records) >= count:
         return journal.path
 
-    from tqdm.auto import tqdm
-
     numbers = iter(range(asked, asked + MOST_TRIES * count))
-    with tqdm(
-        total=count, initial=len(journal.records), desc="Writing questions", unit=" questions", dynamic_ncols=True
-    ) as bar:
+    with progress("Writing questions", count, "questions", len(journal.records)) as bar:
         for number, text in _in_order(_written(model, tokenizer, prompt, numbers, rows, seed, compiled), asked):
             if text is None:
                 keeps.refused["unfinished"] += 1
@@ -100,7 +103,7 @@ def write_questions(
 def _written(
     model: MedusaModel, tokenizer: Any, prompt: list[int], numbers: Iterator[int], rows: int, seed: int, compiled: bool
 ) -> Iterator[tuple[int, str | None]]:
-    """Questions by their numbers as they come; None for one that did not end."""
+    """Questions with their numbers, as they are finished; None for one that did not end."""
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
     options = options_of_rows(
         model,
@@ -121,7 +124,7 @@ def _written(
 
 
 def _in_order(found: Iterator[tuple[int, str | None]], first: int) -> Iterator[tuple[int, str | None]]:
-    """The same by rising number, so that which of two alike is kept does not depend on which was done first."""
+    """The questions in the order of their numbers, so that the filter does not depend on which is finished first."""
     waiting: dict[int, str | None] = {}
     for number, text in found:
         waiting[number] = text

@@ -29,19 +29,19 @@ from medusa.config import HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
-from medusa.runs.files import write_text
+from medusa.runs.files import write_json
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import hold, make_folder, refuse_other
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Rows, collate, draft_vocabulary
-from medusa.training.hidden_states import keep
+from medusa.training.hidden_states import save_hidden_states
 from medusa.training.model_card import write_card
 from medusa.training.objective import Objective
 from medusa.training.trainer import MedusaTrainer, Progress
 from medusa.trees.files import save_tree
 
 RECORD = "training.json"
-IDENTITY = "run.json"  # what a run in this folder is of, so that only the same is resumed
+IDENTITY = "run.json"  # configuration, data and backbone of the run, so that only the same run is resumed
 FREE_TO_CHANGE = ("max_steps", "epochs", "logging_steps", "eval_steps", "save_steps", "tree_nodes", "report_to")
 MOST_HELD_OUT, FEWEST_TO_HOLD_OUT_OF = 512, 10  # rows
 
@@ -56,22 +56,25 @@ def train_heads(
     hidden_states: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
-    """Train heads for a backbone, and the backbone with them where the configuration says so; save all in `output`.
+    """Train heads for a backbone, and the backbone too if the configuration says so; save all in `output`.
 
     `output` then holds the heads, the tree built from their accuracies, the adapter or the fine-tuned backbone of
-    Medusa-2, the resolved configuration with log and metrics (`training.json`) and a model card.
+    Medusa-2, the configuration with log and metrics (`training.json`) and a model card.
 
     Args:
-        model: the backbone; heads it has already are the starting point, else new ones are made.
-        eval_rows: to measure on; None holds out `config.held_out` of the rows, and where that is none measures on some that
-            were learnt, which flatters the heads.
-        resume: go on from the newest whole checkpoint in `output`; without one, start.
-        hidden_states: a folder to keep the frozen backbone's hidden states in, and train from them (offline mode).
-        callbacks: of transformers' Trainer; what one raises ends the run, which can be resumed from its last checkpoint.
+        model: the backbone; its heads, if any, are the starting point.
+        eval_rows: rows to evaluate on; None: `config.held_out` of the rows are held out, and if that is none, some of the
+            training rows are used, which flatters the heads.
+        resume: continue from the newest complete checkpoint in `output`, if there is one.
+        hidden_states: folder to keep the frozen backbone's hidden states in, and to train from (offline mode).
+        callbacks: callbacks of transformers' Trainer; an error in one ends the run, which can be resumed.
+
+    Returns:
+        The metrics of the final evaluation.
 
     Raises:
         InvalidInput: options or data that cannot be used.
-        MedusaError: a loss that is no number or explodes.
+        MedusaError: the loss is not a number or explodes.
     """
     output = Path(output)
     make_folder(output)
@@ -94,7 +97,7 @@ def _train(
 ) -> dict[str, float]:
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
-        eval_rows = eval_rows or Rows(rows.rows[:FEWEST_TO_HOLD_OUT_OF])  # of its own rows: a flattering measure, and said so
+        eval_rows = eval_rows or Rows(rows.rows[:FEWEST_TO_HOLD_OUT_OF])  # flatters the heads, and is noted
     if config.heads_steps and model.heads is None:
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
             raise InvalidInput("under FSDP the two stages are two runs: train medusa-1 first, then give its folder as --heads")
@@ -117,8 +120,7 @@ def _train(
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
     if hidden_states is not None:
         with PartialState().main_process_first():
-            kept = {name: keep(model, part, Path(hidden_states) / name) for name, part in data.items()}
-        data |= kept
+            data = {name: save_hidden_states(model, part, Path(hidden_states) / name) for name, part in data.items()}
     trainer = MedusaTrainer(
         model=objective,
         args=arguments,
@@ -148,38 +150,38 @@ def is_main_process() -> bool:
 
 
 def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig, resume: bool) -> None:
-    """Note what this run is of; refuse a folder that holds another, or one that would be begun anew unasked."""
+    """Note the identity of this run; refuse a folder of another run, or of one that would be restarted unintentionally."""
     wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
-    wanted |= {"data": rows.fingerprint(), "backbone weights": fingerprint(model)}
+    wanted |= {"data": rows.fingerprint(), "backbone weights": fingerprint(model.backbone)}
     path = output / IDENTITY
     refuse_begun(output, resume)
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         refuse_other(output, read_json_object(path), wanted)
     if is_main_process():
-        write_text(path, json.dumps(wanted, indent=2) + "\n")
-        if not resume:  # nothing of an earlier run may be taken for this one's
+        write_json(path, wanted)
+        if not resume:  # no file of an earlier run may be mistaken for one of this run
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
                 (output / name).unlink(missing_ok=True)
 
 
 def refuse_begun(output: Path, resume: bool) -> None:
-    """Refuse a folder in which a run would be begun anew unasked.
+    """Refuse a folder in which a run would be restarted unintentionally.
 
     Raises:
-        InvalidInput: it holds checkpoints of a run, and none is resumed.
+        InvalidInput: it holds checkpoints of a run, and `resume` is false.
     """
     if not resume and (output / IDENTITY).is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        raise InvalidInput(f"{output} holds checkpoints of a run; go on with --resume, or give another --output")
+        raise InvalidInput(f"{output} holds checkpoints of a run; continue it with --resume, or give another --output")
 
 
 def number_to_hold_out(rows: Rows, share: float) -> int:
-    """How many rows are held out; 0 where the data is too small to spare any."""
+    """Number of rows to hold out; 0 if there are too few to spare any."""
     number = min(MOST_HELD_OUT, round(share * len(rows)))
     return max(number, 1) if share > 0 and len(rows) >= FEWEST_TO_HOLD_OUT_OF else number
 
 
 def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
-    """The rows to train on and those to measure on; none of the latter where the data is too small to spare any."""
+    """The rows to train on and the rows to evaluate on; None if there are too few to spare any."""
     number = number_to_hold_out(rows, share)
     if number == 0:
         return rows, None
@@ -205,7 +207,7 @@ def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> Medusa
 
 
 def _trainable(model: MedusaModel, config: TrainingConfig) -> MedusaModel:
-    """The model with that part of its backbone which is to be trained requiring a gradient."""
+    """The model with the part of its backbone that is trained requiring a gradient."""
     backbone = model.backbone.requires_grad_(False)
     if config.backbone == "lora":
         make_differentiable(backbone)
@@ -245,7 +247,7 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig) -> Trai
         save_steps=config.save_steps,
         save_total_limit=2,
         seed=config.seed,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         report_to=config.report_to,
         remove_unused_columns=False,
         use_cpu=model.device.type == "cpu",
@@ -258,7 +260,7 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig) -> Trai
 
 
 def _newest_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end: its state is its last file."""
+    """The newest complete checkpoint: `trainer_state.json` is the last file of one to be written."""
     found = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
         try:
@@ -270,13 +272,13 @@ def _newest_checkpoint(output: Path) -> str | None:
 
 
 def _save(output: Path, objective: Objective, trained: dict[str, Tensor], base_model: str | None) -> None:
-    """Heads, and the adapter or the backbone where it was trained, from tensors that are whole whatever was sharded."""
+    """Save the heads, and the adapter or the backbone if it was trained, from tensors gathered from all processes."""
     backbone, config = objective.backbone, objective.recipe
     dtype = torch.float32 if config.backbone == "full" else objective.compute
     tensors = _below("heads.", trained) | dict(objective.heads.named_buffers())
     heads = heads_from_tensors(tensors, objective.heads.config.to_dict(), "the trained heads", dtype)
     if config.backbone == "full":
-        # One folder of backbone and heads: what the heads are stands in the backbone's own config.
+        # One folder of backbone and heads: the backbone's config describes the heads.
         for name, value in heads.config.to_dict().items():
             if name.startswith("medusa_"):
                 setattr(backbone.config, name, value)
@@ -295,7 +297,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _report(
     output: Path, trainer: MedusaTrainer, rows: Rows, metrics: dict[str, float], base_model: str | None, held_out: bool
 ) -> None:
-    """What the run was and what came of it: the record, the tree and the model card."""
+    """Save the record of the run, the tree and the model card."""
     config, evaluated = trainer.model.recipe, trainer.evaluated
     assert evaluated is not None
     tree = evaluated.tree(config.tree_nodes)
@@ -315,4 +317,4 @@ def _report(
         "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
         "versions": {"medusa": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}},
     }
-    write_text(output / RECORD, json.dumps(record, indent=2) + "\n")
+    write_json(output / RECORD, record)

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
 from medusa.generation import MedusaGenerateOutput
 from medusa.model import MedusaModel
-from medusa.pool import left_padded
 from medusa.runs.files import digest, whole
-from medusa.runs.provenance import fingerprint, heads_fingerprint
+from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 
 RECORDED_FILE = "recorded.yaml"
@@ -76,8 +76,8 @@ def record(
     if folder is not None:
         ids = [prompt.tolist() for prompt in prompts]
         made_with = {
-            "backbone": fingerprint(model),
-            "heads": heads_fingerprint(model.heads),
+            "backbone": fingerprint(model.backbone),
+            "heads": fingerprint(model.heads),
             "settings": [max_new_tokens, ranks, temperature, seed, batch_size],
             "prompts": len(prompts),
             "prompts_digest": digest(ids),

@@ -19,7 +19,7 @@ from medusa.model import MedusaModel
 from medusa.runs.console import progress
 from medusa.runs.files import write_json
 from medusa.runs.plotting import can_plot
-from medusa.runs.provenance import environment, fingerprint, heads_fingerprint
+from medusa.runs.provenance import environment, fingerprint
 from medusa.trees.calibration import CALIBRATION_FILE, Calibration
 from medusa.trees.files import Tree, TreeChoice, save_tree
 from medusa.tuning.choice import Choices, choose_trees
@@ -261,7 +261,7 @@ def _made_with(model: MedusaModel, source: str, contexts: Sequence[int], compile
         "contexts": list(contexts),
         "compile": compile,
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "backbone": fingerprint(model),
-        "heads": heads_fingerprint(model.heads),
+        "backbone": fingerprint(model.backbone),
+        "heads": fingerprint(model.heads),
         **environment(model.device),
     }
