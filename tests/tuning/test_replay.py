@@ -6,7 +6,7 @@ import torch
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
 from medusa.trees.calibration import Calibration
-from medusa.trees.dynamic import tempered
+from medusa.trees.dynamic import rest_of, tempered
 from medusa.trees.search import search_joint_tree
 from medusa.tuning.recording import Recorded, record
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, fit_temperatures, replay_texts
@@ -76,7 +76,7 @@ def test_tempered_log_probabilities_are_those_of_divided_logits():
     logits = torch.randn(4, 9, dtype=torch.double)
     wanted = (logits / 0.6).log_softmax(-1).sort(descending=True).values[:, :8]
     top = logits.log_softmax(-1).sort(descending=True).values[:, :8]  # but one: the rest is that one
-    torch.testing.assert_close(tempered(top, 0.6), wanted)
+    torch.testing.assert_close(tempered(top, rest_of(top), 0.6), wanted)
 
 
 def test_fitted_temperatures_make_overconfident_heads_honest():

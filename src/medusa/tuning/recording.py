@@ -15,6 +15,7 @@ from torch import Tensor
 from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
 from medusa.generation import MedusaGenerateOutput
+from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.runs.files import digest, whole
 from medusa.runs.provenance import fingerprint
@@ -35,6 +36,8 @@ class Recorded:
     start: int  # index of the last token of the prompt
     guesses: Tensor  # (T, K, R) int32: the likeliest tokens of each head, best first
     log_p: Tensor  # (T, K, R) float32
+    hidden: Tensor | None = None  # (T, d): at the last committed token, for heads that read paths
+    heads: MedusaHeads | None = None  # which these are
 
     def __len__(self) -> int:
         return self.guesses.shape[0]
@@ -88,7 +91,7 @@ def record(
         batch = prompts[first : first + batch_size]
         shard = folder / f"texts-{first:05d}.safetensors" if folder is not None else None
         if shard is not None and shard.is_file():
-            texts += _load(shard)
+            texts += _load(shard, model.heads)
         else:
             found = list(_record(model, batch, max_new_tokens, ranks, temperature, seed + first))
             if shard is not None:
@@ -121,11 +124,14 @@ def _record(
             continue
         hidden = model.hidden_states(text[None])[0, start : start + places]
         tokens, log_p = [], []
-        for part in hidden.split(256):  # logits of a chunk at a time
-            top = model.heads(part).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
+        roots = text[start + 1 : start + 1 + places]
+        for part, root in zip(hidden.split(256), roots.split(256), strict=True):  # logits of a chunk at a time
+            top = model.heads(part, root=root).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
             tokens.append(model.heads.tokens(top.indices).transpose(0, 1).int().cpu())
             log_p.append(top.values.transpose(0, 1).cpu())
-        yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p))
+        reads_paths = model.heads.kind == "path"
+        along = (hidden.cpu(), model.heads) if reads_paths else (None, None)
+        yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p), *along)
 
 
 def _save(texts: Sequence[Recorded], path: Path) -> None:
@@ -133,7 +139,8 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
     for number, text in enumerate(texts):
         for field in fields(text):
             value = getattr(text, field.name)
-            tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
+            if value is not None and field.name != "heads":
+                tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
     try:
         with whole(path) as partial:
             save_file(tensors, partial)
@@ -141,12 +148,19 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
         raise InvalidInput(f"cannot write {path}: {error}; make room and run the same command again") from None
 
 
-def _load(path: Path) -> list[Recorded]:
+def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:
     try:
         tensors = load_file(path)
         numbers = sorted({int(name.partition(".")[0]) for name in tensors})
         return [
-            Recorded(tensors[f"{n}.ids"], int(tensors[f"{n}.start"]), tensors[f"{n}.guesses"], tensors[f"{n}.log_p"])
+            Recorded(
+                tensors[f"{n}.ids"],
+                int(tensors[f"{n}.start"]),
+                tensors[f"{n}.guesses"],
+                tensors[f"{n}.log_p"],
+                tensors.get(f"{n}.hidden"),
+                heads if heads.kind == "path" else None,
+            )
             for n in numbers
         ]
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
