@@ -53,7 +53,7 @@ class Replayed:
 
 
 @torch.inference_mode()
-def replay(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replayed:
+def replay_texts(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replayed:
     """Walk recorded texts with a tree.
 
     Raises:
@@ -138,7 +138,7 @@ def fit_static_tree(texts: Sequence[Recorded], num_nodes: int, depth: int | None
     while True:
         paths = Calibration.of(texts, places).paths
         tree = search_joint_tree([(path, count) for path, count in paths if depth is None or len(path) <= depth], num_nodes)
-        found = replay(texts, tree)
+        found = replay_texts(texts, tree)
         if found.acceleration_rate <= rate:
             return best
         best, rate, places = tree, found.acceleration_rate, found.began
@@ -166,13 +166,13 @@ def _likelihood(right: Tensor, scores: Tensor, rest: Tensor, temperature: float)
 
 
 def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16) -> DynamicTree:
-    """The dynamic tree of so many nodes whose bonuses accept the most on these texts, its heads' temperatures fitted."""
+    """The dynamic tree of this size with fitted temperatures, and the bonuses that accept the most on these texts."""
     _, heads, ranks = texts[0].guesses.shape
     best = DynamicTree(num_nodes, heads, ranks, fit_temperatures(texts), 0.0, 0.0)
-    rate = replay(texts, best).acceleration_rate
+    rate = replay_texts(texts, best).acceleration_rate
     for pair, triple in itertools.product((0.0, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 4.0, 6.0)):
         tree = dataclasses.replace(best, pair_bonus=pair, triple_bonus=triple)
-        found = replay(texts, tree).acceleration_rate if pair or triple else 0.0
+        found = replay_texts(texts, tree).acceleration_rate if pair or triple else 0.0
         if found > rate * 1.002:  # no bonus for nothing
             best, rate = tree, found
     return best
