@@ -31,7 +31,7 @@ from medusa.trees.calibration import Calibration
 from medusa.tuning.choice import choose_trees
 from medusa.tuning.options import TREE_KINDS, Option, Trees
 from medusa.tuning.recording import Recorded, record
-from medusa.tuning.replay import replay
+from medusa.tuning.replay import replay_texts
 from medusa.tuning.timing import time_steps
 
 NODES = (2, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -122,7 +122,7 @@ def rates(
                 "decoded": each.acceleration_rate,
                 "independent": option.if_independent,
                 "joint average": average,
-                "replayed": replay(texts, option.tree).acceleration_rate,
+                "replayed": replay_texts(texts, option.tree).acceleration_rate,
                 "cross-validated": option.acceleration_rate,
                 "interval": list(option.interval),
             }

@@ -111,9 +111,11 @@ def tiny_backbone(
     return backbone
 
 
-def random_heads(backbone: PreTrainedModel, num_heads: int = 3, num_layers: int = 1, shared: bool = False) -> MedusaHeads:
+def random_heads(
+    backbone: PreTrainedModel, num_heads: int = 3, num_layers: int = 1, shared: bool = False, **reads: Any
+) -> MedusaHeads:
     """Heads with random weights, for a backbone."""
-    heads = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), num_heads, num_layers, shared)
+    heads = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), num_heads, num_layers, shared, **reads)
     generator = torch.Generator().manual_seed(num_heads)
     with torch.no_grad():
         for parameter in heads.parameters():

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from medusa.errors import CheckpointError, ConfigError, InvalidInput
 from medusa.runs.files import read_json, write_json
@@ -24,6 +24,7 @@ INDEX = ".index.json"  # of a file in shards: {"weight_map": {tensor: file}}
 HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
 MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
 TREE_FILE = "medusa_tree.json"
+HeadsKind = Literal["medusa", "root", "path"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,9 @@ class MedusaConfig:
     medusa_shared_lm_head: bool = False  # the heads predict through the backbone's LM head
     medusa_lm_head_bias: bool = False
     medusa_draft_vocabulary: int | None = None  # tokens that heads score; None: all
+    medusa_heads_kind: HeadsKind = "medusa"  # what heads read besides the hidden state: nothing, the root, the path from it
+    medusa_embedding_size: int | None = None  # the width of the backbone's embeddings, where heads read tokens
+    medusa_embedding_scale: float | None = None  # which brings the embeddings to the size of the hidden states
     base_model_name_or_path: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

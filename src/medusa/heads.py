@@ -1,34 +1,64 @@
-"""Medusa heads: K small predictors that read the backbone's last hidden state (paper 2.1.1).
+"""Medusa heads: K small predictors that read the backbone's last hidden state (paper 2.1.1), and tokens that are known already.
 
 Heads are numbered from 1, as in the paper: at position t the backbone's own LM head predicts token t+1 and head k
 predicts token t+k+1. Tensors and files count from 0, so head k is `heads[k - 1]`.
+
+The paper's heads guess blind: the hidden state of position t does not say which token t+1 was drawn. Heads of kind "root" read
+that token, the root: one token, known before the heads run, so nothing else changes. Heads of kind "path" also read the tokens
+of a node's path, as Hydra's do (2402.05109): what they guess from the root alone makes a shortlist at each depth, and along a
+path only the shortlist is scored again (`medusa.shortlist`), never the vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medusa.config import MedusaConfig
+from medusa.config import HeadsKind, MedusaConfig
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.placement import device_of, dtype_of, is_plain, linear_map
 
 
 class ResidualBlock(nn.Module):
-    """x + SiLU(W x + b), the identity when new: W and b start at zero."""
+    """x + SiLU(W x + b), the identity when new: W and b start at zero.
 
-    def __init__(self, hidden_size: int, **factory):
+    Args:
+        read: E times the most tokens whose embeddings it reads: x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
+    """
+
+    def __init__(self, hidden_size: int, read: int = 0, **factory):
         super().__init__()
         self.linear = nn.Linear(hidden_size, hidden_size, **factory)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        if read:
+            self.tokens = nn.Linear(read, hidden_size, bias=False, **factory)
+            nn.init.zeros_(self.tokens.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.silu(self.linear(x))
+    def forward(
+        self,
+        x: Tensor,  # (..., d)
+        known: Tensor | None = None,  # (..., m E): embeddings of the first m tokens that it reads, end to end
+    ) -> Tensor:  # (..., d)
+        inner = self.linear(x)
+        if known is not None:
+            inner = inner + F.linear(known, self.tokens.weight[:, : known.shape[-1]])
+        return x + F.silu(inner)
+
+
+def _plain(linear: nn.Module) -> nn.Linear:
+    """A linear map as a matrix of its own, where it is more than that."""
+    weight, bias = linear_map(linear)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias, requires_grad=False)
+    return plain
 
 
 class DraftLMHead(nn.Module):
@@ -58,6 +88,9 @@ class MedusaHeads(nn.ModuleList):
         lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
         draft_vocabulary: V', the tokens that heads score, where they are not all of the vocabulary; which, the buffer
             `token_map` says (FR-Spec, 2502.14856). None: all.
+        kind: what they read besides the hidden state: "medusa" nothing, "root" the root, "path" the tokens from the root on.
+        embedding_size: E, the width of the backbone's embeddings, of which heads read those of tokens; None: d.
+        embedding_scale: factor that brings the embeddings to the size of the hidden states.
 
     >>> heads = MedusaHeads(hidden_size=8, vocab_size=32, num_heads=3)
     >>> heads(torch.zeros(2, 8)).shape
@@ -73,6 +106,9 @@ class MedusaHeads(nn.ModuleList):
         shared_lm_head: bool = False,
         lm_head_bias: bool = False,
         draft_vocabulary: int | None = None,
+        kind: HeadsKind = "medusa",
+        embedding_size: int | None = None,
+        embedding_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -83,11 +119,19 @@ class MedusaHeads(nn.ModuleList):
             raise InvalidInput(f"num_layers is {num_layers}, wanted at least 0")
         if draft_vocabulary is not None and not 1 <= draft_vocabulary <= vocab_size:
             raise InvalidInput(f"a draft vocabulary has 1 to {vocab_size} tokens, the vocabulary's, got {draft_vocabulary}")
-        factory = {"device": device, "dtype": dtype}
+        reads = {"medusa": [0] * num_heads, "root": [1] * num_heads, "path": [*range(1, num_heads + 1)]}[kind]
+        if kind == "medusa":
+            embedding_size = embedding_scale = None
+        elif num_layers == 0:
+            raise InvalidInput(f"heads that read the {kind} read it in a residual block; num_layers is 0, wanted at least 1")
+        else:
+            embedding_size, embedding_scale = embedding_size or hidden_size, embedding_scale or 1.0
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         scored = draft_vocabulary or vocab_size
         heads = []
-        for _ in range(num_heads):
-            parts: list[nn.Module] = [ResidualBlock(hidden_size, **factory) for _ in range(num_layers)]
+        for tokens in reads:
+            sizes = [tokens * (embedding_size or 0)] + [0] * (num_layers - 1)  # the first block reads
+            parts: list[nn.Module] = [ResidualBlock(hidden_size, size, **factory) for size in sizes[:num_layers]]
             if not shared_lm_head:
                 parts.append(nn.Linear(hidden_size, scored, bias=lm_head_bias, **factory))
             heads.append(nn.Sequential(*parts))
@@ -102,9 +146,36 @@ class MedusaHeads(nn.ModuleList):
             medusa_shared_lm_head=shared_lm_head,
             medusa_lm_head_bias=lm_head_bias and not shared_lm_head,
             medusa_draft_vocabulary=draft_vocabulary,
+            medusa_heads_kind=kind,
+            medusa_embedding_size=embedding_size,
+            medusa_embedding_scale=embedding_scale,
         )
         self.token_map: Tensor
-        self._shared: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule: it belongs to the backbone
+        # In tuples, so that they are no submodules: they belong to the backbone.
+        self._shared: tuple[nn.Module, ...] = ()
+        self._embedding: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def of(
+        cls, config: MedusaConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MedusaHeads:
+        """New heads as a configuration describes them."""
+        heads = cls(
+            config.hidden_size,
+            config.vocab_size,
+            config.medusa_num_heads,
+            config.medusa_num_layers,
+            config.medusa_shared_lm_head,
+            config.medusa_lm_head_bias,
+            config.medusa_draft_vocabulary,
+            config.medusa_heads_kind,
+            config.medusa_embedding_size,
+            config.medusa_embedding_scale,
+            device,
+            dtype,
+        )
+        heads.config = dataclasses.replace(heads.config, base_model_name_or_path=config.base_model_name_or_path)
+        return heads
 
     @classmethod
     def for_lm_head(
@@ -114,13 +185,23 @@ class MedusaHeads(nn.ModuleList):
         num_layers: int = 1,
         shared: bool = False,
         token_map: Tensor | None = None,  # (V',) long, rising: the tokens that heads are to score; None: all
+        **reads: Any,  # kind, embedding_size, embedding_scale
     ) -> MedusaHeads:
         """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
         weight, bias = linear_map(lm_head)
         vocab_size, hidden_size = weight.shape
         scored = len(token_map) if token_map is not None else None
         heads = cls(
-            hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None, scored, weight.device, weight.dtype
+            hidden_size,
+            vocab_size,
+            num_heads,
+            num_layers,
+            shared,
+            bias is not None,
+            scored,
+            **reads,
+            device=weight.device,
+            dtype=weight.dtype,
         )
         if token_map is not None:
             heads.token_map = token_map.to(weight.device)
@@ -138,23 +219,21 @@ class MedusaHeads(nn.ModuleList):
     def num_layers(self) -> int:
         return self.config.medusa_num_layers
 
-    def bound_to(self, lm_head: nn.Module, device: torch.device, dtype: torch.dtype) -> MedusaHeads:
-        """These heads for one backbone: the same tensors where device and dtype agree, the given ones left as they are."""
-        config = self.config
+    def bound_to(
+        self, lm_head: nn.Module, device: torch.device, dtype: torch.dtype, embedding: nn.Module | None = None
+    ) -> MedusaHeads:
+        """These heads for one backbone: the same tensors where device and dtype agree, the given ones left as they are.
+
+        Args:
+            embedding: the backbone's input embeddings, for heads that read tokens.
+        """
         with torch.device("meta"):
-            bound = MedusaHeads(
-                config.hidden_size,
-                config.vocab_size,
-                len(self),
-                config.medusa_num_layers,
-                config.medusa_shared_lm_head,
-                config.medusa_lm_head_bias,
-                config.medusa_draft_vocabulary,
-            )
+            bound = MedusaHeads.of(self.config)
         held = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in self.state_dict().items()}
         bound.load_state_dict(held, assign=True)
-        bound.config = config
-        bound.share(lm_head)
+        if self.kind == "path" and self.config.medusa_shared_lm_head and not is_plain(lm_head):
+            lm_head = _plain(lm_head)  # its rows are taken one by one
+        bound.share(lm_head, embedding)
         return bound.requires_grad_(False).eval()
 
     @property
@@ -165,9 +244,10 @@ class MedusaHeads(nn.ModuleList):
         """Head k + 1: its residual blocks, then its own LM head if it has one."""
         return cast(nn.Sequential, self[k])
 
-    def share(self, lm_head: nn.Module) -> None:
-        """Name the backbone's LM head (d -> V), used by heads that have none of their own; of it they take the rows of their
-        draft vocabulary, if they have one."""
+    def share(self, lm_head: nn.Module, embedding: nn.Module | None = None) -> None:
+        """Name the backbone's LM head (d -> V), used by heads that have none of their own, and its embedding of tokens, used by
+        those that read tokens. Of the LM head they take the rows of their draft vocabulary, if they have one."""
+        self._embedding = (embedding,) if embedding is not None and self.kind != "medusa" else ()
         if self.config.medusa_draft_vocabulary is not None and self.config.medusa_shared_lm_head:
             lm_head = self.rows_of(lm_head)
         self._shared = (lm_head,) if self.config.medusa_shared_lm_head else ()
@@ -185,6 +265,26 @@ class MedusaHeads(nn.ModuleList):
         if lm_head.bias is not None:
             rows.bias = nn.Parameter(lm_head.bias.detach()[tokens], requires_grad=False)
         return rows
+
+    @property
+    def kind(self) -> HeadsKind:
+        """What heads read besides the hidden state."""
+        return self.config.medusa_heads_kind
+
+    def known(self, k: int) -> int:
+        """The most tokens that head k + 1 reads: none, the root, or the path from the root on."""
+        return {"medusa": 0, "root": 1, "path": k + 1}[self.kind]
+
+    def embed(
+        self,
+        tokens: Tensor,  # (...) long
+    ) -> Tensor:  # (..., E), the dtype of the heads
+        """The backbone's own embeddings, brought to the size of its hidden states."""
+        if not self._embedding:
+            raise CheckpointError("these heads read tokens, but no embedding was named; call heads.share(lm_head, embedding)")
+        found = self._embedding[0](tokens.to(device_of(self._embedding[0])))
+        assert self.config.medusa_embedding_scale is not None
+        return found.detach().to(tokens.device, self.dtype) * self.config.medusa_embedding_scale
 
     @property
     def scored(self) -> int:
@@ -216,24 +316,39 @@ class MedusaHeads(nn.ModuleList):
             raise CheckpointError("these heads share the backbone's LM head, but none was named; call heads.share(lm_head)")
         return self._shared[0]
 
-    def residual(
+    def state(
         self,
         h: Tensor,  # (..., d)
         k: int,
+        known: Tensor
+        | None = None,  # (..., m E): embeddings of the root and of m - 1 tokens of the path, for heads that read them
     ) -> Tensor:  # (..., d)
         """The hidden state of head k + 1, before its LM head."""
+        assert (known is None) == (self.kind == "medusa"), f"heads that read the {self.kind}"
         for block in islice(self.parts(k), self.num_layers):  # a slice would build a module at every step
-            h = block(h)
+            h, known = block(h, known), None
         return h
 
     def forward(
         self,
         h: Tensor,  # (..., d), the dtype of the heads
         num_heads: int | None = None,
+        root: Tensor | None = None,  # (...) long: the token after h, for heads that read it
     ) -> Tensor:  # (num_heads, ..., V)
         """Logits of the first `num_heads` heads (all by default): those a tree does not use cost nothing. With a draft
         vocabulary they are those of its tokens alone, V' for V."""
-        states = [self.residual(h, k) for k in range(len(self) if num_heads is None else num_heads)]
+        return self.logits(self.states(h, num_heads, root))
+
+    def states(self, h: Tensor, num_heads: int | None = None, root: Tensor | None = None) -> Tensor:  # (num_heads, ..., d)
+        """The hidden states of the first heads, of those that read tokens from the root alone; arguments as for `forward`."""
+        known = self.embed(root) if root is not None and self.kind != "medusa" else None
+        return torch.stack([self.state(h, k, known) for k in range(len(self) if num_heads is None else num_heads)])
+
+    def logits(
+        self,
+        states: Tensor,  # (num_heads, ..., d)
+    ) -> Tensor:  # (num_heads, ..., V)
+        """The logits of the first heads' hidden states."""
         if self.config.medusa_shared_lm_head:
-            return self.lm_head(0)(torch.stack(states))  # the LM head's weights are read once for all heads
+            return self.lm_head(0)(states)  # the LM head's weights are read once for all heads
         return torch.stack([self.lm_head(k)(state) for k, state in enumerate(states)])

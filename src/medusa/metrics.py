@@ -30,18 +30,19 @@ def rank_hits(
         chosen = counted[:, shift:]
         if segments is not None:
             chosen = chosen & (segments[:, shift:] == segments[:, :-shift])
-        state, wanted = hidden[:, :-shift][chosen], ids[:, shift:][chosen]
-        for part, token in zip(state.split(1024), wanted.split(1024)):  # logits of a chunk at a time
-            hits[k] += (_guesses(heads, part, k, ranks) == token[:, None]).sum(0).cpu()
+        state, root, wanted = (t[chosen] for t in (hidden[:, :-shift], ids[:, 1 : 1 - shift], ids[:, shift:]))
+        for part, first, token in zip(state.split(1024), root.split(1024), wanted.split(1024)):  # logits of a chunk at a time
+            hits[k] += (_guesses(heads, part, k, ranks, first) == token[:, None]).sum(0).cpu()
         asked[k] = len(wanted)
     return hits, asked
 
 
-def _guesses(heads: MedusaHeads, states: Tensor, k: int, ranks: int) -> Tensor:  # (n, d) -> (n, ranks) long
+def _guesses(heads: MedusaHeads, hidden: Tensor, k: int, ranks: int, root: Tensor) -> Tensor:  # (n, d), (n,) -> (n, ranks) long
     """The likeliest tokens of head k + 1, in order."""
+    known = heads.embed(root) if heads.kind != "medusa" else None
     lm_head = heads.lm_head(k)  # the backbone's, if shared, in the backbone's dtype
-    dtype = next(lm_head.parameters(), states).dtype
-    return heads.tokens(lm_head(heads.residual(states, k).to(dtype)).topk(ranks, dim=-1).indices)
+    dtype = next(lm_head.parameters(), hidden).dtype
+    return heads.tokens(lm_head(heads.state(hidden, k, known).to(dtype)).topk(ranks, dim=-1).indices)
 
 
 def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[list[float]]:

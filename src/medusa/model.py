@@ -25,6 +25,7 @@ from medusa.config import TREE_FILE
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.generation import MedusaGenerationMixin
 from medusa.heads import MedusaHeads
+from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.trees.history import History
@@ -68,7 +69,8 @@ class MedusaModel(MedusaGenerationMixin):
                     f"heads are for hidden size {got[0]} and {got[1]} tokens, the backbone has {wanted[0]} and "
                     f"{wanted[1]}; use heads trained on this backbone"
                 )
-            heads = heads.bound_to(self.lm.lm_head, self.lm.lm_head_device, self.lm.dtype)
+            embedding = backbone.get_input_embeddings()
+            heads = heads.bound_to(self.lm.lm_head, self.lm.lm_head_device, self.lm.dtype, embedding)
         self.heads = heads
         if tree is None:
             nodes = 64 if self.device.type == "cuda" else 16
@@ -204,8 +206,12 @@ class MedusaModel(MedusaGenerationMixin):
         with _span("medusa.heads"):
             guesses = None
             if drafter.num_heads and self.heads is not None:
-                guesses = drafter.guess(self.heads(hidden, drafter.num_heads))
-                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens))
+                states = self.heads.states(hidden, drafter.num_heads, root)
+                guesses = drafter.guess(self.heads.logits(states))
+                along = None
+                if self.heads.kind == "path" and guesses.log_p is not None:
+                    along = along_paths(self.heads, hidden, root, states, guesses.tokens, guesses.log_p)
+                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens), along=along)
             tokens, tree = drafter.assemble(root, guesses, history)
         with _span("medusa.backbone"):
             states = self.lm.verify(tokens, tree, frame, cache)

@@ -239,7 +239,7 @@ def test_streamed_text_is_broken_between_words_on_a_terminal_and_left_alone_else
 
 def test_simulate_and_bench_fit_eighty_columns(medusa, own, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    status, out, _ = medusa("simulate", "llama-7b", "--hardware", "rtx-4090", "--batch", "1,8")
+    status, out, _ = medusa("simulate", "llama-7b", "--hardware", "rtx-4090", "--batch", "1", "--batch", "8")
     assert status == 0 and max(map(len, out.splitlines())) <= 80 and "…" not in out and "best size" in out
     prompts = lines(tmp_path / "prompts.jsonl", *ASKED)
     status, out, err = medusa(

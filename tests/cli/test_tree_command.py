@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from medusa import DynamicTree, MedusaTree, load_tree
 from medusa.cli import app
@@ -63,15 +64,15 @@ def test_calibration_is_searched_by_what_came_true_together(tree, calibration):
     counted = [((0,), 60), ((0, 0), 50), ((1,), 20), ((1, 1), 9), ((0, 1), 4)]
     assert MedusaTree(record["paths"]) == search_joint_tree(counted, 4)
     assert record["expected_acceptance_length"] == pytest.approx(1 + 1.3)
-    beside = json.loads(tree("--calibration", calibration, "--dense", "2,2", "--json"))
+    beside = json.loads(tree("--calibration", calibration, "--dense", "2", "--dense", "2", "--json"))
     assert beside["expected_acceptance_length"] == pytest.approx(1 + 1.43)
 
 
 def test_each_source_gives_its_tree_and_accuracies_beside_it_say_what_it_gains(tree, accuracies, tmp_path):
-    preset("zephyr_stage2").save(tmp_path / "own.json")
+    save_tree(preset("zephyr_stage2"), tmp_path / "own.json")
     for source, wanted in (
-        (["--dense", "4,3,2"], MedusaTree.dense([4, 3, 2])),
-        (["--random-dense", "64", "--heads", "4", "--seed", "3"], random_dense_tree(64, 4, 3)),
+        (["--dense", "4", "--dense", "3", "--dense", "2"], MedusaTree.dense([4, 3, 2])),
+        (["--random-dense", "64", "--num-heads", "4", "--seed", "3"], random_dense_tree(64, 4, 3)),
         (["--preset", "vicuna_33b_stage1"], preset("vicuna_33b_stage1")),
         ([str(tmp_path / "own.json")], preset("zephyr_stage2")),
     ):
@@ -98,7 +99,20 @@ def test_terminal_shows_the_shape_and_the_figures(tree, accuracies):
 
 def test_saved_tree_is_read_back_and_a_drawing_is_made(tree, tmp_path):
     saved, drawing = tmp_path / "new" / "tree.json", tmp_path / "tree.svg"
-    tree("--preset", "vicuna_7b_stage2", "--output", str(saved), "--draw", str(drawing), "--mark", "0,0,1")
+    tree(
+        "--preset",
+        "vicuna_7b_stage2",
+        "--output",
+        str(saved),
+        "--draw",
+        str(drawing),
+        "--mark",
+        "0",
+        "--mark",
+        "0",
+        "--mark",
+        "1",
+    )
     assert load_tree(saved) == preset("vicuna_7b_stage2")
     assert "<svg" in drawing.read_text()
 
@@ -128,7 +142,7 @@ def test_presets_are_the_published_trees_of_64_nodes(tree):
 def test_a_preset_is_a_tree_by_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_tree("zephyr_stage2") == preset("zephyr_stage2")
-    MedusaTree([(0,)]).save("zephyr_stage2")
+    save_tree(MedusaTree([(0,)]), "zephyr_stage2")
     assert load_tree("zephyr_stage2") == MedusaTree([(0,)])
 
 
@@ -162,20 +176,15 @@ def test_nodes_beyond_the_accuracies_are_said_to_count_for_nothing(accuracies, c
         (["--dense", "2", "--preset", "zephyr_stage2"], "give one tree"),
         (["--nodes", "8"], "--nodes searches by"),
         (["--nodes", "8", "--accuracies", "A", "--calibration", "A"], "not both"),
-        (["--nodes", "0", "--accuracies", "A"], "at least the root, got 0"),
         (["--nodes", "4", "--accuracies", "none.json"], "cannot read none.json: No such file"),
         (["--nodes", "4", "--calibration", "none.json"], "no calibration none.json"),
         (["--nodes", "4", "--calibration", "A"], "is no calibration as medusa tune writes it"),
-        (["--dense", "2,x"], "wanted integers"),
-        (["--dense", "2,0"], "--dense holds 0, wanted at least 1"),
-        (["--random-dense", "0"], "at least a node and a head"),
         (["--preset", "nobody"], "no tree is called 'nobody'; there are mc_sim_7b_63, "),
         (["nobody"], "no tree is called 'nobody'"),
         (["none.json"], "no tree file none.json"),
         (["A"], "holds no tree"),
         (["--dense", "2", "--draw", "tree.gif"], r"\.png or \.svg, got tree.gif"),
-        (["--dense", "2", "--mark", "0,0"], r"no path \[0, 0\] to --mark"),
-        (["--dense", "2", "--mark", "-1"], "--mark holds -1"),
+        (["--dense", "2", "--mark", "0", "--mark", "0"], r"no path \[0, 0\] to --mark"),
         (["--dense", "2", "--output", "."], r"cannot write \.: Is a directory"),
     ],
 )
@@ -183,6 +192,12 @@ def test_what_cannot_be_is_refused_in_one_line(tree, accuracies, arguments, mess
     with pytest.raises(MedusaError, match=message) as error:
         tree(*[accuracies if argument == "A" else argument for argument in arguments])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["--nodes 0", "--dense x", "--dense 0", "--random-dense 0", "--num-heads 0", "--mark -1"])
+def test_values_out_of_range_are_usage_errors(option):
+    done = CliRunner().invoke(app, ["tree", *option.split()], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and f"'{option.split()[0]}'" in done.output
 
 
 @pytest.mark.parametrize(
@@ -203,6 +218,6 @@ def test_broken_accuracies_are_refused_for_any_source(tree, tmp_path, content, m
 
 
 def test_errors_exit_1_with_one_line():
-    done = subprocess.run([sys.executable, "-m", "medusa", "tree", "--dense", "0"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "medusa", "tree", "--nodes", "8"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "medusa: --dense holds 0, wanted at least 1\n"
+    assert done.stderr == "medusa: --nodes searches by --accuracies FILE or --calibration FILE; give one of them\n"

@@ -24,6 +24,7 @@ from medusa.evaluation.quality import Scorer
 from medusa.evaluation.report import bench_page, summarise
 from medusa.evaluation.verbs import bench
 from medusa.runs.records import Journal, claim
+from medusa.trees.files import save_tree
 from tiny import plain_greedy, random_heads, random_tree, tiny_backbone
 
 TWO_TURNS = Question("a", "writing", ("Tell me", "Go on"), references=("x",))
@@ -197,7 +198,7 @@ def folder(tmp_path_factory, plain_tokenizer):
     backbone.save_pretrained(path / "model")
     plain_tokenizer.save_pretrained(path / "model")
     MedusaModel(backbone, random_heads(backbone, 2), random_tree(2, 12, 2, 4)).save_pretrained(path / "heads")
-    MedusaTree([(0,), (1,)]).save(path / "small.json")
+    save_tree(MedusaTree([(0,), (1,)]), path / "small.json")
     records = [{"question_id": n, "category": "ab"[n % 2], "turns": [f"def f{n}(x):\n    x", "pass"]} for n in range(6)]
     (path / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

@@ -5,7 +5,7 @@ import torch
 
 from medusa.errors import InvalidInput
 from medusa.simulation.hardware import load_hardware
-from medusa.simulation.machine import ROWS, _real, measure, validate
+from medusa.simulation.machine import ROWS, _real, measure_machine, validate
 from medusa.simulation.operators import attention, linear
 from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import ModelShape
@@ -15,7 +15,7 @@ GROUPED = ModelShape(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, 
 
 @pytest.fixture(scope="module")
 def here():
-    return measure("cpu", "float32", megabytes=2, widths=(32, 128), rounds=1)
+    return measure_machine("cpu", "float32", megabytes=2, widths=(32, 128), rounds=1)
 
 
 def test_a_measured_machine_predicts_steps_from_what_was_measured(here):
@@ -55,4 +55,4 @@ def test_what_cannot_be_run_is_refused():
     with pytest.raises(InvalidInput, match="weights of the dtype"):
         validate(Setting(GROUPED, a100, weight_bits=4), "cpu", 1, 8, [1])
     with pytest.raises(InvalidInput, match="rounds is 0"):
-        measure("cpu", rounds=0)
+        measure_machine("cpu", rounds=0)

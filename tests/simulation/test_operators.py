@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from medusa.errors import CheckpointError, ConfigError
-from medusa.simulation.operators import attention, expert_linear, layers, linear, memory, step
+from medusa.simulation.operators import attention, expert_linear, layers, linear, memory, step_operators
 from medusa.simulation.shapes import BUILT_IN, ModelShape, load_shape, shape_of
 from tiny import ARCHITECTURES, tiny_backbone
 
@@ -62,17 +62,17 @@ def test_flops_of_a_step_are_those_torch_counts(name):
     backbone = tiny_backbone(name, attention="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.ones(2, 12, dtype=torch.long))
-    ours = sum(operator.count * operator.flops for operator in step(shape_of(backbone.config), b=2, s=12, q=12))
+    ours = sum(operator.count * operator.flops for operator in step_operators(shape_of(backbone.config), b=2, s=12, q=12))
     rotation = 2 * 2 * 8 * 12  # llama's angles are a product of (b, 8, 1) with (b, 1, 12)
     assert counter.get_total_flops() in (ours, ours + rotation)
 
 
 def test_medusa_heads_are_run_on_one_row_of_each_sequence():
-    plain, own = step(SMALL, 2, 10, 5), step(SMALL, 2, 10, 5, num_heads=3)
+    plain, own = step_operators(SMALL, 2, 10, 5), step_operators(SMALL, 2, 10, 5, num_heads=3)
     added = [operator for operator in own if operator.name.startswith("head ")]
     assert len(own) == len(plain) + 2
     assert sum(o.count * o.flops for o in added) == 3 * 2 * (2 * 24 * 24 + 2 * 24 * 100)
-    shared = [o for o in step(SMALL, 2, 10, 5, num_heads=3, own_lm_heads=False) if o.name == "head logits"]
+    shared = [o for o in step_operators(SMALL, 2, 10, 5, num_heads=3, own_lm_heads=False) if o.name == "head logits"]
     assert [(o.count, o.rows, o.weights) for o in shared] == [(1, 6, 2400)]  # the LM head is read once
 
 

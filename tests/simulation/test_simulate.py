@@ -10,8 +10,13 @@ from typer.testing import CliRunner
 
 from medusa import MedusaTree
 from medusa.cli import app
+from medusa.trees.files import save_tree
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
+
+
+TWO_BATCHES = ["--batch", "1", "--batch", "64", "--context", "256", "--context", "1024"]
+THREE_SIZES = ["--nodes", "1", "--nodes", "16", "--nodes", "64"]
 
 
 def simulate(*arguments: str) -> str:
@@ -32,7 +37,7 @@ def test_paper_tables_are_lists_in_the_papers_order(number):
 
 
 def test_predictions_name_the_best_size_and_where_trees_stop_paying():
-    record = json.loads(simulate("llama-13b", "--batch", "1,64", "--length", "256,1024", "--candidates", "1,16,64", "--json"))
+    record = json.loads(simulate("llama-13b", *TWO_BATCHES, *THREE_SIZES, "--json"))
     assert len(record["points"]) == 2 * 2 * 3
     for top in record["best"]:
         alike = [p for p in record["points"] if (p["batch"], p["length"]) == (top["batch"], top["length"])]
@@ -47,7 +52,7 @@ def test_the_embedded_model_with_its_own_calibration_and_a_tree(tmp_path):
         json.loads(simulate("embedded", "--batch", "1", *more, "--json")) for more in ([], ["--calibration", "embedded"])
     )
     assert law["acceleration"] != own["acceleration"] == "calibrated"
-    MedusaTree.dense([3, 2]).save(tmp_path / "tree.json")
+    save_tree(MedusaTree.dense([3, 2]), tmp_path / "tree.json")
     tree = json.loads(
         simulate("embedded", "--batch", "1", "--tree", str(tmp_path / "tree.json"), "--calibration", "embedded", "--json")
     )
@@ -55,10 +60,10 @@ def test_the_embedded_model_with_its_own_calibration_and_a_tree(tmp_path):
 
 
 def test_text_shows_speedups_and_roofline_rows():
-    assert "no tree pays from batch" in simulate("--batch", "1,32")
-    rows = json.loads(simulate("--roofline", "--batch", "1,2", "--candidates", "1,16", "--json"))
+    assert "no tree pays from batch" in simulate("--batch", "1", "--batch", "32")
+    rows = json.loads(simulate("--roofline", "--batch", "1", "--batch", "2", "--nodes", "1", "--nodes", "16", "--json"))
     assert len(rows) == 2 * 3 * 9  # prefill and decoding once each, not again for every number of candidates
-    assert "medusa" in simulate("--roofline", "--batch", "1", "--candidates", "16")
+    assert "medusa" in simulate("--roofline", "--batch", "1", "--nodes", "16")
 
 
 def test_figures_are_written_as_png_and_svg(tmp_path):
@@ -73,10 +78,7 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     ("arguments", "words"),
     [
         (["--hardware", "abacus"], "no hardware 'abacus'; known: a100-80gb-pcie"),
-        (["--batch", "0"], "--batch holds 0, wanted at least 1"),
-        (["--candidates", "many"], "wanted integers such as 1,16,64"),
-        (["--paper-table", "9"], "wanted one of 6, 7, 8"),
-        (["--dtype", "int4"], "wanted one of bfloat16"),
+        (["--weight-bits", "99"], "weights of 99 bits, wanted 1 to 16 for bfloat16"),
         (["--roofline", "--measure"], "give one of"),
     ],
 )
@@ -87,6 +89,13 @@ def test_nonsense_is_refused(arguments, words):
         CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("option", ["--batch 0", "--nodes many", "--context 0", "--paper-table 9", "--dtype int4"])
+def test_values_out_of_range_are_usage_errors(option):
+    done = CliRunner().invoke(app, ["simulate", *option.split()], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and f"'{option.split()[0]}'" in done.output
+
+
 def test_errors_are_one_line():
-    done = subprocess.run([sys.executable, "-m", "medusa", "simulate", "--batch", "0"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "medusa", "simulate", "--hardware", "abacus"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1

@@ -116,7 +116,7 @@ def test_a_shared_lm_head_with_an_adapter_is_asked_with_it():
     with torch.no_grad():
         got = Objective(model, heads, config)(**batch_of([row]))["head_losses"][0]
         ids = row.ids.long()
-        log_p = backbone.get_output_embeddings()(heads.residual(model.hidden_states(ids[None])[0], 0)).log_softmax(-1)
+        log_p = backbone.get_output_embeddings()(heads.state(model.hidden_states(ids[None])[0], 0)).log_softmax(-1)
         wanted = torch.stack([-log_p[t, ids[t + 2]] for t in range(10) if row.loss_mask[t + 2]]).mean()
     torch.testing.assert_close(got, wanted)
 

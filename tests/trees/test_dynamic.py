@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import ConfigError, InvalidTree
-from medusa.trees.dynamic import LEAST_COST
+from medusa.trees.dynamic import LEAST_COST, rest_of, tempered
 from medusa.trees.files import TreeChoice, load_tree, save_tree
 from medusa.trees.history import History
 from tiny import VOCAB, random_heads, random_prompt, tiny_backbone
@@ -55,7 +55,7 @@ def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus):
     for row in range(batch):
         text = [*prompts[row].tolist(), int(root[row])]
         runs = {tuple(text[i : i + n]) for n in (2, 3) for i in range(len(text) - n + 1)}
-        log_p = guesses.log_p[:, row].tolist()
+        log_p = tempered(guesses.log_p, rest_of(guesses.log_p), torch.tensor(tree.temperatures)[:, None])[:, row].tolist()
         wanted = by_heap(tree, int(root[row]), guesses.tokens[:, row].tolist(), log_p, lambda *run, runs=runs: run in runs)
         lineages = [[n for n in lineage if n >= 0] for lineage in tensors.lineage[row].tolist()]
         assert {tuple(got[row, lineage[1:]].tolist()) for lineage in lineages[1:]} == wanted

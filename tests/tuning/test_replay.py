@@ -6,10 +6,10 @@ import torch
 from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
 from medusa.trees.calibration import Calibration
-from medusa.trees.dynamic import tempered
+from medusa.trees.dynamic import rest_of, tempered
 from medusa.trees.search import search_joint_tree
 from medusa.tuning.recording import Recorded, record
-from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, fit_temperatures, replay
+from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, fit_temperatures, replay_texts
 from tiny import VOCAB, left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 NEW = 30
@@ -43,7 +43,7 @@ def recorded(request, model):
 def test_replay_takes_the_steps_that_decoding_takes(model, recorded, tree):
     (ids, mask), texts, sampling = recorded
     output = model.generate(ids, mask, max_new_tokens=NEW, tree=tree, return_dict_in_generate=True, **sampling)
-    replayed = replay(texts, tree)
+    replayed = replay_texts(texts, tree)
     assert replayed.steps.tolist() == [len(lengths) for lengths in output.acceptance_lengths]
     assert replayed.tokens.tolist() == [sum(lengths) for lengths in output.acceptance_lengths]
 
@@ -52,9 +52,9 @@ def test_replay_takes_the_steps_that_decoding_takes(model, recorded, tree):
 def test_what_comes_true_where_steps_begin_is_what_they_accept(recorded, nodes):
     _, texts, _ = recorded
     tree = fit_static_tree(texts, nodes)
-    replayed = replay(texts, tree)
+    replayed = replay_texts(texts, tree)
     everywhere = search_joint_tree(Calibration.of(texts).paths, nodes)
-    assert replayed.acceleration_rate >= replay(texts, everywhere).acceleration_rate
+    assert replayed.acceleration_rate >= replay_texts(texts, everywhere).acceleration_rate
     counted = Calibration.of(texts, replayed.began)
     assert counted.positions == int(replayed.steps.sum())
     accepted = counted.positions + sum(count for path, count in counted.paths if path in tree.paths)
@@ -69,14 +69,14 @@ def test_what_was_not_recorded_is_refused(model):
     texts = record(model, [random_prompt(5)[0]], 4, ranks=3)
     for tree in (MedusaTree([(3,)]), MedusaTree.dense([1, 1, 1, 1]), DynamicTree(4, 3, ranks=4)):
         with pytest.raises(InvalidInput, match="recorded were 3 and 3"):
-            replay(texts, tree)
+            replay_texts(texts, tree)
 
 
 def test_tempered_log_probabilities_are_those_of_divided_logits():
     logits = torch.randn(4, 9, dtype=torch.double)
     wanted = (logits / 0.6).log_softmax(-1).sort(descending=True).values[:, :8]
     top = logits.log_softmax(-1).sort(descending=True).values[:, :8]  # but one: the rest is that one
-    torch.testing.assert_close(tempered(top, 0.6), wanted)
+    torch.testing.assert_close(tempered(top, rest_of(top), 0.6), wanted)
 
 
 def test_fitted_temperatures_make_overconfident_heads_honest():
@@ -101,6 +101,6 @@ def test_bonuses_are_fitted_only_where_they_help():
     again = torch.randint(50, (20,), generator=generator).repeat(6)
     tree = fit_dynamic_tree([text(again)], num_nodes=4)
     assert tree.pair_bonus + tree.triple_bonus > 0
-    assert replay([text(again)], tree).acceleration_rate > 1.5
+    assert replay_texts([text(again)], tree).acceleration_rate > 1.5
     once = torch.arange(50)[torch.randperm(50, generator=generator)]
     assert fit_dynamic_tree([text(once)], num_nodes=4).pair_bonus == 0

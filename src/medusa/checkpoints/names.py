@@ -7,7 +7,8 @@
 | NVIDIA ModelOpt | `medusa_heads.{k}.{l}.linear.weight` | `medusa_heads.{k}.{L}.weight` |
 | vLLM | `blocks.{k}.layers.{l}.weight` | `lm_heads.{k}.weight`, or one `lm_head.weight` for all |
 
-and the same with `bias`. ModelOpt's are those of its exporter (NVIDIA/Model-Optimizer,
+and the same with `bias`. Heads that read tokens do so with `{k}.0.tokens.weight`, in our formats alone.
+ModelOpt's are those of its exporter (NVIDIA/Model-Optimizer,
 modelopt/torch/export/plugins/mcore_llama.py) and of the reader they were made for (NVIDIA/TensorRT-LLM,
 tensorrt_llm/models/medusa/weight.py). vLLM drops a `medusa_heads.` before its own names (vllm/model_executor/models/medusa.py).
 """
@@ -21,7 +22,7 @@ WANTED = "0.0.linear.weight, medusa_head.0.0.linear.weight, medusa_heads.0.0.lin
 ONE_LM_HEAD = "lm_head.weight"  # vLLM's: an LM head for all heads
 TOKEN_MAP = "token_map"  # the tokens that heads score, where they are not all of the vocabulary; the name is vLLM's
 
-_IN_SEQUENCE = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
+_IN_SEQUENCE = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.|tokens\.)?(weight|bias)")
 _BLOCK = re.compile(r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
 _LM_HEAD = re.compile(r"(?:medusa_heads\.)?lm_heads\.(\d+)\.(weight|bias)")
 _PREFIXES = {"v0.1": "", "merged": "medusa_head.", "modelopt": "medusa_heads."}
@@ -35,16 +36,19 @@ class Part:
     style: str  # v0.1, merged, modelopt or vllm
     head: int
     layer: int | None
-    kind: str  # weight or bias
+    kind: str  # weight, bias or, of a block that reads tokens, tokens
     place: int | None = None  # of an LM head among the modules of its head, where the name says it: L
 
 
 def parse(name: str) -> Part | None:
     """What a tensor's name says, in whichever format; None where it is not a head's."""
     if match := _IN_SEQUENCE.fullmatch(name):
-        prefix, head, place, linear, kind = match.groups()
+        prefix, head, place, module, kind = match.groups()
+        if module == "tokens." and kind == "bias":
+            return None
         style = next(style for style, known in _PREFIXES.items() if known == (prefix or ""))
-        return Part(style, int(head), int(place) if linear else None, kind, None if linear else int(place))
+        kind = "tokens" if module == "tokens." else kind
+        return Part(style, int(head), int(place) if module else None, kind, None if module else int(place))
     if match := _BLOCK.fullmatch(name):
         return Part("vllm", int(match[1]), int(match[2]), match[3])
     if match := _LM_HEAD.fullmatch(name):
@@ -59,6 +63,8 @@ def belongs_to_heads(name: str) -> bool:
 
 def ours(part: Part, num_layers: int) -> str:
     """The name in our files, which is the parameter's in `MedusaHeads`."""
+    if part.kind == "tokens":
+        return f"{part.head}.{part.layer}.tokens.weight"
     middle = num_layers if part.layer is None else f"{part.layer}.linear"
     return f"{part.head}.{middle}.{part.kind}"
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, TOKEN_MAPS, WANTED, Part, belongs_to_heads, in_style, ours, parse
 from medusa.checkpoints.tensors import read_tensors, tensor_names
-from medusa.config import CONFIG_FILE, HEADS_FILE, HEADS_FILES, MODEL_FILES, OLD_HEADS_FILE, read_json_object
+from medusa.config import (
+    CONFIG_FILE,
+    HEADS_FILE,
+    HEADS_FILES,
+    MODEL_FILES,
+    OLD_HEADS_FILE,
+    MedusaConfig,
+    read_json_object,
+)
 from medusa.errors import CheckpointError
 from medusa.heads import MedusaHeads
 
@@ -37,6 +45,7 @@ class Checkpoint:
     shared_lm_head: bool
     lm_head_bias: bool
     draft_vocabulary: int | None  # tokens that heads score, where they are not all of the vocabulary
+    reads: dict[str, Any]  # the configuration of heads that read tokens; empty for others
     tied_blocks: bool  # the blocks of each head are one and the same: the old `[block] * L`
     base_model: str | None
     notes: tuple[str, ...]  # where config and file disagree, and what was made up
@@ -57,14 +66,17 @@ class Checkpoint:
                 f"{self.source} shares the backbone's LM head and has no {CONFIG_FILE} that gives vocab_size; name the backbone"
             )
         with torch.device("meta"):
-            heads = MedusaHeads(
-                self.hidden_size,
-                vocab_size,
-                self.num_heads,
-                self.num_layers,
-                self.shared_lm_head,
-                self.lm_head_bias,
-                self.draft_vocabulary,
+            heads = MedusaHeads.of(
+                MedusaConfig(
+                    self.hidden_size,
+                    vocab_size,
+                    self.num_heads,
+                    self.num_layers,
+                    self.shared_lm_head,
+                    self.lm_head_bias,
+                    self.draft_vocabulary,
+                    **self.reads,
+                )
             )
         # Of several dtypes the one that holds them all: nothing is rounded.
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP]
@@ -146,7 +158,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
     held = {ours(part, num_layers): tensors[name] for name, part in parts.items()}
     if ONE_LM_HEAD in tensors:
         held |= {f"{k}.{num_layers}.weight": tensors[ONE_LM_HEAD] for k in range(num_heads)}
-    own = any(".linear." not in name for name in held)
+    own = any(part.layer is None for part in parts.values()) or ONE_LM_HEAD in tensors
     notes = _fill(held, parts, num_layers)
     first = f"0.{num_layers}.weight" if own else "0.0.linear.weight"
     if first not in held or held[first].ndim != 2:
@@ -167,8 +179,9 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
             held[TOKEN_MAP], draft = token_map, len(token_map)
     bias = any(part.layer is None and part.kind == "bias" for part in parts.values())
     with torch.device("meta"):
+        reads = _reads(held, num_heads, config, source)
         sizes = hidden_size, vocab_size or rows, num_heads, num_layers, not own, bias, draft
-        wanted = MedusaHeads(*sizes).state_dict()
+        wanted = MedusaHeads.of(MedusaConfig(*sizes, **reads)).state_dict()
     size = f"{num_heads} heads of {num_layers} layers"
     for name in sorted(wanted.keys() | held.keys()):
         if name not in held:
@@ -191,6 +204,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         shared_lm_head=not own,
         draft_vocabulary=draft,
         lm_head_bias=bias,
+        reads=reads,
         tied_blocks=num_layers > 1 and _tied(held, num_heads, num_layers),
         base_model=base_model if isinstance(base_model := config.get("base_model_name_or_path"), str) else None,
         notes=tuple(notes),
@@ -238,6 +252,25 @@ def _sizes(parts: dict[str, Part], source: Path) -> tuple[int, int]:
         if part.place not in (None, num_layers):
             raise CheckpointError(f"{source}: {name} stands where a block would; wanted LM heads behind {num_layers} blocks")
     return num_heads, num_layers
+
+
+def _reads(held: dict[str, Tensor], num_heads: int, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The configuration of heads that read tokens, by the shapes of what reads them; empty for heads that read none."""
+    first, last = held.get("0.0.tokens.weight"), held.get(f"{num_heads - 1}.0.tokens.weight")
+    if first is None:
+        return {}
+    scale = config.get("medusa_embedding_scale")
+    if not isinstance(scale, int | float):
+        raise CheckpointError(
+            f"{source} holds heads that read tokens and no {CONFIG_FILE} that gives medusa_embedding_scale; copy it as well"
+        )
+    more = last is not None and last.shape[-1] > first.shape[-1]
+    kind = config.get("medusa_heads_kind") if num_heads == 1 else None  # of one head nothing else tells them apart
+    return {
+        "medusa_heads_kind": kind if kind in ("root", "path") else "path" if more else "root",
+        "medusa_embedding_size": first.shape[-1],
+        "medusa_embedding_scale": float(scale),
+    }
 
 
 def _fill(held: dict[str, Tensor], parts: dict[str, Part], num_layers: int) -> list[str]:

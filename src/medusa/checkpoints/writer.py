@@ -103,6 +103,10 @@ def wants_lm_head(shared: bool, to: str) -> bool:
 
 def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
     """The heads as the format has them: v0.1 with LM heads of their own, v2 with the backbone's."""
+    if heads.kind != "medusa" and to in ("v0.1", "v2", "vllm"):
+        raise CheckpointError(
+            f"{to} has heads that read the hidden state alone, these read the {heads.kind}; write medusa or merged"
+        )
     if to == "v2" and heads.num_layers != 1:
         raise CheckpointError(f"v2 has one residual block a head, these have {heads.num_layers}; write another format")
     if heads.config.medusa_draft_vocabulary is not None and to in ("v0.1", "v2", "vllm"):

@@ -128,23 +128,3 @@ def _go_offline(offline: bool) -> None:
             from huggingface_hub import constants
 
             constants.HF_HUB_OFFLINE = True
-
-
-# For commands that have not moved to `medusa.checkpoints.named` and `medusa.runs.console` yet.
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    module = "medusa.runs.console" if name in ("note", "waiting") else "medusa.checkpoints.named"
-    renamed = {"load_tree": "find_tree", "default_device": "device_named", "note_tree": "note_advice_on_tree"}
-    return getattr(import_module(module), renamed.get(name, name))
-
-
-def integers(name: str, text: str, least: int = 1) -> list[int]:
-    """Integers with commas between."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidInput(f"--{name} is {text!r}, wanted integers such as 1,16,64") from None
-    if min(values) < least:
-        raise InvalidInput(f"--{name} holds {min(values)}, wanted at least {least}")
-    return values

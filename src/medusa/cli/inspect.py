@@ -85,6 +85,7 @@ def heads_facts(found: Any) -> dict[str, Any]:
         "file": found.source.name,
         "num_heads": found.num_heads,
         "num_layers": found.num_layers,
+        "kind": found.reads.get("medusa_heads_kind", "medusa"),
         "hidden_size": found.hidden_size,
         "vocab_size": found.vocab_size,
         "shared_lm_head": found.shared_lm_head,

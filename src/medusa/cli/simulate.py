@@ -1,21 +1,22 @@
-"""medusa simulate: whether Medusa will pay on a model, a machine, a batch and a context."""
+"""medusa simulate: whether Medusa pays off on a model, a machine, a batch size and a context length."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from medusa.cli import common, showing
 from medusa.errors import InvalidInput
+from medusa.runs.console import note
 
 if TYPE_CHECKING:
     from medusa.simulation.prediction import Acceleration, Setting
 
-DTYPES = ("bfloat16", "float16", "float32")
+BATCHES, CONTEXTS, SIZES = (1, 2, 4, 8, 16, 32, 64), (1024,), (1, 8, 16, 32, 48, 64, 96, 128)
 
 
 def simulate_command(
@@ -23,40 +24,53 @@ def simulate_command(
         str, typer.Argument(help="llama-7b, llama-13b, llama-33b, `embedded`, or a folder or hub id with a config.")
     ] = "llama-7b",
     hardware: Annotated[
-        str, typer.Option("--hardware", help="A known machine, or a file that --measure wrote (FILE or FILE:NAME).")
+        str, typer.Option("--hardware", help="A known machine, or a file written by --measure (FILE or FILE:NAME).")
     ] = "a100-80gb-pcie",
-    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, with commas between.")] = "1,2,4,8,16,32,64",
-    length: Annotated[str, typer.Option("--length", help="Context lengths in tokens.")] = "1024",
-    candidates: Annotated[str, typer.Option("--candidates", help="Tree sizes, the root included.")] = "1,8,16,32,48,64,96,128",
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
-    weight_bits: Annotated[
-        int | None, typer.Option("--weight-bits", help="Bits of quantised weights, unpacked at no cost (default: the dtype's).")
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeatable (default: 1 to 64).")
     ] = None,
-    num_heads: Annotated[int, typer.Option("--num-heads", help="Medusa heads that the trees use.")] = 5,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", min=1, help="Context length in tokens; repeatable (default: 1024).")
+    ] = None,
+    nodes: Annotated[
+        list[int] | None,
+        typer.Option("--nodes", min=1, help="Tree size, the root included; repeatable (default: 1 to 128)."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option("--dtype", help="Data type of weights and activations.")
+    ] = "bfloat16",
+    weight_bits: Annotated[
+        int | None,
+        typer.Option("--weight-bits", help="Bits of quantised weights; unpacking costs nothing (default: the dtype's)."),
+    ] = None,
+    num_heads: Annotated[int, typer.Option("--num-heads", min=0, help="Number of Medusa heads that the trees use.")] = 5,
     shared_lm_head: Annotated[bool, typer.Option("--shared-lm-head", help="The heads share the backbone's LM head.")] = False,
     calibration: Annotated[
         str | None,
         typer.Option(
             "--calibration",
-            help="Tokens a step from this calibration.json of medusa tune (or its folder), not from the paper's law.",
+            help="Tokens a step from a calibration.json of medusa tune, or the folder with it (default: the paper's law).",
         ),
     ] = None,
     tree: Annotated[
-        Path | None, typer.Option("--tree", help="This tree alone, by --calibration or the calibration.json beside it.")
+        Path | None,
+        typer.Option("--tree", help="Predict this tree only, with --calibration or the calibration.json beside it."),
     ] = None,
     paper_block: Annotated[
         bool, typer.Option("--paper-block", help="Only what the paper simulates: eight operators of one layer, no heads.")
     ] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="The operators of a layer on the roofline, by phase.")] = False,
-    paper_table: Annotated[int | None, typer.Option("--paper-table", help="Table 6, 7 or 8 of the paper, predicted.")] = None,
+    paper_table: Annotated[
+        int | None, typer.Option("--paper-table", min=6, max=8, help="Table 6, 7 or 8 of the paper, predicted.")
+    ] = None,
     plots: Annotated[
-        Path | None, typer.Option("--plots", help="Draw the paper's figures into this folder, PNG and SVG.")
+        Path | None, typer.Option("--plots", help="Draw the paper's figures into this folder, as PNG and SVG.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine.")] = False,
-    name: Annotated[str, typer.Option("--name", help="What --measure calls it.")] = "here",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file that --measure adds it to.")] = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the measured machine.")] = "here",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File that --measure adds the machine to.")] = None,
     validate: Annotated[
-        bool, typer.Option("--validate", help="Run the operators on this machine beside their prediction (see --hardware).")
+        bool, typer.Option("--validate", help="Run the operators on this machine and compare with their prediction.")
     ] = False,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
@@ -66,77 +80,64 @@ def simulate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Predict step time and speedup from the model's operators and the hardware (paper G)."""
-    model = common.with_file(model, gguf_file, revision)
-    if dtype not in DTYPES:
-        raise InvalidInput(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if measure + validate + roofline + (paper_table is not None) > 1:
         raise InvalidInput("give one of --measure, --validate, --roofline and --paper-table")
     if measure:
         return measure_here(name, output, device, dtype, as_json)
-    from medusa.simulation import roofline as rooflines
     from medusa.simulation.hardware import load_hardware
     from medusa.simulation.prediction import Setting
     from medusa.simulation.shapes import load_shape
 
     machine = load_hardware(hardware)
     if paper_table is not None:
-        cells = rooflines.paper_table(paper_table, machine)
-        return show(
-            [
-                {
-                    "row": cell.length if paper_table == 6 else cell.batch,
-                    "candidates": cell.candidates,
-                    "tflops": cell.predicted / 1e12,
-                    "operational_intensity": cell.intensity,
-                }
-                for cell in cells
-            ],
-            as_json,
-        )
+        return show_paper_table(paper_table, machine, as_json)
+    model = common.with_file(model, gguf_file, revision)
     shape = load_shape(model, trust_remote_code)
     setting = Setting(shape, machine, dtype, num_heads, not shared_lm_head, weight_bits, paper_block)
-    batches, lengths = common.integers("batch", batch), common.integers("length", length)
-    sizes = common.integers("candidates", candidates)
+    grid = Grid(tuple(batch or BATCHES), tuple(context or CONTEXTS), tuple(nodes or SIZES))
     if roofline:
-        found = [p for b in batches for s in lengths for q in sizes for p in rooflines.points(shape, machine, b, s, q, dtype)]
-        return show([dataclasses.asdict(p) for p in dict.fromkeys(found)], as_json)  # prefill and decoding once
+        return show_roofline(setting, grid, as_json)
     if validate:
-        return validate_here(setting, device, batches, lengths, sizes, as_json)
-    acceleration, sizes, source = acceleration_of(calibration, tree, sizes)
+        return validate_here(setting, device, grid, as_json)
+    acceleration, sizes, source = acceleration_of(calibration, tree, grid.sizes)
     if plots is not None:
         from medusa.simulation.plots import save_figures
 
         for file in save_figures(setting, acceleration, plots):
-            common.note(str(file))
-    return predictions(setting, model, hardware, batches, lengths, sizes, acceleration, source, as_json)
+            note(str(file))
+    names = {"model": model, "hardware": hardware, "acceleration": source}
+    return show_predictions(setting, names, dataclasses.replace(grid, sizes=sizes), acceleration, as_json)
 
 
-def predictions(
-    setting: Setting,
-    model: str,
-    hardware: str,
-    batches: list[int],
-    lengths: list[int],
-    sizes: list[int],
-    acceleration: Acceleration,
-    source: str,
-    as_json: bool,
-) -> None:
-    """Print the speedup of every setting, the best tree size of each, and where trees stop paying."""
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The batch sizes, context lengths and tree sizes to predict."""
+
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, acceleration: Acceleration, as_json: bool) -> None:
+    """Print the speedup of every setting, the best tree size of each, and the batch size at which trees stop paying.
+
+    Args:
+        names: of the model, of the hardware, and of the source of the acceleration rates.
+    """
     from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
 
-    points = [predict(setting, b, s, q, acceleration) for b in batches for s in lengths for q in sizes]
-    bests = [best(setting, b, s, acceleration, sizes) for b in batches for s in lengths]
-    stops = {s: stops_paying(setting, s, acceleration, sizes) for s in lengths}
-    held = memory(setting.shape, max(batches), max(lengths), setting.element, setting.weight_bytes)
+    settings = [(b, s) for b in grid.batches for s in grid.lengths]
+    points = [predict(setting, b, s, q, acceleration) for b, s in settings for q in grid.sizes]
+    bests = [best(setting, b, s, acceleration, grid.sizes) for b, s in settings]
+    stops = {s: stops_paying(setting, s, acceleration, grid.sizes) for s in grid.lengths}
+    held = memory(setting.shape, max(grid.batches), max(grid.lengths), setting.element, setting.weight_bytes)
     if held > setting.hardware.memory:
-        common.note(f"the largest setting holds {held / 1e9:.0f} GB, {hardware} has {setting.hardware.memory / 1e9:.0f} GB")
+        has = f"{names['hardware']} has {setting.hardware.memory / 1e9:.0f} GB"
+        note(f"the largest setting needs {held / 1e9:.0f} GB, {has}")
     if as_json:
         record = {
-            "model": model,
-            "hardware": hardware,
-            "acceleration": source,
+            **names,
             "points": [dataclasses.asdict(p) for p in points],
             "best": [dataclasses.asdict(p) for p in bests],
             "stops_paying": [{"length": s, "batch": b} for s, b in stops.items()],
@@ -149,14 +150,16 @@ def predictions(
         speedups = [f"{p.speedup:.2f}" for p in points if (p.batch, p.length) == (top.batch, top.length)]
         plain = f"{1e3 * top.seconds / top.overhead:.2f}"
         rows.append([str(top.batch), str(top.length), plain, f"{top.candidates} ({top.speedup:.2f})", *speedups])
-    title = f"{model} on {hardware}: speedup by tree size; tokens a step: {source}"
-    showing.print_table(["batch", "length", "plain ms", "best size", *map(str, sizes)], rows, title, keys=2)
+    title = f"{names['model']} on {names['hardware']}: speedup by tree size; tokens a step: {names['acceleration']}"
+    showing.print_table(["batch", "length", "plain ms", "best size", *map(str, grid.sizes)], rows, title, keys=2)
     for s, stop in stops.items():
         print(f"length {s}: " + ("trees pay at every batch tried" if stop is None else f"no tree pays from batch {stop} on"))
 
 
-def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]) -> tuple[Acceleration, list[int], str]:
-    """Tokens a step by tree size, the sizes to look at, and where the figures come from."""
+def acceleration_of(
+    calibration: str | None, tree: Path | None, sizes: tuple[int, ...]
+) -> tuple[Acceleration, tuple[int, ...], str]:
+    """Tokens a step by tree size, the sizes to predict, and the name of the source."""
     from medusa.checkpoints.hub import local_model
     from medusa.simulation.prediction import calibrated, log_law
     from medusa.trees.calibration import Calibration
@@ -172,20 +175,49 @@ def acceleration_of(calibration: str | None, tree: Path | None, sizes: list[int]
         if not isinstance(chosen, MedusaTree):
             raise InvalidInput(f"{tree} holds no static tree; give its acceptance with --calibration instead")
         rate = Calibration.load(file or tree.parent).expected_acceptance_length(chosen)
-        return lambda size: rate if size > 1 else 1.0, [1, len(chosen)], f"{tree.name}, calibrated"
+        return lambda size: rate if size > 1 else 1.0, (1, len(chosen)), f"{tree.name}, calibrated"
     if file is not None:
         return calibrated(Calibration.load(file)), sizes, "calibrated"
     return log_law, sizes, "0.477·log2(nodes), the paper's Vicuna-7B"
 
 
-def measure_here(name: str, output: Path | None, device: str | None, dtype: str, as_json: bool) -> None:
-    from medusa.simulation.hardware import save_hardware
-    from medusa.simulation.machine import measure
+def show_paper_table(number: int, machine: Any, as_json: bool) -> None:
+    """Print the cells of a table of the paper, predicted."""
+    from medusa.simulation.roofline import paper_table
 
-    found = measure(common.default_device(device), dtype)
+    show_rows(
+        [
+            {
+                "row": cell.length if number == 6 else cell.batch,
+                "candidates": cell.candidates,
+                "tflops": cell.predicted / 1e12,
+                "operational_intensity": cell.intensity,
+            }
+            for cell in paper_table(number, machine)
+        ],
+        as_json,
+    )
+
+
+def show_roofline(setting: Setting, grid: Grid, as_json: bool) -> None:
+    """Print the operators of a layer on the roofline; those of several settings once."""
+    from medusa.simulation.roofline import points
+
+    shape, machine, dtype = setting.shape, setting.hardware, setting.dtype
+    found = [p for b in grid.batches for s in grid.lengths for q in grid.sizes for p in points(shape, machine, b, s, q, dtype)]
+    show_rows([dataclasses.asdict(p) for p in dict.fromkeys(found)], as_json)
+
+
+def measure_here(name: str, output: Path | None, device: str | None, dtype: str, as_json: bool) -> None:
+    """Measure this machine, print what it reaches, and add it to a file."""
+    from medusa.checkpoints.named import device_named
+    from medusa.simulation.hardware import save_hardware
+    from medusa.simulation.machine import measure_machine
+
+    found = measure_machine(device_named(device), dtype)
     if output is not None:
         save_hardware(found, name, output)
-        common.note(f"{name} added to {output}")
+        note(f"{name} added to {output}")
     if as_json:
         print(json.dumps({name: dataclasses.asdict(found)}))
         return
@@ -196,25 +228,25 @@ def measure_here(name: str, output: Path | None, device: str | None, dtype: str,
         print(f"linear layers {width:g} wide, {rows:g} rows: {2 * rows / seconds / 1e9:.1f} GFLOP/s")
 
 
-def validate_here(
-    setting: Setting, device: str | None, batches: list[int], lengths: list[int], sizes: list[int], as_json: bool
-) -> None:
+def validate_here(setting: Setting, device: str | None, grid: Grid, as_json: bool) -> None:
+    """Run the operators on this machine, and print their times beside the prediction."""
+    from medusa.checkpoints.named import device_named
     from medusa.simulation.machine import validate
 
     found = [
         {"batch": b, "length": s, **dataclasses.asdict(v), "error": v.error}
-        for b in batches
-        for s in lengths
-        for v in validate(setting, common.default_device(device), b, s, sizes)
+        for b in grid.batches
+        for s in grid.lengths
+        for v in validate(setting, device_named(device), b, s, list(grid.sizes))
     ]
-    show(found, as_json)
+    show_rows(found, as_json)
     if not as_json:
         errors = sorted(abs(row["error"]) for row in found)
         print(f"median error {errors[len(errors) // 2]:.0%}, greatest {errors[-1]:.0%}")
 
 
-def show(rows: list[dict], as_json: bool) -> None:
-    """Rows of equal keys: as JSON, or as a table of four digits."""
+def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print rows of equal keys as JSON, or as a table with four digits."""
     if as_json:
         print(json.dumps(rows))
         return

@@ -12,6 +12,7 @@ import typer
 
 from medusa.cli import common, showing
 from medusa.errors import InvalidInput
+from medusa.runs.console import note
 
 if TYPE_CHECKING:
     from medusa.trees.files import Tree
@@ -24,27 +25,37 @@ def tree_command(
     file: Annotated[str | None, typer.Argument(help="A tree file of any kind.", show_default=False)] = None,
     nodes: Annotated[
         int | None,
-        typer.Option("--nodes", help="Search the best tree of this size, the root included, by one of the two files below."),
+        typer.Option("--nodes", min=1, help="Search the best tree of this size, the root included, by one of the files below."),
     ] = None,
     accuracies: Annotated[
         Path | None,
         typer.Option(
-            "--accuracies", help='JSON, "accuracies": a list of numbers a head; heads err independently (paper 2.3.3).'
+            "--accuracies",
+            help='JSON with "accuracies", a list of numbers per head; heads are taken to err independently (paper 2.3.3).',
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="A calibration.json of medusa tune: what heads get right together.")
+        Path | None,
+        typer.Option("--calibration", help="A calibration.json of medusa tune: what heads get right together."),
     ] = None,
-    dense: Annotated[str | None, typer.Option("--dense", help="The best 4 guesses of head 1, 3 of head 2, …: 4,3,2.")] = None,
-    random_dense: Annotated[int | None, typer.Option("--random-dense", help="A dense tree of about this size, drawn.")] = None,
-    heads: Annotated[int, typer.Option("--heads", help="The most heads of --random-dense.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", help="Of --random-dense.")] = 0,
+    dense: Annotated[
+        list[int] | None,
+        typer.Option("--dense", min=1, help="Build a dense tree; give it for each head: --dense 4 --dense 3 --dense 2."),
+    ] = None,
+    random_dense: Annotated[
+        int | None, typer.Option("--random-dense", min=1, help="Draw a random dense tree of about this size.")
+    ] = None,
+    num_heads: Annotated[
+        int, typer.Option("--num-heads", min=1, help="Greatest number of heads in a --random-dense tree.")
+    ] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of --random-dense.")] = 0,
     preset: Annotated[
         str | None, typer.Option("--preset", help="A tree for the public Vicuna and Zephyr heads; `list` names them.")
     ] = None,
     draw: Annotated[Path | None, typer.Option("--draw", help="Draw it as the paper's Figure 6: FILE.svg or FILE.png.")] = None,
     mark: Annotated[
-        str | None, typer.Option("--mark", help="The accepted path to mark, as ranks: 0,0,1 (default: all first guesses).")
+        list[int] | None,
+        typer.Option("--mark", min=0, help="Rank along the path to mark; give it for each head (default: first guesses)."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save it as a tree file.")] = None,
     as_json: common.JsonOption = False,
@@ -53,13 +64,11 @@ def tree_command(
     if preset == "list":
         list_presets(as_json)
         return
-    if sum(source is not None for source in (file, nodes, dense, random_dense, preset)) != 1:
+    if sum(source not in (None, []) for source in (file, nodes, dense, random_dense, preset)) != 1:
         raise InvalidInput("give one tree: a FILE, --nodes N, --dense, --random-dense N or --preset NAME")
     if accuracies is not None and calibration is not None:
         raise InvalidInput("give --accuracies or --calibration, not both")
-    from medusa.trees.draw import draw_tree
-    from medusa.trees.files import load_tree, save_tree
-    from medusa.trees.files import preset as load_preset
+    from medusa.trees import files
     from medusa.trees.search import random_dense_tree
     from medusa.trees.static import MedusaTree
 
@@ -69,44 +78,54 @@ def tree_command(
         if search is None:
             raise InvalidInput("--nodes searches by --accuracies FILE or --calibration FILE; give one of them")
         tree = search(nodes)
-    elif dense is not None:
-        tree = MedusaTree.dense(common.integers("dense", dense))
+    elif dense:
+        tree = MedusaTree.dense(dense)
     elif random_dense is not None:
-        tree = random_dense_tree(random_dense, heads, seed)
-    elif preset is not None:
-        tree = load_preset(preset)
+        tree = random_dense_tree(random_dense, num_heads, seed)
     else:
-        assert file is not None
-        tree = load_tree(file)
-
-    marked: tuple[int, ...] = ()
-    chances: Chances | None = None
-    if isinstance(tree, MedusaTree):
-        marked = first_guesses(tree) if mark is None else tuple(common.integers("mark", mark, least=0))
-        if marked and marked not in tree.paths:
-            raise InvalidInput(f"the tree has no path {list(marked)} to --mark")
-        chances = chances_of(tree) if chances_of is not None else None
-        if draw is not None:
-            draw_tree(tree, draw, chances, marked)
-    elif draw is not None or mark is not None:
-        raise InvalidInput("only a static tree can be drawn: a dynamic one is another at every step, a choice holds several")
+        tree = files.load_tree(file) if file is not None else files.preset(preset or "")
+    marked, chances = draw_static(tree, chances_of, draw, mark)
     if output is not None:
-        save_tree(tree, output)
-    expected = None if chances is None else 1 + sum(chances.values())
+        files.save_tree(tree, output)
     if unknown := sum(not chance for chance in (chances or {}).values()):
-        common.note(f"{unknown} nodes count for nothing: their guesses were never right, or the file does not go so far")
+        note(f"{unknown} nodes count for nothing: their guesses were never right, or the file does not go so far")
+    expected = None if chances is None else 1 + sum(chances.values())
     if as_json:
         print(json.dumps({**tree.to_dict(), "expected_acceptance_length": expected}))
         return
     show_tree(tree, chances, marked)
-    told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items() if value is not None)
-    print(told if expected is None else f"{told}: {expected:.3f} tokens a step expected")
+    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items() if value is not None)
+    print(shown if expected is None else f"{shown}: {expected:.3f} tokens a step expected")
+
+
+def draw_static(
+    tree: Tree, chances_of: Callable[[MedusaTree], Chances] | None, draw: Path | None, mark: Sequence[int] | None
+) -> tuple[tuple[int, ...], Chances | None]:
+    """Draw a static tree, if asked for; returns the marked path, and how often each path comes true.
+
+    Raises:
+        InvalidInput: a path that the tree lacks, or a tree that is not static and to be drawn.
+    """
+    from medusa.trees.draw import draw_tree
+    from medusa.trees.static import MedusaTree
+
+    if not isinstance(tree, MedusaTree):
+        if draw is not None or mark:
+            raise InvalidInput("only a static tree can be drawn: a dynamic one changes at every step, a choice holds several")
+        return (), None
+    marked = tuple(mark) if mark else first_guesses(tree)
+    if marked and marked not in tree.paths:
+        raise InvalidInput(f"the tree has no path {list(marked)} to --mark")
+    chances = chances_of(tree) if chances_of is not None else None
+    if draw is not None:
+        draw_tree(tree, draw, chances, marked)
+    return marked, chances
 
 
 def statistics(
     accuracies: Path | None, calibration: Path | None
 ) -> tuple[Callable[[int], MedusaTree] | None, Callable[[MedusaTree], Chances] | None]:
-    """The search of a tree of a size, and how often a tree's paths come true, by the file that is given."""
+    """A function that searches a tree of a size, and one that says how often a tree's paths come true, by the file given."""
     from medusa.metrics import path_chances
     from medusa.trees.search import search_tree
 
@@ -122,7 +141,7 @@ def statistics(
 
 
 def read_accuracies(file: Path) -> list[list[float]]:
-    """The table of a file, [k - 1][i]: how often exactly guess i (0-based) of head k is right."""
+    """The accuracies in a file: [k - 1][i] is how often exactly guess i (0-based) of head k is right."""
     from medusa.runs.files import read_json
     from medusa.trees.search import check_accuracies
 
@@ -144,12 +163,12 @@ def list_presets(as_json: bool) -> None:
 
 
 def first_guesses(tree: MedusaTree) -> tuple[int, ...]:
-    """The longest path of first guesses alone."""
+    """The longest path of first guesses."""
     return max((path for path in tree.paths if not any(path)), default=(), key=len)
 
 
 def figures(tree: Tree) -> dict[str, Any]:
-    """What a tree is, in numbers."""
+    """Size, depth, leaves and greatest rank of a tree."""
     from medusa.trees.static import MedusaTree
 
     if not isinstance(tree, MedusaTree):
@@ -159,7 +178,7 @@ def figures(tree: Tree) -> dict[str, Any]:
 
 
 def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] = ()) -> None:
-    """Print a tree: a level a head, nodes by rank, leaves of one parent on a line; a dynamic one's settings."""
+    """Print a tree: a level per head, nodes by rank, leaves of one parent on a line; of a dynamic tree its settings."""
     from medusa.trees.files import TreeChoice
     from medusa.trees.static import MedusaTree
 

@@ -44,12 +44,12 @@ def held_out_prompts(split: str = "test") -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Question:
-    """What a decoder is asked, in one turn or several.
+    """A question for decoders, of one turn or several.
 
     Attributes:
-        turns: the user's turns; each follows the decoder's own answer to the one before.
-        references: a good answer to every turn, for a judge; none where there is none.
-        ids: in place of turns: a prompt that is token ids already.
+        turns: the user's turns; each follows the decoder's own answer to the turn before.
+        references: a good answer to every turn, for a judge; may be empty.
+        ids: a prompt given as token ids, in place of turns.
     """
 
     id: str
@@ -63,15 +63,15 @@ class Question:
 def read_questions(source: str | Path, references: str | Path | None = None) -> list[Question]:
     """The questions of a set, in its order.
 
-    Prompts of every kind that `read_prompts` knows; besides them, MT-Bench's and Spec-Bench's records have a `category` and
-    perhaps a `reference`, AlpacaEval's `dataset` is its category, and HumanEval's have a `task_id` and are code.
+    The formats are those of `read_prompts`. Records of MT-Bench and Spec-Bench also have a `category`, some a `reference`,
+    AlpacaEval's `dataset` is its category, and HumanEval's records have a `task_id` and are code.
 
     Args:
         source: `held-out`, `mt-bench`, `humaneval`, a file or folder, or a hub id.
         references: a file of reference answers by `question_id`, as MT-Bench has them.
 
     Raises:
-        InvalidInput: no such set, a broken file, a record without a prompt or with an empty category, or two of one id.
+        InvalidInput: no such set, a broken file, a record without a prompt or with an empty category, or two with one id.
     """
     if source == HELD_OUT:
         seen: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def _question(number: int, asked: Asked) -> Question:
     if category is None:
         category = CODE if "task_id" in record else NO_CATEGORY
     if not isinstance(category, str) or not category.strip() or category == OVERALL:
-        raise InvalidInput(f"{where} has the category {category!r}, wanted a name; leave the key out where there is none")
+        raise InvalidInput(f"{where} has the category {category!r}, wanted a name; leave the key out if there is none")
     references = record.get("reference") or (record.get("canonical_solution") if "task_id" in record else None) or ()
     if isinstance(references, str):
         references = [references]

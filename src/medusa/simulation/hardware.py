@@ -1,4 +1,4 @@
-"""Hardware: what a machine computes and moves a second, and how long it takes over an operator."""
+"""Hardware: the FLOPs and bytes per second of a machine, and the time that it takes for an operator."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Hardware:
 
     Attributes:
         peak: FLOP/s by dtype: dense, accumulated in float32.
-        bandwidth: bytes a second of its memory.
-        memory: bytes.
-        compute_share, bandwidth_share: what operators reach of both.
-        launch: seconds that any operator takes besides.
-        layer, step: seconds of everything of a layer, and of a step, that does not grow with its size; measured machines only.
-        pointwise: bytes a second of elementwise passes over activations; None: not counted.
-        linear: by dtype, [inputs, rows, seconds a weight] of linear layers whose weights come from memory, inputs and rows
+        bandwidth: bytes per second of the memory.
+        memory: size of the memory in bytes.
+        compute_share, bandwidth_share: shares of both that operators reach.
+        launch: seconds that every operator takes in addition.
+        layer, step: seconds per layer, and per step, that do not grow with size; measured machines only.
+        pointwise: bytes per second of elementwise passes over activations; None: not counted.
+        linear: by dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows
             ascending; measured machines only, and used instead of peak and bandwidth.
-        asynchronous: the host runs ahead of the device, so that a step takes the longer of its fixed costs and its operators.
+        asynchronous: the host runs ahead of the device, so a step takes the longer of its fixed costs and its operators.
     """
 
     peak: dict[str, float]
@@ -64,7 +64,7 @@ class Hardware:
         return self.peak[dtype]
 
     def attainable(self, intensity: float, dtype: str = "bfloat16") -> float:
-        """The roofline: FLOP/s that an operator of this intensity cannot exceed.
+        """The roofline: greatest FLOP/s of an operator of this intensity.
 
         >>> load_hardware("a100-80gb-pcie").attainable(100) / 1e12
         193.5
@@ -72,7 +72,7 @@ class Hardware:
         return min(self.flops(dtype), self.bandwidth * intensity)
 
     def seconds(self, operator: Operator, dtype: str = "bfloat16") -> float:
-        """Predicted time of one run of an operator: launch, then memory, then arithmetic, one after the other."""
+        """Predicted seconds of one run of an operator: launch, then memory, then arithmetic, one after another."""
         if not operator.flops:
             return operator.bytes / self.pointwise if self.pointwise else 0.0
         moving = self.bandwidth * self.bandwidth_share
@@ -84,7 +84,7 @@ class Hardware:
 
 
 def _seconds_a_weight(samples: Sequence[Sequence[float]], inputs: int, rows: float) -> float:
-    """Between samples on logarithmic axes; beyond the most rows the FLOP/s stay."""
+    """Interpolated between samples on logarithmic axes; with more rows than sampled the FLOP/s stay the same."""
     curves: dict[float, list[tuple[float, float]]] = {}
     for width, sampled_rows, seconds in samples:
         curves.setdefault(width, []).append((sampled_rows, seconds))
@@ -121,7 +121,7 @@ def _mapping(entry: Any, name: str) -> dict[str, Any]:
 
 
 def load_hardware(name: str) -> Hardware:
-    """A known machine, or one measured into a file: `FILE`, or `FILE:NAME` where the file holds several.
+    """A known machine, or a measured one: `FILE`, or `FILE:NAME` if the file holds several.
 
     Raises:
         InvalidInput: no such machine.
@@ -139,7 +139,7 @@ def load_hardware(name: str) -> Hardware:
 
 
 def save_hardware(hardware: Hardware, name: str, path: Path) -> None:
-    """Add a machine to a file of machines: a line each, numbers to four digits."""
+    """Add a machine to a file, one line per machine, with numbers to four digits."""
     held = read_json_object(path) if path.exists() else {}
     entry = {key: value for key, value in dataclasses.asdict(hardware).items() if value is not None}
     held[name] = json.loads(json.dumps(entry), parse_float=lambda digits: float(f"{float(digits):.4g}"))

@@ -1,4 +1,4 @@
-"""Measuring: what this machine reaches, and its operators run for real beside the prediction."""
+"""This machine: its speed measured, and its operators run beside their prediction."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from medusa.simulation.shapes import BUILT_IN
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def measure(
+def measure_machine(
     device: str, dtype: str = "bfloat16", megabytes: int = 256, widths: Sequence[int] = (512, 2048), rounds: int = 5
 ) -> Hardware:
-    """Measure a machine: copy bandwidth, linear layers by width and rows, elementwise passes, launches, fixed costs.
+    """Measure this machine: copy bandwidth, linear layers by width and rows, elementwise passes, launches, fixed costs.
 
     Args:
-        megabytes: copied at a time, and of weights that linear layers take in turn: more than any cache holds.
-        widths: of the linear layers' square weights; narrow ones were seen to take longer over a weight.
+        megabytes: size of a copy, and of the weights that linear layers use in turn: more than any cache holds.
+        widths: widths of the linear layers' square weights; narrow ones were found to take longer per weight.
+        rounds: number of times that everything is timed.
     """
     check_positive(megabytes=megabytes, rounds=rounds, width=min(widths))
     kind = getattr(torch, dtype)
@@ -50,7 +51,7 @@ def measure(
         peak={dtype: best},
         bandwidth=bandwidth,
         memory=float(_memory(device)),
-        source=f"measured: {describe(device)}, torch {torch.__version__}",
+        source=f"measured: {device_name(device)}, torch {torch.__version__}",
         compute_share=1.0,
         bandwidth_share=1.0,
         launch=launch,
@@ -64,7 +65,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Validation:
-    """An operator's time on this machine beside the prediction."""
+    """Measured and predicted seconds of an operator."""
 
     operator: str
     phase: str  # prefill, decoding or medusa
@@ -74,17 +75,17 @@ class Validation:
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted over measured seconds, minus 1."""
         return self.predicted / self.measured - 1
 
 
 def validate(
     setting: Setting, device: str, batch: int, length: int, candidates: list[int], megabytes: int = 256, rounds: int = 3
 ) -> list[Validation]:
-    """Run each operator for real: in prefill of `length` tokens, and of a step at every number of candidates.
+    """Run each operator: in a prefill of `length` tokens, and in a step at every number of candidates.
 
     Raises:
-        InvalidInput: quantised weights or experts, which are not run.
+        InvalidInput: quantised weights or experts, which are not supported.
     """
     kind = getattr(torch, setting.dtype)
     if setting.weight_bits is not None or setting.shape.experts:
@@ -108,7 +109,7 @@ def _apply_all(x: Tensor, weights: list[Tensor]) -> None:
 
 
 def _real(operator: Operator, kind: torch.dtype, device: str, megabytes: int) -> tuple[Callable[[], object], int]:
-    """The operator on random data, with operands enough to come from memory as in a model; and how often one call runs it."""
+    """The operator on random data, with enough operands to come from memory as in a model; and how often one call runs it."""
     count = max(1, min(1024, round(megabytes * 2**20 / operator.bytes)))
     if operator.weights:
         inputs, outputs = operator.dims
@@ -127,7 +128,7 @@ def _real(operator: Operator, kind: torch.dtype, device: str, megabytes: int) ->
 
 
 def timed(run: Callable[[], object], device: str, rounds: int) -> float:
-    """Seconds of a call: the least of the rounds, since what else the machine does only adds; the first warms up."""
+    """Seconds of a call: the minimum over rounds, since other work on the machine only adds time; one more round warms up."""
     seconds = []
     with torch.inference_mode():
         for _ in range(rounds + 1):
@@ -138,7 +139,7 @@ def timed(run: Callable[[], object], device: str, rounds: int) -> float:
 
 
 def now(device: str) -> float:
-    """The clock, once the device has done what it was given."""
+    """The clock, after the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     elif device.startswith("mps"):
@@ -147,7 +148,7 @@ def now(device: str) -> float:
 
 
 def copy_bandwidth(device: str, megabytes: int = 256) -> float:
-    """Bytes a second, read and written, of a large copy: the best of eight."""
+    """Bytes per second, read and written, of a large copy: the best of eight."""
     source = torch.ones(megabytes * 2**20 // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -159,13 +160,13 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
 
 
 def _launch(device: str, kind: torch.dtype, rounds: int) -> float:
-    """Seconds of a linear layer too small to compute anything."""
+    """Seconds of a linear layer too small to compute much."""
     x, w = torch.ones(1, 8, device=device).to(kind), torch.ones(8, 8, device=device).to(kind)
     return timed(lambda: [apply_linear(x, w) for _ in range(256)], device, rounds) / 256
 
 
 def _pointwise(device: str, kind: torch.dtype, width: int, rounds: int) -> float:
-    """Bytes a second of a norm as transformers writes it, on activations that a cache holds."""
+    """Bytes per second of a norm as transformers writes it, on activations that fit in a cache."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     rows = 64
@@ -178,7 +179,7 @@ def _pointwise(device: str, kind: torch.dtype, width: int, rounds: int) -> float
 
 
 def _fixed(device: str, kind: torch.dtype, launch: float, rounds: int) -> tuple[float, float]:
-    """Seconds of a decoding step, and of a layer in it beside its operators, of Llamas too small to compute anything."""
+    """Fixed seconds of a decoding step, and of a layer besides its operators, by Llamas too small to compute much."""
     shallow, deep = (_small_step(depth, device, kind, rounds) for depth in (2, 8))
     whole = max(0.0, (deep - shallow) / 6)
     operators = len([o for o in layers(BUILT_IN["llama-7b"], 1, 1, 1) if o.flops])
@@ -207,8 +208,8 @@ def _memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def describe(device: str) -> str:
-    """The machine in words."""
+def device_name(device: str) -> str:
+    """The name of a GPU, or of the CPU with its number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Operators: what the matrix multiplications of a model compute and move (paper Table 5).
+"""Operators: the FLOPs and bytes of a model's matrix multiplications (paper Table 5).
 
 Letters are the paper's: b sequences, s tokens of context each, q new tokens each, h hidden, i intermediate, n heads of
 dimension d, of which n_kv hold keys and values, V tokens of vocabulary. Prefill is q = s, plain decoding q = 1, Medusa
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 from medusa.simulation.shapes import ModelShape
 
-PAPER_BLOCK = ("q", "k", "v", "qk", "pv", "up", "gate", "down")  # what the paper's G.3 simulates of a layer
+PAPER_BLOCK = ("q", "k", "v", "qk", "pv", "up", "gate", "down")  # the operators of a layer that the paper's G.3 simulates
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator, done `count` times in a step.
+    """One operator, run `count` times in a step.
 
     Attributes:
-        name: q, k, v, qk, pv, o, up, gate, down, router, lm_head, heads, …; pointwise is everything else of a layer.
-        flops, bytes: of one run; bytes counts every operand and result once.
-        rows: of a linear layer: rows that meet each weight. Where experts share the rows, those of one expert.
-        weights: of a linear layer: elements of its matrices that are read; 0 for the others.
+        name: q, k, v, qk, pv, o, up, gate, down, router, lm_head, heads, …; pointwise is everything else in a layer.
+        flops, bytes: FLOPs and bytes of one run; every operand and result counts once.
+        rows: rows that meet each weight of a linear layer; of experts, the rows of one.
+        weights: elements read of a linear layer's matrices; 0 for other operators.
         dims: (inputs, outputs) of a linear layer, (b, n, n_kv, q, s, d) of an attention product.
     """
 
@@ -37,7 +37,7 @@ class Operator:
 
     @property
     def intensity(self) -> float:
-        """Operational intensity in FLOPs a byte."""
+        """Operational intensity in FLOPs per byte."""
         return self.flops / self.bytes
 
 
@@ -67,14 +67,14 @@ def expert_linear(
     inputs: int,
     outputs: int,
     experts: int,
-    chosen: int,  # experts that each row passes
+    chosen: int,  # experts per row
     element: float = 2,
     weight: float = 2,
     count: int = 1,
 ) -> Operator:
-    """The linear layers of a mixture of experts, as one operator: rows choose alike often, each on its own.
+    """The linear layers of a mixture of experts as one operator, if rows choose their experts independently.
 
-    Of E experts that each row picks k of, E·(1 - (1 - k/E)^rows) are read: a tree reads more of them than one token does.
+    Of E experts, of which each row chooses k, E·(1 - (1 - k/E)^rows) are read: a tree reads more of them than one token.
     """
     read = experts * (1 - (1 - chosen / experts) ** rows)
     weights = read * inputs * outputs
@@ -107,7 +107,11 @@ def attention(
 def layers(
     shape: ModelShape, b: int, s: int, q: int, element: float = 2, weight: float = 2, count: int | None = None
 ) -> list[Operator]:
-    """The operators of the model's layers (count: how many of them; None: all)."""
+    """The operators of the model's layers.
+
+    Args:
+        count: number of layers; None: all.
+    """
     rows, h, d = b * q, shape.hidden, shape.head_dim
     times = shape.layers if count is None else count
     queries, keys = shape.heads * d, shape.kv_heads * d
@@ -127,8 +131,8 @@ def layers(
     if shape.intermediate:
         for name, inputs, outputs in _mlp(shape, shape.intermediate):
             found.append(linear(name, rows, inputs, outputs, element, weight, times))
-    # What else a decoder layer of transformers does in passes of its own: two norms in float32, the rotation, the
-    # activation and its product, two residual sums; bytes read and written of each element, 2 or 4 at a time.
+    # A decoder layer of transformers makes further passes: two norms in float32, the rotation, the activation and its
+    # product, two residual sums; the factors are bytes read and written per element, 2 or 4 at a time.
     wide = shape.intermediate + shape.expert_intermediate * shape.experts_chosen
     passes = 84 * h + 28 * (queries + keys) + 10 * wide
     found.append(Operator("pointwise", 0, rows * passes * element / 2, count=times))
@@ -140,7 +144,7 @@ def _mlp(shape: ModelShape, width: int) -> list[tuple[str, int, int]]:
     return [("up", shape.hidden, width), *gate, ("down", width, shape.hidden)]
 
 
-def step(
+def step_operators(
     shape: ModelShape,
     b: int,
     s: int,
@@ -153,9 +157,9 @@ def step(
     """The operators of a decoding step: the layers and the LM head on b·q rows, the Medusa heads on b rows.
 
     Args:
-        num_heads: Medusa heads of one block each.
-        own_lm_heads: every Medusa head has an LM head of its own (v0.1), rather than the backbone's.
-        weight: bytes of a weight of the layers; quantised models keep their LM head in the activations' type.
+        num_heads: number of Medusa heads, of one block each.
+        own_lm_heads: whether every Medusa head has an LM head of its own (v0.1), and not the backbone's.
+        weight: bytes per weight of the layers; quantised models keep their LM head in the activations' type.
     """
     h, vocabulary = shape.hidden, shape.vocabulary
     found = layers(shape, b, s, q, element, weight)
@@ -174,7 +178,7 @@ def step(
 def memory(shape: ModelShape, b: int, s: int, element: float = 2, weight: float = 2) -> float:
     """Bytes of the backbone's weights and of the keys and values of b sequences of s tokens."""
     per_layer = [operator for operator in layers(shape, 1, 1, 1, element, weight, count=1) if operator.weights]
-    # All experts are held, however few of them one row reads.
+    # All experts are in memory, however few of them one row reads.
     held = sum(
         o.weight_bytes * (shape.experts / shape.experts_chosen if o.name.startswith("expert ") else 1) for o in per_layer
     )

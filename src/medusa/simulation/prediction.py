@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from medusa.errors import InvalidInput
 from medusa.simulation.hardware import ELEMENT, Hardware
-from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step
+from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step_operators
 from medusa.simulation.shapes import ModelShape
 from medusa.trees.calibration import Calibration
 
@@ -20,13 +20,13 @@ Acceleration = Callable[[int], float]  # candidates -> tokens a step
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated.
+    """The model and machine to simulate.
 
     Attributes:
-        num_heads: Medusa heads that trees use; plain decoding runs none.
-        own_lm_heads: whether each has an LM head of its own.
-        weight_bits: of the backbone's quantised weights; None: as the dtype. Unpacking them is taken to cost nothing.
-        paper_block: only what the paper's G.3 simulates: eight operators of one layer, without heads.
+        num_heads: number of Medusa heads that trees use; plain decoding runs none.
+        own_lm_heads: whether each head has an LM head of its own.
+        weight_bits: bits of the backbone's quantised weights, which unpack at no cost; None: those of the dtype.
+        paper_block: simulate only what the paper's G.3 does: eight operators of one layer, without heads.
     """
 
     shape: ModelShape
@@ -58,10 +58,10 @@ class Setting:
             block = layers(self.shape, batch, length, candidates, self.element, self.weight_bytes, count=1)
             return [operator for operator in block if operator.name.removeprefix("expert ") in PAPER_BLOCK]
         heads = min(self.num_heads, candidates - 1)  # no tree is deeper
-        return step(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
+        return step_operators(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
 
     def seconds(self, batch: int, length: int, candidates: int) -> float:
-        """Predicted time of a step."""
+        """Predicted seconds of a step."""
         hardware = self.hardware
         operators = self.operators(batch, length, candidates)
         total = sum(operator.count * hardware.seconds(operator, self.dtype) for operator in operators)
@@ -94,7 +94,7 @@ def predict(setting: Setting, batch: int, length: int, candidates: int, accelera
 def best(
     setting: Setting, batch: int, length: int, acceleration: Acceleration, candidates: Iterable[int] = CANDIDATES
 ) -> Point:
-    """The tree size of the greatest speedup; of equals the smallest."""
+    """The tree size with the greatest speedup, the smallest of equals."""
     return max((predict(setting, batch, length, size, acceleration) for size in candidates), key=lambda point: point.speedup)
 
 
@@ -121,7 +121,7 @@ def stops_paying(
 def log_law(candidates: int, base: float = 2.0) -> float:
     """The paper's acceleration rate, 0.477·log(candidates), of Vicuna-7B's trees; at least the root's one token (G.3).
 
-    The paper does not say which logarithm. Base 2 is the one that its other figures allow: docs/simulation.md.
+    The paper does not state the base; 2 is the only one that agrees with its other figures (docs/simulation.md).
 
     >>> round(log_law(64), 2)
     2.86

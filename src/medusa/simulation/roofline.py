@@ -28,7 +28,7 @@ PAPER_TABLES = (6, 7, 8)
 
 @dataclass(frozen=True)
 class RooflinePoint:
-    """An operator in a setting: what the roofline allows and what the fitted model predicts, in FLOP/s."""
+    """An operator in a setting: the greatest FLOP/s that the roofline allows, and those that the fitted model predicts."""
 
     operator: str
     phase: str  # prefill, decoding or medusa
@@ -74,7 +74,7 @@ def scatter(shape: ModelShape, hardware: Hardware, dtype: str = "bfloat16") -> l
 
 
 def paper_table(number: int, hardware: Hardware, shape: ModelShape = BUILT_IN["llama-33b"]) -> list[RooflinePoint]:
-    """The cells of the paper's Table 6, 7 or 8, row by row; other hardware or another shape gives the table of that.
+    """The cells of the paper's Table 6, 7 or 8, row by row, for any hardware and shape.
 
     Table 6 is an attention product at batch 16 over lengths, Table 7 one at length 1024 over batches, Table 8 a linear layer
     of the MLP over batches. Figures 18-20 draw them.

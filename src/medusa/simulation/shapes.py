@@ -1,4 +1,4 @@
-"""Shapes: the sizes of a model that its costs follow from, built in or read from any model's config."""
+"""Shapes: the sizes of a model that determine its costs, built in or read from a config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, all layers alike.
+    """Sizes of a decoder whose layers are all alike.
 
     Attributes:
-        intermediate: width of the MLP that every token passes; 0 where there are only experts.
-        experts, experts_chosen, expert_intermediate: of a mixture of experts; 0 where there is none.
+        intermediate: width of the MLP that every token passes; 0 if there are only experts.
+        experts, experts_chosen, expert_intermediate: sizes of a mixture of experts; 0 if there is none.
     """
 
     hidden: int
@@ -52,7 +52,7 @@ BUILT_IN = {  # the paper's models
 
 
 def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of a built-in model, or of the config in a folder or under a hub id; weights are not fetched.
+    """The shape of a built-in model, or of the config in a folder or under a hub id; no weights are fetched.
 
     Raises:
         CheckpointError: there is no such config.
@@ -81,7 +81,7 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
 def shape_of(config: Any) -> ModelShape:
     """The shape that a transformers text config describes.
 
-    Layers are taken to be alike: where only some hold experts, or attend to a window, costs are those of a full one.
+    Layers are assumed to be alike: if only some have experts, or attend to a window, the costs are those of a full layer.
 
     Raises:
         ConfigError: a size is missing or not positive, or attention has a form that is not modelled.
@@ -128,7 +128,7 @@ def _kv_heads(config: Any, heads: int) -> int:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """The first of these fields that is set; a key that the config's class does not know means nothing to the model."""
+    """The first of these fields that is set; keys unknown to the config's class do not affect the model."""
     fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
     known = (name for name in names if name in fields or "vocab_size" not in fields)  # classes of old declare no fields
     return next((value for name in known if (value := getattr(config, name, None))), None)

@@ -32,6 +32,9 @@ class TrainingConfig:
     num_heads: int = _option(5, "K")
     num_layers: int = _option(1, "residual blocks per head")
     shared_lm_head: bool = _option(False, "train the residual blocks alone, predict through the backbone's LM head")
+    heads_kind: Literal["medusa", "root", "path"] = _option(
+        "medusa", "what they read besides the hidden state: nothing, the root, the path"
+    )
     draft_vocabulary: str = _option("all", "tokens that heads score: a number, or auto, the fewest that are 99 % of the text")
     # Their loss, Eq. 1.
     lambda_base: float = _option(0.8, "lambda_k = lambda_base ** k")
@@ -80,7 +83,15 @@ class TrainingConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted more than 0")
-        for name in ("seed", "num_layers", "lambda_0", "lambda_base", "warmup_steps", "weight_decay", "eval_steps"):
+        for name in (
+            "seed",
+            "num_layers",
+            "lambda_0",
+            "lambda_base",
+            "warmup_steps",
+            "weight_decay",
+            "eval_steps",
+        ):
             if not getattr(self, name) >= 0:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
         if self.draft_vocabulary not in ("all", "auto") and not (

@@ -24,6 +24,7 @@ from medusa.training.losses import (
     soft_targets,
 )
 
+ROOT_ALONE = 0.25  # of the positions at which a path head is trained, those where it reads the root alone
 MOST_LOGITS = 1 << 26  # of one chunk: 256 MiB in float32
 
 
@@ -102,7 +103,7 @@ class Objective(nn.Module):
                 original = model.hidden_states(input_ids, packed)[:, :-1][following]
 
         # Medusa 2.2.1, Eq. 1
-        head_losses = self._head_losses(hidden, labels, segments, following, original, distill) / counts[1:]
+        head_losses = self._head_losses(input_ids, hidden, labels, segments, following, original, distill) / counts[1:]
         loss = (head_losses.new_tensor(config.lambdas(len(self.heads))) * head_losses).sum()
         output = {"head_losses": head_losses.detach(), "hidden": hidden.detach()}
         if config.joint:
@@ -120,6 +121,7 @@ class Objective(nn.Module):
 
     def _head_losses(
         self,
+        input_ids: Tensor,  # (B, T) long
         hidden: Tensor,  # (B, T, d)
         labels: Tensor,
         segments: Tensor,
@@ -131,6 +133,7 @@ class Objective(nn.Module):
         if self.recipe.targets == "soft":
             soft = self._soft_targets(original, distill)
             place = following.flatten().cumsum(0).view_as(following) - 1  # of a position in `soft`
+        embedded = self.heads.embed(input_ids) if self.heads.kind != "medusa" else None
         losses = []
         for k in range(len(self.heads)):
             # Head k + 1 at position t says token t + k + 2: what the backbone says at t + k + 1.
@@ -142,10 +145,27 @@ class Objective(nn.Module):
                 at = place[:, k + 1 : k + 1 + counted.shape[1]][counted]
                 targets = Targets(soft.tokens[at], soft.weights[at])
             states = hidden[:, : counted.shape[1]][counted].to(self.heads.dtype)
+            known = None if embedded is None else self._known(embedded, counted, k)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
-                states = self.heads.residual(states, k)
+                states = self.heads.state(states, k, known)
             losses.append(linear_cross_entropy(states, self.heads.lm_head(k), targets, self.chunk, self.compute))
         return torch.stack(losses)
+
+    def _known(
+        self,
+        embedded: Tensor,  # (B, T, E)
+        counted: Tensor,  # (B, T - shift) bool: n positions
+        k: int,
+    ) -> Tensor:  # (n, m E)
+        """The embeddings that head k + 1 reads at each position: of the root, the token after it, then of the path.
+
+        In training some positions see the root alone, as heads do when they propose a shortlist.
+        """
+        read = [embedded[:, 1 + j : 1 + j + counted.shape[1]][counted] for j in range(self.heads.known(k))]
+        if self.training and len(read) > 1:
+            seen = torch.rand(len(read[0]), 1, device=embedded.device) >= ROOT_ALONE
+            read[1:] = [part * seen for part in read[1:]]
+        return torch.cat(read, -1)
 
     def _soft_targets(self, original: Tensor, distill: bool) -> Targets:
         """What the backbone says, of the tokens that heads score."""

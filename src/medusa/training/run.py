@@ -114,7 +114,8 @@ def _train(
     base_model = model.backbone.config._name_or_path or None
     heads = _new_heads(model, config, rows)
     model = _trainable(model, config)
-    heads.share(model.backbone.get_output_embeddings())  # with the adapter that it may have now
+    # With the adapter that they may have now.
+    heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
     objective = Objective(model, heads, config)
     arguments = _arguments(model, output, config)  # sets up the processes
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
@@ -197,13 +198,45 @@ def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> Medusa
     tokens = draft_vocabulary(rows, config.draft_vocabulary, model.vocab_size)
     if model.heads is not None and model.heads.config.medusa_draft_vocabulary is not None:
         tokens = model.heads.token_map  # those they know
-    heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head, tokens)
+    reads = _reads(model, config, rows) if config.heads_kind != "medusa" else {}
+    heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head, tokens, **reads)
     if model.heads is not None:
-        wanted = {name: tensor.shape for name, tensor in heads.state_dict().items()}
-        if {name: tensor.shape for name, tensor in model.heads.state_dict().items()} != wanted:
-            raise InvalidInput("the heads given to start from have other sizes than the configuration asks for")
-        heads.load_state_dict(model.heads.state_dict())
+        _start_from(heads, model.heads)
     return heads.float().requires_grad_(True)
+
+
+def _reads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> dict[str, Any]:
+    """What heads that read tokens are made with: the width of the embeddings, and the factor between their size and that of the
+    hidden states, both on the first rows."""
+    embedding = model.backbone.get_input_embeddings()
+    ids = torch.cat([row.ids.long() for row in rows.rows[:4]])[None, :512].to(model.device)
+    with torch.no_grad():
+        embedded, hidden = embedding(ids).float(), model.hidden_states(ids).float()
+    scale = float(hidden.square().mean().sqrt() / embedded.square().mean().sqrt())
+    return {
+        "kind": config.heads_kind,
+        "embedding_size": embedded.shape[-1],
+        "embedding_scale": scale,
+    }
+
+
+def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
+    """Load heads into others, of the same kind or of one that reads more, which begins at zero."""
+    found = given.state_dict()
+    if given.kind != "medusa":  # what was read was read at this size
+        heads.config = dataclasses.replace(heads.config, medusa_embedding_scale=given.config.medusa_embedding_scale)
+    for name, tensor in heads.state_dict().items():
+        start = found.pop(name, None)
+        if name.endswith(".tokens.weight") and (start is None or start.shape[1] < tensor.shape[1]):
+            read = start if start is not None else tensor[:, :0]
+            start = torch.cat([read.to(tensor), torch.zeros_like(tensor[:, read.shape[1] :])], 1)
+        if start is None or start.shape != tensor.shape:
+            raise InvalidInput("the heads given to start from have other sizes than the configuration asks for")
+        tensor.copy_(start)
+    if found:
+        raise InvalidInput(
+            f"the heads given to start from are of kind {given.kind}, wanted {heads.kind} or one that reads less"
+        )
 
 
 def _trainable(model: MedusaModel, config: TrainingConfig) -> MedusaModel:

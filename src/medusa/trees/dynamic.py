@@ -22,6 +22,7 @@ from medusa.trees.history import History, pair_end, pair_start, triple_end, trip
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
+BEAM = 16  # paths of each depth, the likeliest, along which path heads score their guesses
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,19 @@ class DynamicTree:
         )
 
 
-def tempered(
+def rest_of(
     log_p: Tensor,  # (..., R): the greatest log-probabilities of a vocabulary
+) -> Tensor:  # (..., 1)
+    """The log-probability of all other tokens together."""
+    return torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+
+
+def tempered(
+    log_p: Tensor,  # (..., R): log-probabilities, up to a constant
+    rest: Tensor,  # (..., 1): of all other tokens together, up to the same
     temperatures: Tensor | float,  # (...), or one for all
 ) -> Tensor:  # (..., R)
-    """What they become where heads are too sure, or not sure enough: the others of the vocabulary count as one token."""
-    rest = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    """The log-probabilities where heads are too sure, or not sure enough: all other tokens count as one."""
     scaled = torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperatures).unsqueeze(-1).to(log_p)
     return scaled.log_softmax(-1)[..., :-1]
 
@@ -152,13 +160,7 @@ class DynamicDrafter:
         head_logits: Tensor,  # (D, B, V)
     ) -> Guesses:
         log_p, tokens = head_logits.float().log_softmax(-1).topk(min(self.ranks, head_logits.shape[-1]), dim=-1)
-        return self.tempered(Guesses(tokens, log_p))
-
-    def tempered(self, guesses: Guesses) -> Guesses:
-        """Guesses of the heads as they are, with the probabilities that this tree gives them."""
-        if self.temperatures is None or guesses.log_p is None:
-            return guesses
-        return Guesses(guesses.tokens, tempered(guesses.log_p, self.temperatures[:, None]))
+        return Guesses(tokens, log_p)
 
     def assemble(
         self,
@@ -175,14 +177,22 @@ class DynamicDrafter:
         wanted, ranks = self.num_nodes - self.copied - 1, guesses.tokens.shape[-1]
         value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
         before = history.last[:, None] if history is not None else previous
-        log_p = guesses.log_p.clamp(max=-LEAST_COST)
-        odds = log_p - torch.log(-torch.expm1(log_p))
+        log_p, rest = guesses.log_p, rest_of(guesses.log_p)
+        if self.temperatures is not None:
+            log_p = tempered(log_p, rest, self.temperatures[:, None])
+        odds = _odds(log_p)
+        path = root[:, None, None][..., :0]  # (B, W, depth): the tokens behind the root
         ends = pair_end(guesses.tokens), triple_end(guesses.tokens)
         parent = root.new_full((len(root), 1), -1)
         first = 0  # the number, among the candidates of all depths, of the first of this one
         values, tokens, parents = [], [], []
         for depth in range(self.num_heads):
             step = odds[depth, :, None]  # (B, 1, R)
+            if depth and guesses.along is not None:
+                value, before, previous, path = value[:, :BEAM], before[:, :BEAM], previous[:, :BEAM], path[:, :BEAM]
+                scores = guesses.along(depth, path)  # (B, W, R)
+                spread = rest[depth, :, None].expand(-1, path.shape[1], -1)
+                step = _odds(tempered(scores, spread, 1.0 if self.temperatures is None else self.temperatures[depth]))
             if history is not None and (self.pair_bonus or self.triple_bonus):
                 pairs = pair_start(previous)[..., None] + ends[0][depth, :, None]  # (B, W, R)
                 triples = triple_start(before, previous)[..., None] + ends[1][depth, :, None]
@@ -192,6 +202,8 @@ class DynamicDrafter:
             value, chosen = candidates.topk(min(wanted, candidates.shape[1]), dim=-1)
             above = chosen // ranks
             before, previous = previous.gather(1, above), guesses.tokens[depth].gather(1, chosen - above * ranks)
+            if guesses.along is not None:
+                path = torch.cat([path.gather(1, above[..., None].expand(-1, -1, depth)), previous[..., None]], -1)
             parent = above + (first - parent.shape[1]) if depth else parent.expand_as(above)
             first += value.shape[1]
             values.append(value)
@@ -223,6 +235,12 @@ class DynamicDrafter:
         both = torch.stack([tokens, order.gather(1, above)], 1)  # (B, 2, N)
         both = torch.empty_like(both).scatter_(2, order[:, None].expand_as(both), both)
         return both[:, 0], both[:, 1]
+
+
+def _odds(log_p: Tensor) -> Tensor:
+    """Log-odds of log-probabilities."""
+    log_p = log_p.clamp(max=-LEAST_COST)
+    return log_p - torch.log(-torch.expm1(log_p))
 
 
 def _depth_first(

@@ -1,4 +1,4 @@
-"""Tree search: the tree of a given size that should accept the most (paper 2.3.3)."""
+"""Tree search: the tree of a given size that should accept the most tokens (paper 2.3.3)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from medusa.errors import InvalidInput
 from medusa.trees.static import MedusaTree
 
-USUAL_RANKS = 10  # guesses of a head that trees are made of, as in the reference project's
-ROUNDING = 0.01  # by which written accuracies of a head may add up to more than 1
+USUAL_RANKS = 10  # guesses of each head in a random tree, as in the reference project's trees
+ROUNDING = 0.01  # by how much the written accuracies of a head may exceed 1 in total
 
 
 def search_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> MedusaTree:
@@ -22,7 +22,7 @@ def search_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Medusa
 
     Args:
         accuracies: [k - 1][i]: how often exactly guess i (0-based) of head k is right.
-        num_nodes: size of the tree, the root included; fewer come back where all useful paths are taken.
+        num_nodes: size of the tree, the root included; the result is smaller if all useful paths are taken.
 
     Raises:
         InvalidInput: no node, or accuracies that cannot be; see `check_accuracies`.
@@ -56,12 +56,13 @@ def search_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Medusa
 
 
 def search_joint_tree(paths: Iterable[tuple[Sequence[int], int]], num_nodes: int) -> MedusaTree:
-    """The tree of the paths that came true most often: the best of its size on what was counted, whatever heads get right
-    together. Beyond the paper, whose search takes heads to err independently: where text repeats itself they do not.
+    """The tree of the paths that came true most often, the best of its size on the counted places.
+
+    This goes beyond the paper, whose search assumes that heads err independently, which they do not in repetitive text.
 
     Args:
-        paths: rank paths with how often each came true; that of a beginning is at least that of the whole.
-        num_nodes: size of the tree, the root included; fewer come back where fewer paths came true.
+        paths: rank paths with how often each came true; a prefix came true at least as often as the whole path.
+        num_nodes: size of the tree, the root included; the result is smaller if fewer paths came true.
 
     >>> search_joint_tree([((0,), 9), ((0, 0), 8), ((1,), 3), ((0, 1), 1)], 4).paths
     ((0,), (0, 0), (1,))
@@ -73,8 +74,8 @@ def search_joint_tree(paths: Iterable[tuple[Sequence[int], int]], num_nodes: int
 
 
 def check_accuracies(accuracies: Any) -> None:
-    """Raise InvalidInput unless there is a head or more, each with a list of accuracies, numbers in [0, 1] that add up to at
-    most 1: of a head's guesses at most one is right."""
+    """Raise InvalidInput unless every head, and there is at least one, has accuracies in [0, 1] that add up to at most 1, since
+    at most one guess of a head is right."""
     if not _filled_list(accuracies):
         raise InvalidInput(f"accuracies are {_short(accuracies)}, wanted a list for every head: [[a_1, a_2, …], …]")
     for head, row in enumerate(accuracies, 1):
@@ -102,9 +103,9 @@ def _short(value: Any) -> str:
 def random_dense_tree(num_nodes: int, num_heads: int, seed: int) -> MedusaTree:
     """A dense tree with randomly drawn top-s_k, the baseline of the paper's Figure 4 (2.1.2, 3.3.1).
 
-    It is drawn evenly from all Cartesian trees of up to num_heads heads whose size is within a sixteenth of num_nodes: few or
-    odd ones alone have exactly that size, such as those of 32 nodes, which take one guess of the first head or all of their
-    nodes from it. No head gives more than its best ten guesses, unless no such tree is large enough.
+    It is drawn uniformly from all Cartesian trees of up to num_heads heads whose size is within a sixteenth of num_nodes; few
+    or odd trees have exactly that size, such as those of 32 nodes, which take one guess of the first head or all nodes from it.
+    No head gives more than its best ten guesses, unless no such tree is large enough.
 
     Args:
         num_nodes: size of the tree, the root included.
@@ -123,7 +124,7 @@ def random_dense_tree(num_nodes: int, num_heads: int, seed: int) -> MedusaTree:
 
 
 def _dense_settings(nodes: int, heads: int, ranks: int) -> list[tuple[int, ...]]:
-    """All top-s_k of up to so many heads and ranks with so many nodes below the root: s_1 (1 + s_2 (1 + …))."""
+    """All top-s_k of at most `heads` heads and `ranks` ranks with `nodes` nodes below the root: s_1 (1 + s_2 (1 + …))."""
     if nodes == 0:
         return [()]
     if heads == 0:

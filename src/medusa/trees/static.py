@@ -154,9 +154,6 @@ class StaticDrafter:
     ) -> Guesses:
         return Guesses(head_logits.topk(self.ranks, dim=-1).indices, None)
 
-    def tempered(self, guesses: Guesses) -> Guesses:
-        return guesses
-
     def assemble(
         self,
         root: Tensor,  # (B,) long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,11 +50,17 @@ def paths_up(
     return up, ancestors.scatter_(2, up, True)
 
 
+# Scores along paths: of a depth k (from 0) and paths (B, W, k) long, the k tokens behind the root, (B, W, R) float32: the
+# logarithm of p(guess | path), up to a constant that leaves all other tokens as likely as they are from the root alone.
+Along = Callable[[int, Tensor], Tensor]
+
+
 class Guesses(NamedTuple):
     """The likeliest tokens of the first D heads for every row, best first."""
 
     tokens: Tensor  # (D, B, R) long
     log_p: Tensor | None  # (D, B, R) float32; None if the drafter does not need them
+    along: Along | None = None  # their scores along paths, of heads that read them
 
 
 class Frame(NamedTuple):
@@ -99,7 +106,5 @@ class Drafter(Protocol):
     def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
 
     def guess(self, head_logits: Tensor) -> Guesses: ...
-
-    def tempered(self, guesses: Guesses) -> Guesses: ...  # with the probabilities that it assumes
 
     def assemble(self, root: Tensor, guesses: Guesses | None, history: History | None) -> tuple[Tensor, TreeTensors]: ...

@@ -15,7 +15,7 @@ from medusa.trees.dynamic import DynamicTree
 from medusa.trees.search import search_tree
 from medusa.trees.static import MedusaTree
 from medusa.tuning.recording import Recorded
-from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, replay
+from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, replay_texts
 
 TREE_KINDS = ("static", "dynamic", "copying", "independent")
 USUAL_KINDS = TREE_KINDS[:3]
@@ -116,7 +116,7 @@ class Trees:
         return self._options[key]
 
     def _option(self, kind: str, size: int, depth: int) -> Option:
-        judged = [replay(self._halves[3 - half], self._tree(kind, size, depth, half)) for half in (1, 2)]
+        judged = [replay_texts(self._halves[3 - half], self._tree(kind, size, depth, half)) for half in (1, 2)]
         both = dataclasses.replace(
             judged[0],
             tokens=torch.cat([each.tokens for each in judged]),

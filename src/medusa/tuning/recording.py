@@ -1,8 +1,7 @@
-"""Recording: what the backbone says after prompts, and what every head guesses on the way."""
+"""Recording: the backbone's continuations of prompts, and the guesses of every head along them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,32 +15,35 @@ from torch import Tensor
 from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
 from medusa.generation import MedusaGenerateOutput
+from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
-from medusa.runs.files import whole
+from medusa.runs.files import digest, whole
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 
-CLAIM = "recorded.yaml"
+RECORDED_FILE = "recorded.yaml"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the backbone said after a prompt, and what the heads guessed at each of T places in it.
+    """The backbone's continuation of a prompt, and the heads' guesses at T places in it.
 
-    At place t the last committed token is number `start + t`, the root the one after it, and head k guesses the k-th after the
-    root. The text goes on beyond the last place, so that every head can be scored at every place.
+    At place t the last committed token is number `start + t`, the root is the next one, and head k guesses the k-th token after
+    the root. The text extends beyond the last place, so that every head can be scored at every place.
     """
 
     ids: Tensor  # (start + T + K + 1,) long
-    start: int  # of the last token of the prompt
+    start: int  # index of the last token of the prompt
     guesses: Tensor  # (T, K, R) int32: the likeliest tokens of each head, best first
     log_p: Tensor  # (T, K, R) float32
+    hidden: Tensor | None = None  # (T, d): at the last committed token, for heads that read paths
+    heads: MedusaHeads | None = None  # which these are
 
     def __len__(self) -> int:
         return self.guesses.shape[0]
 
     def right(self) -> Tensor:  # (T, K) long
-        """Which guess of each head was right, from 0 on; -1 where none was."""
+        """The rank, from 0, of the guess of each head that was right; -1 if none was."""
         places = self.start + 2 + torch.arange(len(self))[:, None] + torch.arange(self.guesses.shape[1])
         hits = self.guesses == self.ids[places][..., None]
         return torch.where(hits.any(-1), hits.int().argmax(-1), -1)
@@ -58,37 +60,38 @@ def record(
     folder: Path | None = None,
     on_progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[Recorded]:
-    """Let the backbone continue the prompts, with Medusa's help, and note what the heads guess on the way.
+    """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads.
 
     Args:
-        max_new_tokens: places at which heads are asked, in each text.
-        temperature: 0 is greedy; otherwise continuations are drawn from the backbone's distribution.
-        batch_size: prompts continued together; what is said greedily does not depend on it but for rounding.
-        folder: keeps what is recorded, batch by batch, and goes on from what it holds.
-        on_progress: called with the prompts done, after every batch.
+        max_new_tokens: number of places in each text.
+        ranks: number of guesses recorded for each head.
+        temperature: 0 is greedy; above 0 continuations are drawn from the backbone's distribution.
+        batch_size: number of prompts continued together; greedy texts depend on it only through rounding.
+        folder: saves what is recorded, batch by batch; batches that it holds are not recorded again.
+        on_progress: called after every batch with its number of prompts.
 
     Raises:
-        InvalidInput: no heads, no text long enough, or the folder holds what something else was recorded with.
+        InvalidInput: no heads, no text long enough, or a folder with recordings of something else.
     """
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.scored)
     if folder is not None:
-        told = [prompt.tolist() for prompt in prompts]
+        ids = [prompt.tolist() for prompt in prompts]
         made_with = {
             "backbone": fingerprint(model.backbone),
             "heads": fingerprint(model.heads),
             "settings": [max_new_tokens, ranks, temperature, seed, batch_size],
             "prompts": len(prompts),
-            "prompts_digest": hashlib.sha256(repr(told).encode()).hexdigest()[:16],
+            "prompts_digest": digest(ids),
         }
-        claim(folder / CLAIM, made_with)
+        claim(folder / RECORDED_FILE, made_with)
     texts: list[Recorded] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         shard = folder / f"texts-{first:05d}.safetensors" if folder is not None else None
         if shard is not None and shard.is_file():
-            texts += _load(shard)
+            texts += _load(shard, model.heads)
         else:
             found = list(_record(model, batch, max_new_tokens, ranks, temperature, seed + first))
             if shard is not None:
@@ -121,11 +124,14 @@ def _record(
             continue
         hidden = model.hidden_states(text[None])[0, start : start + places]
         tokens, log_p = [], []
-        for part in hidden.split(256):  # logits of a chunk at a time
-            top = model.heads(part).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
+        roots = text[start + 1 : start + 1 + places]
+        for part, root in zip(hidden.split(256), roots.split(256), strict=True):  # logits of a chunk at a time
+            top = model.heads(part, root=root).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
             tokens.append(model.heads.tokens(top.indices).transpose(0, 1).int().cpu())
             log_p.append(top.values.transpose(0, 1).cpu())
-        yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p))
+        reads_paths = model.heads.kind == "path"
+        along = (hidden.cpu(), model.heads) if reads_paths else (None, None)
+        yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p), *along)
 
 
 def _save(texts: Sequence[Recorded], path: Path) -> None:
@@ -133,7 +139,8 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
     for number, text in enumerate(texts):
         for field in fields(text):
             value = getattr(text, field.name)
-            tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
+            if value is not None and field.name != "heads":
+                tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
     try:
         with whole(path) as partial:
             save_file(tensors, partial)
@@ -141,12 +148,19 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
         raise InvalidInput(f"cannot write {path}: {error}; make room and run the same command again") from None
 
 
-def _load(path: Path) -> list[Recorded]:
+def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:
     try:
         tensors = load_file(path)
         numbers = sorted({int(name.partition(".")[0]) for name in tensors})
         return [
-            Recorded(tensors[f"{n}.ids"], int(tensors[f"{n}.start"]), tensors[f"{n}.guesses"], tensors[f"{n}.log_p"])
+            Recorded(
+                tensors[f"{n}.ids"],
+                int(tensors[f"{n}.start"]),
+                tensors[f"{n}.guesses"],
+                tensors[f"{n}.log_p"],
+                tensors.get(f"{n}.hidden"),
+                heads if heads.kind == "path" else None,
+            )
             for n in numbers
         ]
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
