@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import medusa.decoding
+import medusa.state
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
 from medusa.sampling import draw
@@ -112,13 +112,13 @@ def eos(model) -> int:
 def numbers(monkeypatch):
     """The uniform numbers of Medusa's last draws; once there are some, transformers draws by them too, row by row."""
     found: list[torch.Tensor] = []
-    uniforms = medusa.decoding.uniforms
+    uniforms = medusa.state.uniforms
 
     def noted(*args, **kwargs):
         found.append(uniforms(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(medusa.decoding, "uniforms", noted)
+    monkeypatch.setattr(medusa.state, "uniforms", noted)
     return found
 
 
