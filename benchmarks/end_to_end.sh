@@ -19,10 +19,15 @@ case $size in
     toy) # for trying it out on a CPU
         steps=12 head_steps=6 own=8 dtype=float32 compile=() nodes=(--nodes 4) new=10 rows=8 device_rows=4 rate=3e-3 saves=2
         source=(--source "$("$python" -c 'import asyncio; print(asyncio.__path__[0])')") ;;
-    *) echo "size is $size, expected 100m, 400m or toy" >&2 && exit 2 ;;
+    *)
+        echo "size is $size, expected 100m, 400m or toy" >&2
+        exit 2 ;;
 esac
 mkdir -p "$work"
-[ "$(cat "$work/size" 2>/dev/null || echo "$size")" = "$size" ] || { echo "$work is of size $(cat "$work/size"); use another folder" >&2; exit 2; }
+if [ -e "$work/size" ] && [ "$(cat "$work/size")" != "$size" ]; then
+    echo "$work is of size $(cat "$work/size"); use another folder" >&2
+    exit 2
+fi
 echo "$size" >"$work/size"
 
 stage() { # stage NAME COMMAND...: once

@@ -63,12 +63,15 @@ def test_no_held_out_file_is_trained_on_and_copies_count_once(tmp_path):
         return [tokenizer.decode(json.loads(line)["input_ids"]) for line in lines]
 
     text = "".join(rows("train"))
-    trained = {n for n in range(files) if f"marker_{n:03d}_" in text}
+    trained = {number for number in range(files) if f"marker_{number:03d}_" in text}
     held = rows("calibration") + rows("test")
-    held_out = {n for n in range(files) if any(f"marker_{n:03d}_" in prompt for prompt in held)}
-    assert trained | held_out == set(range(files)) and not trained & held_out
-    assert len(held_out) == len(held) > 0
-    assert all(text.count(f"marker_{n:03d}_3(") <= 1 for n in trained)
+    # The last row of training tokens, which is not full, may hold one more file.
+    assert files - len(held) - 1 <= len(trained) <= files - len(held) < files
+    assert all(text.count(f"marker_{number:03d}_3(") <= 1 for number in trained)
+    paths = [tmp_path / "source" / "a" / f"module_{number}.py" for number in range(files)]
+    sources = ["".join(path.read_text().split()) for path in paths]
+    homes = [{n for n, source in enumerate(sources) if "".join(prompt.split()) in source} for prompt in held]
+    assert all(home - trained for home in homes)
 
 
 def test_work_that_cannot_be_done_is_refused_in_one_line(tmp_path):
@@ -78,7 +81,7 @@ def test_work_that_cannot_be_done_is_refused_in_one_line(tmp_path):
     (tmp_path / "work").mkdir(exist_ok=True)
     (tmp_path / "work" / "size").write_text("100m\n")
     first = subprocess.run(["bash", BENCHMARKS / "end_to_end.sh", tmp_path / "work", "toy"], capture_output=True, text=True)
-    assert first.returncode == 1 and "is of size 100m; use another folder" in first.stderr
+    assert first.returncode == 2 and "is of size 100m; use another folder" in first.stderr
 
 
 def code_model(work: Path, source: Path, check: bool = True) -> subprocess.CompletedProcess:
