@@ -46,6 +46,8 @@ def test_output_is_the_backbones_whatever_heads_may_say(shared, tree):
     prompt = random_prompt(9)
     output = model.generate(prompt, max_new_tokens=40, eos_token_id=[])
     assert output[0, 9:].tolist() == plain_greedy(backbone, prompt, 40)
+    if shared:  # a loaded backbone's parameters ask for gradients, and still only the rows named are computed
+        assert type(model.heads.lm_head(0)) is torch.nn.Linear and model.heads.lm_head(0).out_features == 10
     drafted = {token for step in _drafts(model, prompt) for token in step}
     assert drafted and ((tree.depth == 3 and getattr(tree, "copied", 0)) or drafted <= set(TOKENS.tolist()))
 

@@ -19,7 +19,7 @@ from medusa.training.data import Row, Rows
 from medusa.training.run import train_heads
 from medusa.trees.dynamic import LEAST_COST
 from medusa.tuning.recording import record
-from medusa.tuning.replay import fit_dynamic_tree, fit_temperatures, replay
+from medusa.tuning.replay import fit_dynamic_tree, fit_temperatures, replay_texts
 from tiny import VOCAB, left_padded, plain_greedy, random_heads, random_prompt, tiny_backbone
 
 KINDS = ("root", "path")
@@ -149,7 +149,7 @@ def test_replay_takes_the_steps_that_decoding_takes(backbone, kind, temperature,
     sampling = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
     for tree in (DynamicTree(12, 3, 40, (0.9, 1.1, 1.0)), DynamicTree(30, 2, 20, (), 0.0, 0.0), MedusaTree.dense([3, 2])):
         output = model.generate(ids, mask, max_new_tokens=30, tree=tree, return_dict_in_generate=True, **sampling)
-        assert replay(texts, tree).steps.tolist() == [len(lengths) for lengths in output.acceptance_lengths]
+        assert replay_texts(texts, tree).steps.tolist() == [len(lengths) for lengths in output.acceptance_lengths]
     assert len(fit_temperatures(texts)) == 3 and fit_dynamic_tree(texts, 8).depth == 3
 
 

@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 def _plain(linear: nn.Module) -> nn.Linear:
-    """A linear map as a matrix of its own, where it is more than that."""
+    """A linear map as its matrix and nothing else, not to be trained; the same memory where it is no more than that."""
     weight, bias = linear_map(linear)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -231,8 +231,9 @@ class MedusaHeads(nn.ModuleList):
             bound = MedusaHeads.of(self.config)
         held = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in self.state_dict().items()}
         bound.load_state_dict(held, assign=True)
-        if self.kind == "path" and self.config.medusa_shared_lm_head and not is_plain(lm_head):
-            lm_head = _plain(lm_head)  # its rows are taken one by one
+        rows = self.config.medusa_draft_vocabulary is not None and is_plain(lm_head)
+        if self.config.medusa_shared_lm_head and (rows or self.kind == "path"):
+            lm_head = _plain(lm_head)  # some of its rows are taken, of one that is not trained here
         bound.share(lm_head, embedding)
         return bound.requires_grad_(False).eval()
 
