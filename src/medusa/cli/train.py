@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 METHOD_HELP = f"{', '.join(recipe_names())}: the recipe that sets the options further down."
 # The training options in --help, in this order; options in no group go into the last.
 GROUPS = {
-    "Heads": ("num_heads", "num_layers", "shared_lm_head", "draft_vocabulary"),
+    "Heads": ("num_heads", "num_layers", "heads_kind", "shared_lm_head", "draft_vocabulary"),
     "Their loss": ("lambda_base", "targets", "soft_top", "loss_chunk"),
     "Data": ("max_length", "packing", "held_out"),
     "Steps": (

@@ -22,7 +22,7 @@ from medusa.trees.history import History, pair_end, pair_start, triple_end, trip
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
-BEAM = 16  # paths of each depth, the likeliest, along which path heads score their guesses
+BEAM = 8  # paths of each depth, the likeliest, along which path heads score their guesses
 
 
 @dataclass(frozen=True)
