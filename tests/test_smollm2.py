@@ -32,14 +32,16 @@ def prompts() -> list[torch.Tensor]:
     ]
 
 
-def test_the_shipped_heads_are_small_and_for_this_model():
-    folder = SMOLLM2_HEADS["smollm2-medusa-1"]
-    assert find_heads("smollm2") == find_heads("smollm2-medusa-1") == folder
+@pytest.mark.parametrize("name", SMOLLM2_HEADS)
+def test_the_shipped_heads_are_small_and_for_this_model(name):
+    folder = SMOLLM2_HEADS[name]
+    assert find_heads(name) == folder and find_heads("smollm2") == SMOLLM2_HEADS["smollm2-path"]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 30 << 20
     heads = load_heads(folder)
     assert (len(heads), heads.config.hidden_size, heads.config.vocab_size) == (5, 576, 49152)
     assert heads.config.medusa_shared_lm_head and heads.scored < 49152 / 2
     assert heads.config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert heads.kind == name.partition("-")[2].partition("-")[0]
     load_tree(folder / "medusa_tree.json").check(5, heads.scored)
 
 

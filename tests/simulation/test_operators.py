@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from medusa import DynamicTree
 from medusa.errors import CheckpointError, ConfigError
-from medusa.simulation.operators import attention, expert_linear, layers, linear, memory, step_operators
+from medusa.simulation.operators import BEAM, RANKS, attention, expert_linear, layers, linear, memory, step_operators
 from medusa.simulation.shapes import BUILT_IN, ModelShape, load_shape, shape_of
+from medusa.trees import dynamic
 from tiny import ARCHITECTURES, tiny_backbone
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
@@ -109,3 +111,15 @@ def test_configs_without_the_needed_sizes_are_refused(tmp_path, config, error, w
 def test_attention_that_is_not_modelled_is_refused():
     with pytest.raises(ConfigError, match="kv_lora_rank"):
         shape_of(tiny_backbone("deepseek_v3").config)
+
+
+def test_heads_that_read_cost_their_matrices_and_a_shortlist_per_depth():
+    shape = next(iter(BUILT_IN.values()))
+    cost = {
+        kind: sum(o.count * o.bytes for o in step_operators(shape, 1, 64, 17, 4, False, heads_kind=kind))
+        for kind in ("medusa", "root", "path")
+    }
+    h = shape.hidden
+    assert cost["root"] - cost["medusa"] == pytest.approx(4 * 2 * h * h, rel=0.01)
+    assert cost["path"] - cost["root"] == pytest.approx((1 + 2 + 3) * 2 * h * h, rel=0.02)
+    assert (dynamic.BEAM, DynamicTree(2, 1).ranks) == (BEAM, RANKS)

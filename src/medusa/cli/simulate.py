@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from medusa.cli import common, showing
+from medusa.config import HeadsKind
 from medusa.errors import InvalidInput
 from medusa.runs.console import note
 
@@ -45,6 +46,9 @@ def simulate_command(
     ] = None,
     num_heads: Annotated[int, typer.Option("--num-heads", min=0, help="Number of Medusa heads that the trees use.")] = 5,
     shared_lm_head: Annotated[bool, typer.Option("--shared-lm-head", help="The heads share the backbone's LM head.")] = False,
+    heads_kind: Annotated[
+        HeadsKind, typer.Option("--heads-kind", help="What the heads read besides the hidden state.")
+    ] = "medusa",
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +97,7 @@ def simulate_command(
         return show_paper_table(paper_table, machine, as_json)
     model = common.with_file(model, gguf_file, revision)
     shape = load_shape(model, trust_remote_code)
-    setting = Setting(shape, machine, dtype, num_heads, not shared_lm_head, weight_bits, paper_block)
+    setting = Setting(shape, machine, dtype, num_heads, not shared_lm_head, weight_bits, paper_block, heads_kind)
     grid = Grid(tuple(batch or BATCHES), tuple(context or CONTEXTS), tuple(nodes or SIZES))
     if roofline:
         return show_roofline(setting, grid, as_json)

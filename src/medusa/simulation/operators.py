@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from medusa.config import HeadsKind
 from medusa.simulation.shapes import ModelShape
 
 PAPER_BLOCK = ("q", "k", "v", "qk", "pv", "up", "gate", "down")  # the operators of a layer that the paper's G.3 simulates
+BEAM, RANKS = 8, 64  # of dynamic trees: paths of each depth along which path heads score, and guesses of each head
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def step_operators(
     own_lm_heads: bool = True,
     element: float = 2,
     weight: float = 2,
+    heads_kind: HeadsKind = "medusa",
 ) -> list[Operator]:
     """The operators of a decoding step: the layers and the LM head on b·q rows, the Medusa heads on b rows.
 
@@ -160,6 +163,7 @@ def step_operators(
         num_heads: number of Medusa heads, of one block each.
         own_lm_heads: whether every Medusa head has an LM head of its own (v0.1), and not the backbone's.
         weight: bytes per weight of the layers; quantised models keep their LM head in the activations' type.
+        heads_kind: what the heads read; path heads score RANKS guesses of each depth again along the BEAM likeliest paths.
     """
     h, vocabulary = shape.hidden, shape.vocabulary
     found = layers(shape, b, s, q, element, weight)
@@ -172,6 +176,13 @@ def step_operators(
             found.append(linear("head logits", b, h, vocabulary, element, element, count=num_heads))
         else:  # read once for all heads
             found.append(linear("head logits", b * num_heads, h, vocabulary, element, element))
+        if heads_kind != "medusa":
+            found.append(linear("head root", b, h, h, element, element, count=num_heads))
+    if heads_kind == "path":
+        width = min(q - 1, BEAM)
+        for k in range(1, num_heads):
+            found.append(linear("head path", b * width, k * h, h, element, element))
+            found.append(Operator("shortlist", 2 * b * width * RANKS * h, element * b * (RANKS + width) * h))
     return found
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from medusa.config import HeadsKind
 from medusa.errors import InvalidInput
 from medusa.simulation.hardware import ELEMENT, Hardware
 from medusa.simulation.operators import PAPER_BLOCK, Operator, layers, step_operators
@@ -25,6 +26,7 @@ class Setting:
     Attributes:
         num_heads: number of Medusa heads that trees use; plain decoding runs none.
         own_lm_heads: whether each head has an LM head of its own.
+        heads_kind: what the heads read besides the hidden state.
         weight_bits: bits of the backbone's quantised weights, which unpack at no cost; None: those of the dtype.
         paper_block: simulate only what the paper's G.3 does: eight operators of one layer, without heads.
     """
@@ -36,6 +38,7 @@ class Setting:
     own_lm_heads: bool = True
     weight_bits: int | None = None
     paper_block: bool = False
+    heads_kind: HeadsKind = "medusa"
 
     def __post_init__(self) -> None:
         if self.num_heads < 0:
@@ -58,7 +61,8 @@ class Setting:
             block = layers(self.shape, batch, length, candidates, self.element, self.weight_bytes, count=1)
             return [operator for operator in block if operator.name.removeprefix("expert ") in PAPER_BLOCK]
         heads = min(self.num_heads, candidates - 1)  # no tree is deeper
-        return step_operators(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
+        element, weight = self.element, self.weight_bytes
+        return step_operators(self.shape, batch, length, candidates, heads, self.own_lm_heads, element, weight, self.heads_kind)
 
     def seconds(self, batch: int, length: int, candidates: int) -> float:
         """Predicted seconds of a step."""

@@ -242,9 +242,10 @@ def _check_room(model: MedusaModel, config: TuningConfig) -> int:
     """The number of tokens that timing adds to a context, refused if there is no room for them."""
     copied = max(copied_nodes(kind, size) for kind in config.kinds for size in config.nodes)
     room = room_to_time(model.num_heads, max(model.num_heads, copied))
-    if model.max_length is not None and max(config.contexts, default=1) + room > model.max_length:
+    asked = max(config.contexts, default=1)
+    if model.max_length is not None and asked + room > model.max_length:
         longest = model.max_length - room
-        raise InvalidInput(f"--context is {max(config.contexts)}, wanted at most {longest}: timing adds {room} tokens to it")
+        raise InvalidInput(f"--context is {asked}, wanted at most {longest}: timing adds {room} tokens to it")
     return room
 
 
