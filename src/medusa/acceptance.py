@@ -22,7 +22,7 @@ class TypicalAcceptance:
         for name in ("epsilon", "delta"):
             value = getattr(self, name)
             if not 0 < value <= 1:
-                raise InvalidInput(f"{name} is {value}, wanted a number in (0, 1]")
+                raise InvalidInput(f"{name} is {value}, expected a number in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) 
     """Check prompts and move them to the model's device; the mask is None if nothing is padded."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")
+        raise InvalidInput(f"input_ids is {got}, expected a tensor of integers (batch, length)")
     ids = ids.long()
     batch, length = ids.shape
     if batch == 0 or length == 0:

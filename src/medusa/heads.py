@@ -114,16 +114,16 @@ class MedusaHeads(nn.ModuleList):
     ):
         for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size), ("num_heads", num_heads)):
             if size < 1:
-                raise InvalidInput(f"{name} is {size}, wanted at least 1")
+                raise InvalidInput(f"{name} is {size}, expected at least 1")
         if num_layers < 0:
-            raise InvalidInput(f"num_layers is {num_layers}, wanted at least 0")
+            raise InvalidInput(f"num_layers is {num_layers}, expected at least 0")
         if draft_vocabulary is not None and not 1 <= draft_vocabulary <= vocab_size:
             raise InvalidInput(f"a draft vocabulary has 1 to {vocab_size} tokens, the vocabulary's, got {draft_vocabulary}")
         reads = {"medusa": [0] * num_heads, "root": [1] * num_heads, "path": [*range(1, num_heads + 1)]}[kind]
         if kind == "medusa":
             embedding_size = embedding_scale = None
         elif num_layers == 0:
-            raise InvalidInput(f"heads that read the {kind} read it in a residual block; num_layers is 0, wanted at least 1")
+            raise InvalidInput(f"heads that read the {kind} read it in a residual block; num_layers is 0, expected at least 1")
         else:
             embedding_size, embedding_scale = embedding_size or hidden_size, embedding_scale or 1.0
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

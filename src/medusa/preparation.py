@@ -44,7 +44,7 @@ class OwnOptions:
 
     def __post_init__(self):
         if self.acceptance not in ("exact", "typical"):
-            raise InvalidInput(f"acceptance is {self.acceptance!r}, wanted 'exact' or 'typical'")
+            raise InvalidInput(f"acceptance is {self.acceptance!r}, expected 'exact' or 'typical'")
         for name in ("epsilon", "delta"):
             if self.acceptance == "exact" and getattr(self, name) != getattr(TypicalAcceptance, name):
                 raise InvalidInput(f"{name} is of typical acceptance; pass acceptance='typical' or leave {name} out")
@@ -52,7 +52,7 @@ class OwnOptions:
             integer("seed", self.seed)
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise InvalidInput(
-                f"tree is a {type(self.tree).__name__}, wanted a MedusaTree or DynamicTree; load a file with load_tree"
+                f"tree is a {type(self.tree).__name__}, expected a MedusaTree or DynamicTree; load a file with load_tree"
             )
 
     @property
@@ -296,12 +296,12 @@ def _prompt(backbone: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     length = (embeds if embeds is not None else ids).shape[1]
     if (embeds is None and length != input_ids.shape[1]) or length < input_ids.shape[1]:
         raise InvalidInput(
-            f"the model takes {length} of the prompt's {input_ids.shape[1]} tokens, wanted all; leave out inputs_embeds "
+            f"the model takes {length} of the prompt's {input_ids.shape[1]} tokens, expected all; leave out inputs_embeds "
             "that are shorter than input_ids, and caches"
         )
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(input_ids), length)):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InvalidInput(f"attention_mask is {shape}, wanted one of {len(input_ids)} rows and {length} tokens")
+        raise InvalidInput(f"attention_mask is {shape}, expected one of {len(input_ids)} rows and {length} tokens")
     if positions is not None:
         there = torch.ones(len(input_ids), length, device=positions.device) if mask is None else mask.to(positions.device)
         usual = there.long().cumsum(-1) - 1

@@ -35,7 +35,7 @@ WITHOUT_EFFECT = frozenset({
 })
 # fmt: on
 # Refused, except for the values that switch them off.
-ONE_SEQUENCE = "Medusa decodes greedily or by sampling, one sequence a row"
+ONE_SEQUENCE = "Medusa decodes greedily or by sampling, one sequence per row"
 OWN_DRAFTS = "Medusa's heads draft"
 OTHER_LOGITS = "it mixes the logits of other passes or layers into the backbone's"
 ENCODER = "it reads the prompts of all rows at once"

@@ -1,6 +1,6 @@
 """The shortlist: what path heads guess from the root alone, scored again along each path (beyond the paper).
 
-A head that reads a node's path would have to score the vocabulary once a node. It need not: the R tokens of each depth that
+A head that reads a node's path would have to score the vocabulary once per node. It need not: the R tokens of each depth that
 are likeliest after the root hold nearly all that are likely after any path from it. Only these are scored along a path: R rows
 of the LM head.
 """

@@ -192,7 +192,7 @@ def test_chat_answers_under_the_models_own_template(medusa, tmp_path, embedded_t
         "chat", str(tmp_path), "--heads", str(tmp_path / "heads"), "-n", "8", stdin="hello\n/reset\n/nonsense\nagain\n/quit\n"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("tokens a step") == 2 and done.stderr.count("tokens/s") == 2
+    assert done.stderr.count("tokens per step") == 2 and done.stderr.count("tokens/s") == 2
     assert "/nonsense is not a command: /reset forgets" in done.stderr
 
 

@@ -142,7 +142,7 @@ def test_generate_says_which_tree_it_uses_where_none_was_tuned(medusa, own, tmp_
     assert "was tuned in bfloat16 and runs in float32" in medusa(*ask)[2]
     save_tree(MedusaTree([]), heads / "medusa_tree.json")
     assert "the root alone, as medusa tune chose: no tree paid. This is plain decoding" in medusa(*ask)[2]
-    assert "tree" not in medusa(*ask, "--tree", "root")[2].replace("tokens a step", "")
+    assert "tree" not in medusa(*ask, "--tree", "root")[2].replace("tokens per step", "")
 
 
 def test_heads_that_are_seldom_right_are_said_to_be_slow(medusa, own):
@@ -266,7 +266,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
     )
     assert status == 0, err
     assert out.startswith("> Explain in a few sentences why the sky is blue.\n")
-    plain, medusa_ = out.split("plainly: a token a step")[1].split("with Medusa: what one step emits has one colour")
+    plain, medusa_ = out.split("plainly: one token per step")[1].split("with Medusa: what one step emits has one colour")
     assert plain.strip().rsplit("\n\n", 1)[0] == medusa_.strip().split("\n\n")[0]
     assert out.count("tokens/s,") == 2 and "identical output in float32: yes" in out and "2 prompts" in out
 

@@ -92,7 +92,7 @@ def test_terminal_shows_the_shape_and_the_figures(tree, accuracies):
         "├── 1 0.150",
         "│   └── 0 0.060",
         "└── 2 0.050",
-        "nodes 9, depth 3, leaves 5, max rank 2: 2.268 tokens a step expected",
+        "nodes 9, depth 3, leaves 5, max rank 2: 2.268 tokens per step expected",
     ]
     assert tree("--dense", "2").splitlines() == ["root", "└── 0  1", "nodes 3, depth 1, leaves 2, max rank 1"]
 
@@ -205,7 +205,7 @@ def test_values_out_of_range_are_usage_errors(option):
     [
         ("{", "is not valid JSON"),
         ("[[0.5]]", "holds no accuracies"),
-        ('{"accuracies": []}', "wanted a list for every head"),
+        ('{"accuracies": []}', "expected a list for every head"),
         ('{"accuracies": [[0.5], [NaN]]}', "head 2 is nan"),
         ('{"accuracies": [[0.6, 0.8]]}', "add up to 1.4"),
     ],

@@ -145,7 +145,7 @@ def test_a_server_that_stays_away_is_given_up_on():
     closed.close()
     with pytest.raises(EndpointError, match="does not answer after 2 tries"):
         Endpoint(closed.url, "m", tries=2, sleep=lambda _: None).chat(ASKED)
-    with pytest.raises(InvalidInput, match="wanted an address"):
+    with pytest.raises(InvalidInput, match="expected an address"):
         Endpoint("localhost:8000", "m")
 
 

@@ -186,7 +186,7 @@ def test_the_page_needs_nothing_else(tmp_path, model, plain_tokenizer):
     found = Page(bench_page(record).to_html())
     assert not found.loaded and found.seen.count("svg") == 3 and "script" not in found.seen and "m" not in found.seen
     text = bench_page(record).to_markdown()
-    assert len(re.findall(r"^\| medusa \|", text, re.MULTILINE)) == 4  # overall, two categories, tokens a step
+    assert len(re.findall(r"^\| medusa \|", text, re.MULTILINE)) == 4  # overall, two categories, tokens per step
     assert "Left out, their prompts not fitting the context: d." in text
 
 
@@ -332,7 +332,7 @@ def test_values_out_of_range_are_usage_errors(arguments, message, tmp_path, monk
 
 def test_the_function_refuses_what_the_command_refuses(tmp_path):
     for options, message in (
-        ({"decoders": ["magic"]}, "decoders of a bench hold 'magic', wanted generate"),
+        ({"decoders": ["magic"]}, "decoders of a bench hold 'magic', expected generate"),
         ({"rounds": 0}, "at least 1 round"),
         ({"decoder": "medusa"}, "unknown key 'decoder'; did you mean 'decoders'"),
         ({"epsilon": 0.2}, "epsilon and delta are of typical acceptance"),

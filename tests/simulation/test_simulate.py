@@ -78,7 +78,7 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     ("arguments", "words"),
     [
         (["--hardware", "abacus"], "no hardware 'abacus'; known: a100-80gb-pcie"),
-        (["--weight-bits", "99"], "weights of 99 bits, wanted 1 to 16 for bfloat16"),
+        (["--weight-bits", "99"], "weights of 99 bits, expected 1 to 16 for bfloat16"),
         (["--roofline", "--measure"], "give one of"),
     ],
 )

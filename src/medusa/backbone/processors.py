@@ -118,7 +118,7 @@ def check_sampling(**settings: float | None) -> None:
     for name, value in settings.items():
         right, wanted = ranges[name]
         if value is not None and not right(value):
-            raise InvalidInput(f"{name} is {value}, wanted {wanted}")
+            raise InvalidInput(f"{name} is {value}, expected {wanted}")
 
 
 def check_follows_paths(

@@ -105,7 +105,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in DTYPES:
-        raise InvalidInput(f"dtype is {name!r}, wanted one of {', '.join(DTYPES)}")
+        raise InvalidInput(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -26,7 +26,7 @@ def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         InvalidInput: the kind is unknown, or bitsandbytes is missing.
     """
     if kind not in KINDS:
-        raise InvalidInput(f"quantization is {kind!r}, wanted one of {', '.join(KINDS)}")
+        raise InvalidInput(f"quantization is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "none":
         return {}
     require("bitsandbytes", "quantized", f"{kind} quantization")

@@ -91,7 +91,7 @@ def write_checkpoint(
 def check_request(output: Path, to: str) -> None:
     """Refuse an unknown format, and an output folder that is not empty."""
     if to not in FORMATS:
-        raise InvalidInput(f"format is {to!r}, wanted one of {', '.join(FORMATS)}")
+        raise InvalidInput(f"format is {to!r}, expected one of {', '.join(FORMATS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput(f"{output} exists; give the name of a new folder")
 
@@ -108,7 +108,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
             f"{to} has heads that read the hidden state alone, these read the {heads.kind}; write medusa or merged"
         )
     if to == "v2" and heads.num_layers != 1:
-        raise CheckpointError(f"v2 has one residual block a head, these have {heads.num_layers}; write another format")
+        raise CheckpointError(f"v2 has one residual block per head, these have {heads.num_layers}; write another format")
     if heads.config.medusa_draft_vocabulary is not None and to in ("v0.1", "v2", "vllm"):
         if not heads.config.medusa_shared_lm_head:
             raise CheckpointError(

@@ -159,7 +159,7 @@ def _watch(
                 MedusaDecoder(model, tree=tree, compile=True, **limits).prepare(ids)
     asked = f"> {text}" if is_chat else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
     out.print(Text(asked, style="bold" if is_chat else "dim"))
-    titles = {"plain": "plainly: a token a step", "medusa": "with Medusa: what one step emits has one colour"}
+    titles = {"plain": "plainly: one token per step", "medusa": "with Medusa: what one step emits has one colour"}
     recorded = {}
     for name, tree in trees.items():
         out.print(Text(f"\n{titles[name]}\n", style="dim"))
@@ -321,4 +321,4 @@ def _table(
     caption = f"identical output: {'yes' if record['identical'] else 'no: rounding in this dtype breaks ties differently'}"
     if "identical_float32" in record:
         caption += f"\nidentical output in float32: {'yes' if record['identical_float32'] else 'NO'}"
-    return ["", "tokens/s", "tokens a step", "overhead", "speedup"], rows, title, caption
+    return ["", "tokens/s", "tokens per step", "overhead", "speedup"], rows, title, caption

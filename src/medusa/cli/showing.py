@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 UNCUT = 1000  # columns of a file or pipe: nothing is wrapped there
 READABLE = 100  # columns of text: longer lines are hard to read
-WORTH = 1.2  # tokens a step; trees that accept less are seldom faster than plain decoding
+WORTH = 1.2  # tokens per step; trees that accept less are seldom faster than plain decoding
 STEPS_TO_TELL = 8  # steps after which a low acceleration rate is more than chance
 
 
@@ -23,9 +23,9 @@ def speed(tokens: int, steps: int, seconds: float) -> str:
     """The speed of an answer, in words.
 
     >>> speed(30, 12, 1.5)
-    '20.0 tokens/s, 2.50 tokens a step'
+    '20.0 tokens/s, 2.50 tokens per step'
     """
-    return f"{tokens / seconds:.1f} tokens/s, {tokens / steps:.2f} tokens a step"
+    return f"{tokens / seconds:.1f} tokens/s, {tokens / steps:.2f} tokens per step"
 
 
 def note_low_rate(nodes: int, tokens: int, steps: int) -> None:

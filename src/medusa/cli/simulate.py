@@ -150,7 +150,7 @@ def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, accele
         speedups = [f"{p.speedup:.2f}" for p in points if (p.batch, p.length) == (top.batch, top.length)]
         plain = f"{1e3 * top.seconds / top.overhead:.2f}"
         rows.append([str(top.batch), str(top.length), plain, f"{top.candidates} ({top.speedup:.2f})", *speedups])
-    title = f"{names['model']} on {names['hardware']}: speedup by tree size; tokens a step: {names['acceleration']}"
+    title = f"{names['model']} on {names['hardware']}: speedup by tree size; tokens per step: {names['acceleration']}"
     showing.print_table(["batch", "length", "plain ms", "best size", *map(str, grid.sizes)], rows, title, keys=2)
     for s, stop in stops.items():
         print(f"length {s}: " + ("trees pay at every batch tried" if stop is None else f"no tree pays from batch {stop} on"))
@@ -223,7 +223,7 @@ def measure_here(name: str, output: Path | None, device: str | None, dtype: str,
         return
     print(f"{name}: {found.source}")
     print(f"copy {found.bandwidth / 1e9:.1f} GB/s, elementwise passes {(found.pointwise or 0) / 1e9:.1f} GB/s, launch ", end="")
-    print(f"{1e6 * found.launch:.1f} µs, besides {1e6 * found.layer:.0f} µs a layer and {1e6 * found.step:.0f} µs a step")
+    print(f"{1e6 * found.launch:.1f} µs, besides {1e6 * found.layer:.0f} µs per layer and {1e6 * found.step:.0f} µs per step")
     for width, rows, seconds in found.linear[dtype]:
         print(f"linear layers {width:g} wide, {rows:g} rows: {2 * rows / seconds / 1e9:.1f} GFLOP/s")
 

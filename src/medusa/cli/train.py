@@ -198,7 +198,7 @@ def _show(trained: Trained, as_json: bool) -> None:
             tops = "  ".join(f"top-{i} {metrics[f'eval_head{k}_top{i}']:.3f}" for i in (1, 2, 3, 5))
             print(f"head {k}: {tops}")
     if "eval_acceleration_rate" in metrics:
-        print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens a step, {recipe.tree_nodes} nodes")
+        print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens per step, {recipe.tree_nodes} nodes")
 
 
 def show_rows(count: int, model: str, data: list[str], **options: Any) -> None:

@@ -95,7 +95,7 @@ def tree_command(
         return
     show_tree(tree, chances, marked)
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items() if value is not None)
-    print(shown if expected is None else f"{shown}: {expected:.3f} tokens a step expected")
+    print(shown if expected is None else f"{shown}: {expected:.3f} tokens per step expected")
 
 
 def draw_static(
@@ -147,7 +147,7 @@ def read_accuracies(file: Path) -> list[list[float]]:
 
     found = read_json(file, InvalidInput)
     if not isinstance(found, dict) or "accuracies" not in found:
-        raise InvalidInput(f'{file} holds no accuracies, wanted {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
+        raise InvalidInput(f'{file} holds no accuracies, expected {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
     check_accuracies(found["accuracies"])
     return found["accuracies"]
 

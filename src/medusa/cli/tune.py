@@ -77,7 +77,7 @@ def tune_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Record what the backbone says and its heads guess, replay trees of all kinds, sizes and depths, time their steps here,
-    and choose the tree with the most tokens a second; plain decoding if no tree pays (paper 2.3.3, 2.2.3)."""
+    and choose the tree with the most tokens per second; plain decoding if no tree pays (paper 2.3.3, 2.2.3)."""
     from medusa.tuning.verbs import tune
 
     kinds = [str(each) for each in kind or ()]
@@ -125,7 +125,7 @@ def _show(tuned: Tuned) -> None:
     if static:
         expected, option = max(static, key=lambda each: each[0])
         error = 100 * (expected / option.acceleration_rate - 1)
-        print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens a step: {error:+.0f} %")
+        print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens per step: {error:+.0f} %")
     for batch, option in choices.chosen.items():
         why = ": no tree pays here, so the heads are left unused; train them for longer" if option.kind == "plain" else ""
         print(f"batch {batch}: {option.name}, {option.speedup(choices.plain, batch):.2f} times plain decoding{why}")
@@ -144,7 +144,7 @@ def _show_options(choices: Choices, title: str, options: list[Option]) -> None:
     ]
     picked = [option.tree for option in batches.values()]
     showing.print_table(
-        ["tree", "tokens a step", *figures],
+        ["tree", "tokens per step", *figures],
         [_cells(option, choices.plain) for option in options],
         title,
         bold={number for number, option in enumerate(options) if option.tree in picked},

@@ -75,7 +75,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         httpx = require("httpx", "endpoint", "an endpoint")
         if not self.url.startswith(("http://", "https://")):
-            raise InvalidInput(f"endpoint is {self.url!r}, wanted an address such as http://localhost:8000/v1")
+            raise InvalidInput(f"endpoint is {self.url!r}, expected an address such as http://localhost:8000/v1")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise InvalidInput("the endpoint's key holds characters that are not allowed in keys; copy it again")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

@@ -116,7 +116,7 @@ def select(questions: Sequence[Question], categories: Sequence[str] = (), limit:
     if limit is None or limit >= len(chosen):
         return chosen
     if limit < 1:
-        raise InvalidInput(f"the limit of prompts is {limit}, wanted at least 1")
+        raise InvalidInput(f"the limit of prompts is {limit}, expected at least 1")
     return [chosen[n * len(chosen) // limit] for n in range(limit)]
 
 
@@ -127,12 +127,12 @@ def _question(number: int, asked: Asked) -> Question:
     if category is None:
         category = CODE if "task_id" in record else NO_CATEGORY
     if not isinstance(category, str) or not category.strip() or category == OVERALL:
-        raise InvalidInput(f"{where} has the category {category!r}, wanted a name; leave the key out if there is none")
+        raise InvalidInput(f"{where} has the category {category!r}, expected a name; leave the key out if there is none")
     references = record.get("reference") or (record.get("canonical_solution") if "task_id" in record else None) or ()
     if isinstance(references, str):
         references = [references]
     if not isinstance(references, list | tuple) or not all(isinstance(text, str) for text in references):
-        raise InvalidInput(f"{where}: its reference are {str(references)[:60]!r}, wanted a list of strings")
+        raise InvalidInput(f"{where}: its reference are {str(references)[:60]!r}, expected a list of strings")
     if not all(map(is_unicode, references)):
         raise InvalidInput(f"{where}: its reference are no valid Unicode: half of a surrogate pair is in them")
     return Question(str(given), category, asked.turns, asked.system, tuple(references), asked.ids)
@@ -146,7 +146,7 @@ def _with_references(questions: list[Question], source: str | Path) -> list[Ques
             turns = record["reference"] if "reference" in record else record["choices"][0]["turns"]
             found[str(record["question_id"])] = tuple([turns] if isinstance(turns, str) else turns)
         except (KeyError, IndexError, TypeError):
-            raise InvalidInput(f"{where} is no reference answer; wanted question_id and choices or reference") from None
+            raise InvalidInput(f"{where} is no reference answer; expected question_id and choices or reference") from None
     if not any(question.id in found for question in questions):
         raise InvalidInput(f"{source} answers none of these questions; their ids are {questions[0].id!r}, …")
     return [replace(question, references=found.get(question.id, question.references)) for question in questions]

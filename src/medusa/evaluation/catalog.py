@@ -204,7 +204,7 @@ class Experiment:
         return found
 
 
-QUALITY_COLUMNS = ("nats a token", "nats beyond plain", "repeated 8-grams", "distinct-2")
+QUALITY_COLUMNS = ("nats per token", "nats beyond plain", "repeated 8-grams", "distinct-2")
 
 EXPERIMENTS = {
     "figure-3": Experiment(
@@ -223,17 +223,17 @@ EXPERIMENTS = {
         paper.FIGURE_4,
         ("nodes", "calibration-prompts"),
         axis="nodes",
-        panels=("tokens a step", "tokens/s"),
+        panels=("tokens per step", "tokens/s"),
     ),
     "figure-5": Experiment(
         "Typical acceptance by its threshold at temperature 0.7",
         thresholds,
-        ("tokens a step", "tokens/s", "vs plain", *QUALITY_COLUMNS),
+        ("tokens per step", "tokens/s", "vs plain", *QUALITY_COLUMNS),
         paper.FIGURE_5,
         ("epsilon",),
         quality=True,
         axis="epsilon",
-        panels=("tokens a step", "nats a token", "repeated 8-grams", "distinct-2"),
+        panels=("tokens per step", "nats per token", "repeated 8-grams", "distinct-2"),
     ),
     "table-1": Experiment(
         "Acceleration, overhead, quality and speedup, beside speculative decoding",
@@ -259,6 +259,6 @@ EXPERIMENTS = {
         ("draft", "gamma"),
         ("draft",),
         axis="gamma",
-        panels=("tokens/s", "tokens a step"),
+        panels=("tokens/s", "tokens per step"),
     ),
 }

@@ -70,11 +70,11 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, known in (("decoders", DECODERS), ("acceptances", ACCEPTANCES)):
             if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise InvalidInput(f"{name} of a bench hold {unknown[0]!r}, wanted {', '.join(known)}")
+                raise InvalidInput(f"{name} of a bench hold {unknown[0]!r}, expected {', '.join(known)}")
         if min(self.rounds, self.max_new_tokens, *self.gammas) < 1 or not self.decoders or not self.acceptances:
             raise InvalidInput("a bench needs decoders, acceptances, and at least 1 round, new token and gamma")
         if self.temperature < 0:
-            raise InvalidInput(f"temperature is {self.temperature}, wanted 0 (greedy) or more")
+            raise InvalidInput(f"temperature is {self.temperature}, expected 0 (greedy) or more")
         if "typical" not in self.acceptances and (self.epsilon, self.delta) != (BenchConfig.epsilon, BenchConfig.delta):
             raise InvalidInput("epsilon and delta are of typical acceptance; pass --acceptance typical or leave them out")
         if "typical" in self.acceptances and not self.temperature:

@@ -107,7 +107,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
     questions = next(iter(found.values()))[OVERALL]["questions"]
     blocks: list[Block] = [
         f"{made['model']} on {made['prompts']}: {questions} questions, at most {made['max_new_tokens']} new "
-        f"tokens an answer, {circumstances(record)}",
+        f"tokens per answer, {circumstances(record)}",
         figures_table(found, OVERALL, experiment.columns),
     ]
     if categories := shown_categories(found)[1:]:

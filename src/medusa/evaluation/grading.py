@@ -133,12 +133,12 @@ def read_tasks(source: str | Path) -> list[Task]:
             answers = {str(name): list(given) for name, given in record["answers"].items()}
         except (KeyError, TypeError, AttributeError):
             raise InvalidInput(
-                f"{where} is not an answer of `medusa bench`; wanted an object with id, turns and answers"
+                f"{where} is not an answer of `medusa bench`; expected an object with id, turns and answers"
             ) from None
         decoders_of: dict[tuple[str, ...], list[str]] = {}
         for name, given in answers.items():
             if len(given) > len(turns) or not all(isinstance(text, str) for text in (*given, *turns, *references)):
-                raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one a turn")
+                raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one per turn")
             for turn in range(len(given)):
                 decoders_of.setdefault(tuple(given[: turn + 1]), []).append(name)
         for shown, names in decoders_of.items():

@@ -115,18 +115,18 @@ COLUMNS = {
     "decode tokens/s": Column(_at("decode_tokens_per_second"), ".1f"),
     "vs generate": Column(_at("speedup_vs_generate")),
     "vs plain": Column(_at("speedup_vs_plain")),
-    "tokens a step": Column(_at("acceleration_rate")),
+    "tokens per step": Column(_at("acceleration_rate")),
     "overhead": Column(_at("overhead")),
     "first token": Column(_at("time_to_first_token"), ".0f", 1000, " ms"),
     "peak": Column(_at("peak_bytes"), ".0f", 2**-20, " MiB"),
     "identical": Column(_at("identical_to_plain"), ".0%"),
     "repeated 8-grams": Column(_at("repeated_8grams"), ".0%"),
-    "nats a token": Column(_at("quality", LIKELIHOOD), ".3f"),
+    "nats per token": Column(_at("quality", LIKELIHOOD), ".3f"),
     "nats beyond plain": Column(_at("log_likelihood_vs_plain"), "+.3f"),
     "distinct-2": Column(_at("quality", "distinct_2")),
     "compiles": Column(_at("quality", "code_that_compiles"), ".0%"),
 }
-SPEED_COLUMNS = ("tokens/s", "vs generate", "vs plain", "tokens a step", "overhead", "identical")
+SPEED_COLUMNS = ("tokens/s", "vs generate", "vs plain", "tokens per step", "overhead", "identical")
 
 
 def interval_text(figure: dict[str, float | None] | Estimate, form: str = ".2f") -> str:
@@ -163,7 +163,7 @@ def circumstances(record: dict[str, Any]) -> str:
 
 
 def bench_page(record: dict[str, Any]) -> Page:
-    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens a step.
+    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens per step.
 
     Args:
         record: the object of `results.json`.
@@ -171,7 +171,7 @@ def bench_page(record: dict[str, Any]) -> Page:
     made, found = record["made_with"], record["decoders"]
     first = next(iter(found.values()))
     blocks: list[Block] = [
-        f"{first[OVERALL]['questions']} questions, at most {made['max_new_tokens']} new tokens an answer, "
+        f"{first[OVERALL]['questions']} questions, at most {made['max_new_tokens']} new tokens per answer, "
         f"{'greedy' if not made['temperature'] else 'sampled at ' + str(made['temperature'])}, {circumstances(record)}"
     ]
     if can_plot():

@@ -171,10 +171,10 @@ class ExperimentConfig:
         if min(self.rounds, self.max_new_tokens, *self.gammas) < 1:
             raise InvalidInput("an experiment needs at least 1 round, new token and gamma")
         if any(size < 2 for size in self.nodes):
-            raise InvalidInput(f"--nodes is {min(self.nodes)}, wanted at least 2: the root alone is plain decoding")
+            raise InvalidInput(f"--nodes is {min(self.nodes)}, expected at least 2: the root alone is plain decoding")
         for value in self.epsilons:
             if not 0 < value <= 1:
-                raise InvalidInput(f"--epsilon is {value}, wanted above 0 and at most 1")
+                raise InvalidInput(f"--epsilon is {value}, expected above 0 and at most 1")
 
     def check(self, name: str, prompts: str | None, model: str) -> None:
         """Refuse options that an experiment lacks, and the lack of those that it needs.

@@ -68,7 +68,7 @@ def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
     except OSError as error:
         raise wrong(f"cannot read {path}: {error.strerror or one_line(error)}") from None
     except ValueError as error:  # UnicodeDecodeError is one, and what a name with a null byte raises
-        raise wrong(f"cannot read {path}: {one_line(error)}; wanted a text in UTF-8") from None
+        raise wrong(f"cannot read {path}: {one_line(error)}; expected a text in UTF-8") from None
 
 
 def read_json(path: str | Path, wrong: type[MedusaError]) -> Any:

@@ -15,7 +15,7 @@ from medusa.trees.calibration import Calibration
 CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
 MOST_BATCH = 4096
 
-Acceleration = Callable[[int], float]  # candidates -> tokens a step
+Acceleration = Callable[[int], float]  # candidates -> tokens per step
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.num_heads < 0:
-            raise InvalidInput(f"{self.num_heads} heads, wanted at least 0")
+            raise InvalidInput(f"{self.num_heads} heads, expected at least 0")
         if self.weight_bits is not None and not 1 <= self.weight_bits <= 8 * ELEMENT[self.dtype]:
-            raise InvalidInput(f"weights of {self.weight_bits} bits, wanted 1 to {8 * ELEMENT[self.dtype]} for {self.dtype}")
+            raise InvalidInput(f"weights of {self.weight_bits} bits, expected 1 to {8 * ELEMENT[self.dtype]} for {self.dtype}")
 
     @property
     def element(self) -> int:
@@ -137,4 +137,4 @@ def calibrated(calibration: Calibration) -> Acceleration:
 def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
-            raise InvalidInput(f"{name} is {value}, wanted at least 1")
+            raise InvalidInput(f"{name} is {value}, expected at least 1")

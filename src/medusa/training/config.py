@@ -77,12 +77,12 @@ class TrainingConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise InvalidInput(f"{name} is {value}, wanted a number that is finite")
+                raise InvalidInput(f"{name} is {value}, expected a number that is finite")
         positive: tuple[str, ...] = ("num_heads", "epochs", "batch_size", "gradient_accumulation", "max_length")
         positive += ("soft_top", "lora_rank", "lora_alpha", "learning_rate", "logging_steps", "save_steps", "tree_nodes")
         for name in positive:
             if not getattr(self, name) > 0:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted more than 0")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected more than 0")
         for name in (
             "seed",
             "num_layers",
@@ -93,21 +93,21 @@ class TrainingConfig:
             "eval_steps",
         ):
             if not getattr(self, name) >= 0:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.draft_vocabulary not in ("all", "auto") and not (
             self.draft_vocabulary.isdecimal() and int(self.draft_vocabulary) > 0
         ):
-            raise InvalidInput(f"draft_vocabulary is {self.draft_vocabulary!r}, wanted all, auto or a number of tokens")
+            raise InvalidInput(f"draft_vocabulary is {self.draft_vocabulary!r}, expected all, auto or a number of tokens")
         if self.loss_chunk < 0:
-            raise InvalidInput(f"loss_chunk is {self.loss_chunk}, wanted at least 0")
+            raise InvalidInput(f"loss_chunk is {self.loss_chunk}, expected at least 0")
         for name in ("max_steps", "heads_steps"):
             if getattr(self, name) < -1 or (name == "max_steps" and self.max_steps == 0):
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted -1 or a number of steps")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected -1 or a number of steps")
         if self.backbone_learning_rate is not None and not self.backbone_learning_rate >= 0:
-            raise InvalidInput(f"backbone_learning_rate is {self.backbone_learning_rate}, wanted at least 0")
+            raise InvalidInput(f"backbone_learning_rate is {self.backbone_learning_rate}, expected at least 0")
         for name in ("held_out", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0 and below 1")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 0 and below 1")
         if self.backbone == "full" and self.quantization != "none":
             raise InvalidInput(f"backbone=full cannot train {self.quantization} weights; use backbone=lora")
         if self.backbone == "full" and self.lm_loss == "distill":
@@ -150,7 +150,7 @@ def read_options(path: Path) -> dict[str, Any]:
     """
     found = read_yaml(path, InvalidInput) or {}
     if not isinstance(found, dict):
-        raise InvalidInput(f"{path} holds a {type(found).__name__}, wanted `option: value` lines")
+        raise InvalidInput(f"{path} holds a {type(found).__name__}, expected `option: value` lines")
     # YAML takes 2e-3 for a text, since it lacks a point.
     return {name: float(value) if _EXPONENT.fullmatch(str(value)) else value for name, value in found.items()}
 

@@ -50,10 +50,10 @@ class Distillation:
     def __post_init__(self):
         for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("temperature", "self_talk", "seed"):
             if getattr(self, name) < 0:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.top_p is not None and not self.temperature:
             raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 

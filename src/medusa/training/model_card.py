@@ -16,7 +16,7 @@ MEASURED = """\
 |---|---|{rule}|
 {accuracies}
 
-Accuracy on {asked:,} tokens {measured_on}. The tree here ({nodes} nodes) should accept {rate:.2f} tokens a step from them, if
+Accuracy on {asked:,} tokens {measured_on}. The tree here ({nodes} nodes) should accept {rate:.2f} tokens per step from them, if
 heads err independently. Trained on {tokens:,} tokens, {labelled:,} of them labelled. Options, log and fingerprint of the data:
 `training.json`.
 """

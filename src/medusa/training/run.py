@@ -235,7 +235,7 @@ def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
         tensor.copy_(start)
     if found:
         raise InvalidInput(
-            f"the heads given to start from are of kind {given.kind}, wanted {heads.kind} or one that reads less"
+            f"the heads given to start from are of kind {given.kind}, expected {heads.kind} or one that reads less"
         )
 
 

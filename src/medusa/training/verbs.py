@@ -207,7 +207,7 @@ def distill(
         MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
     """
     if samples < 1 or (limit is not None and limit < 1) or ray < 0:
-        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}: wanted at least 1, and at least 0 for ray")
+        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}: expected at least 1, and at least 0 for ray")
     if data == "self" and (endpoint is not None or ray):
         raise InvalidInput("--data self runs here, on one machine; drop --endpoint and --ray")
     how = from_mapping(Distillation, options, "distillation options")

@@ -69,7 +69,7 @@ def tree_figure(tree: MedusaTree, chances: Mapping[Path_, float] | None = None, 
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    expected = "" if chances is None else f", {1 + sum(chances.get(p, 0.0) for p in tree.paths):.2f} tokens a step expected"
+    expected = "" if chances is None else f", {1 + sum(chances.get(p, 0.0) for p in tree.paths):.2f} tokens per step expected"
     axes.set_title(f"{len(tree)} nodes{expected}", fontsize="medium")
     return figure
 

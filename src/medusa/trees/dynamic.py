@@ -59,18 +59,18 @@ class DynamicTree:
             value = getattr(self, name)
             least = 2 if name == "num_nodes" else 1
             if type(value) is not int or value < least:
-                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted an integer of at least {least}")
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, expected an integer of at least {least}")
         object.__setattr__(self, "temperatures", tuple(self.temperatures) or (1.0,) * self.depth)
         if len(self.temperatures) < self.depth or not all(
             isinstance(value, int | float) and 0 < value < float("inf") for value in self.temperatures
         ):
-            raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, wanted {self.depth} above 0")
+            raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, expected {self.depth} above 0")
         if type(self.copied) is not int or not 0 <= self.copied <= self.num_nodes - 2:
-            raise InvalidTree(f"copied is {self.copied!r}, wanted 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
+            raise InvalidTree(f"copied is {self.copied!r}, expected 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
         for name in ("pair_bonus", "triple_bonus"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted at least 0")
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, expected at least 0")
             object.__setattr__(self, name, float(value))
 
     def __len__(self) -> int:

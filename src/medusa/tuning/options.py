@@ -1,4 +1,4 @@
-"""Options: the best tree of every kind, size and depth for recorded texts, and the tokens a step of each."""
+"""Options: the best tree of every kind, size and depth for recorded texts, and the tokens per step of each."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Option:
 
     Attributes:
         kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
-        acceleration_rate: tokens a step, cross-validated: each half of the texts with a tree fitted to the other half.
+        acceleration_rate: tokens per step, cross-validated: each half of the texts with a tree fitted to the other half.
         interval: its 95 % interval over texts.
-        if_independent: tokens a step expected of a static tree if heads erred independently, as in the paper (2.3.3).
+        if_independent: tokens per step expected of a static tree if heads erred independently, as in the paper (2.3.3).
         step_seconds: seconds of a decoding step on this machine, by batch size.
     """
 
@@ -105,7 +105,7 @@ class Trees:
                 on_progress()
 
     def option(self, kind: str, size: int, depth: int | None = None) -> Option:
-        """The best tree of this kind, size and depth, fitted to all texts, with the tokens a step of trees fitted to halves.
+        """The best tree of this kind, size and depth, fitted to all texts, with the tokens per step of trees fitted to halves.
 
         Args:
             depth: number of heads; None is all that a tree of this size can use.

@@ -64,12 +64,12 @@ class TuningConfig:
     def __post_init__(self) -> None:
         for name, least in (("nodes", 2), ("batches", 1), ("contexts", 1)):
             if any(value < least for value in getattr(self, name)):
-                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, wanted at least {least}")
+                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, expected at least {least}")
         if unknown := [kind for kind in self.kinds if kind not in TREE_KINDS]:
-            raise InvalidInput(f"kinds of tuning hold {unknown[0]!r}, wanted {', '.join(TREE_KINDS)}")
+            raise InvalidInput(f"kinds of tuning hold {unknown[0]!r}, expected {', '.join(TREE_KINDS)}")
         for name in ("max_new_tokens", "ranks", "batch_size", "rounds"):
             if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, wanted at least 1")
+                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, expected at least 1")
         if self.temperature < 0 or not self.nodes or not self.kinds or not self.batches:
             raise InvalidInput(f"tuning needs nodes, kinds, batches and a temperature of at least 0, got {self}")
 
@@ -131,7 +131,7 @@ def tune(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Tuned:
-    """Choose the tree with the most tokens a second on this machine: record, replay, time (paper 2.3.3, 2.2.3).
+    """Choose the tree with the most tokens per second on this machine: record, replay, time (paper 2.3.3, 2.2.3).
 
         tuned = medusa.tune("smollm2", prompts="chats.jsonl", output="heads/medusa_tree.json", nodes=(8, 16, 32))
         print(tuned.tree, tuned.choices.chosen[1].name)
@@ -155,7 +155,7 @@ def tune(
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     config = from_mapping(TuningConfig, given, "tuning options")
     if limit < 1 or prompt_tokens < 1:
-        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, wanted at least 1")
+        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, expected at least 1")
     source = default_prompts(model, prompts)
     named.require_heads(model, heads)
     questions = None if prompts is None else read_questions(source)
@@ -244,7 +244,7 @@ def _check_room(model: MedusaModel, config: TuningConfig) -> int:
     room = room_to_time(model.num_heads, max(model.num_heads, copied))
     if model.max_length is not None and max(config.contexts, default=1) + room > model.max_length:
         longest = model.max_length - room
-        raise InvalidInput(f"--context is {max(config.contexts)}, wanted at most {longest}: timing adds {room} tokens to it")
+        raise InvalidInput(f"--context is {max(config.contexts)}, expected at most {longest}: timing adds {room} tokens to it")
     return room
 
 
