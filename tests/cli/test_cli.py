@@ -123,7 +123,7 @@ def tiny_folder(tmp_path):
         (["generate", "embedded", "--prompt-file", "no.txt"], "cannot read no.txt"),
         (["chat", "embedded"], "no chat template"),
         (["generate", "embedded", "x", "--chat"], "no chat template"),
-        (["generate", "embedded"], "stdin holds no prompt"),
+        (["generate", "embedded"], "stdin is empty"),
         (["generate", "Once upon a time"], "looks like a prompt; name the model first"),
         (["inspect", "no-such-folder/at-all"], "is no folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),

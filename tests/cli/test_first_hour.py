@@ -84,8 +84,8 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
         (["bench", "{own}/text", "--prompts", "{set}", "--heads", "{own}/heads", "--tree", "no.json"], "no tree file no.json"),
         (["generate", "{own}/text", "x", "--heads", "{own}/heads", "-n", "5000"], "exceed the context of 512; lower"),
         (["generate", "{own}/text", "x"], "has no Medusa heads; give some with --heads FOLDER, train some (medusa train"),
-        (["generate", "{own}/text", "--prompt-file", "{empty}"], "holds no prompt"),
-        (["chat", "Tell me a story"], "looks like a prompt; start with medusa chat MODEL"),
+        (["generate", "{own}/text", "--prompt-file", "{empty}"], "is empty"),
+        (["chat", "Tell me a story"], "looks like a prompt; start medusa chat MODEL"),
         (["demo", "Tell me a story"], "looks like a prompt; give it with --prompt"),
         (["demo", "{own}/text", "--heads", "{own}/heads"], "is not a chat model, which could answer our questions"),
     ],
@@ -147,7 +147,7 @@ def test_generate_says_which_tree_it_uses_where_none_was_tuned(medusa, own, tmp_
 
 def test_heads_that_are_seldom_right_are_said_to_be_slow(medusa, own):
     err = medusa("generate", own / "text", "x = ", "--heads", own / "heads", "-n", "24")[2]
-    assert "a tree of 16 nodes that is right so seldom is likely slower than --tree root" in err
+    assert "a tree of 16 nodes with so few accepted guesses is likely slower than --tree root" in err
 
 
 def test_the_root_alone_needs_no_heads(medusa, own):
@@ -266,7 +266,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
     )
     assert status == 0, err
     assert out.startswith("> Explain in a few sentences why the sky is blue.\n")
-    plain, medusa_ = out.split("plainly: one token per step")[1].split("with Medusa: what one step emits has one colour")
+    plain, medusa_ = out.split("plainly: one token per step")[1].split("with Medusa: tokens of one step have one colour")
     assert plain.strip().rsplit("\n\n", 1)[0] == medusa_.strip().split("\n\n")[0]
     assert out.count("tokens/s,") == 2 and "identical output in float32: yes" in out and "2 prompts" in out
 
@@ -274,7 +274,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
 def test_the_demo_is_of_the_embedded_model_where_smollm2_is_not_installed(medusa, monkeypatch):
     monkeypatch.setattr("medusa.checkpoints.hub.SMOLLM2_PACKAGE", "no_such_package_here")
     status, out, err = medusa("demo", "--limit", "1", "-n", "8", "--no-compile", "--no-float32-check", "--json")
-    assert status == 0 and "smollm2 is not installed here: the demo is of `embedded`" in err
+    assert status == 0 and "smollm2 is not installed here, so the demo uses `embedded`" in err
     assert json.loads(out)["model"] == "embedded"
 
 

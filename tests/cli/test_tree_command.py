@@ -164,7 +164,7 @@ def test_inspect_shows_dynamic_tree_files(tmp_path, capsys):
 def test_nodes_beyond_the_accuracies_are_said_to_count_for_nothing(accuracies, capsys):
     app(["tree", "--dense", "4", "--accuracies", accuracies, "--json"], standalone_mode=False)
     captured = capsys.readouterr()
-    assert "1 nodes count for nothing" in captured.err
+    assert "1 nodes count as 0" in captured.err
     assert json.loads(captured.out)["expected_acceptance_length"] == pytest.approx(1.8)
 
 
@@ -220,4 +220,4 @@ def test_broken_accuracies_are_refused_for_any_source(tree, tmp_path, content, m
 def test_errors_exit_1_with_one_line():
     done = subprocess.run([sys.executable, "-m", "medusa", "tree", "--nodes", "8"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "medusa: --nodes searches by --accuracies FILE or --calibration FILE; give one of them\n"
+    assert done.stderr == "medusa: --nodes needs --accuracies FILE or --calibration FILE to search with; give one of them\n"

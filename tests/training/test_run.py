@@ -370,7 +370,7 @@ def test_a_cut_batch_gives_the_gradient_of_the_whole(data):
         ({"backbone_learning_rate": -1.0}, "backbone_learning_rate"),
         ({"backbone": "full", "quantization": "nf4"}, "backbone=full cannot train nf4"),
         ({"backbone": "full", "lm_loss": "distill"}, "needs the original model"),
-        ({"heads_steps": 5}, "heads_steps is for a backbone that is trained"),
+        ({"heads_steps": 5}, "heads_steps needs a trained backbone"),
     ],
 )
 def test_nonsense_configuration_is_refused(changes, message):

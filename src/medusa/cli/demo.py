@@ -1,4 +1,4 @@
-"""medusa demo: one answer, decoded plainly and then with Medusa as you watch; then the speeds."""
+"""medusa demo: an answer shown as it is decoded, plainly and then with Medusa; then the speeds."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def demo_command(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: our questions, or held-out code).")
+        str | None, typer.Option("--prompt", "-p", help="Prompt to use (default: our questions, or held-out code).")
     ] = None,
     prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of our prompts to measure.")] = 3,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of built-in prompts to measure.")] = 3,
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
@@ -64,7 +64,7 @@ def demo_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Answer a question plainly and then with Medusa as you watch, and measure both against transformers' generate."""
+    """Show an answer being decoded, first plainly and then with Medusa; then measure both against transformers' generate."""
     from medusa.checkpoints import named
     from medusa.data.prompts import as_conversation
 
@@ -112,12 +112,12 @@ def _default_model(heads: str | None) -> str:
     if found is not None and (heads is not None or (found.heads is not None and has_heads(found.heads))):
         return "smollm2"
     missing = "heads of smollm2 are" if found is not None else "smollm2 is"
-    note(f"{missing} not installed here: the demo is of `embedded`, a small code model")
+    note(f"{missing} not installed here, so the demo uses `embedded`, a small code model")
     return "embedded"
 
 
 def _prompts(model: str, tokenizer: Any, given: str | None, is_chat: bool, number: int) -> tuple[list[str], list[Tensor]]:
-    """The prompts as texts and as token ids (1, P): the one given, our questions, or held-out code."""
+    """The prompts as texts and as token ids (1, P): the given one, our questions, or held-out code."""
     import torch
 
     from medusa.data.prompts import as_conversation, prompt_ids
@@ -159,7 +159,7 @@ def _watch(
                 MedusaDecoder(model, tree=tree, compile=True, **limits).prepare(ids)
     asked = f"> {text}" if is_chat else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
     out.print(Text(asked, style="bold" if is_chat else "dim"))
-    titles = {"plain": "plainly: one token per step", "medusa": "with Medusa: what one step emits has one colour"}
+    titles = {"plain": "plainly: one token per step", "medusa": "with Medusa: tokens of one step have one colour"}
     recorded = {}
     for name, tree in trees.items():
         out.print(Text(f"\n{titles[name]}\n", style="dim"))
@@ -237,7 +237,7 @@ def _identical_in_float32(
     batch: Tensor,
     limits: dict[str, Any],
 ) -> bool:
-    """Whether generate, the plain loop and Medusa give the same output on one prompt in float32, where they must."""
+    """Whether generate, the plain loop and Medusa give the same output on one prompt in float32, as they must."""
     import torch
 
     from medusa.checkpoints import named
