@@ -59,7 +59,7 @@ def test_folder_without_a_model_is_one_line(tmp_path, saved):
 
 
 def test_unknown_name_is_neither_folder_nor_fetched():
-    with pytest.raises(CheckpointError, match="is no folder here and cannot be fetched"):
+    with pytest.raises(CheckpointError, match="is not a folder here and cannot be fetched"):
         MedusaModel.from_pretrained("nobody/no-such-model")
 
 

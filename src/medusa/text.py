@@ -1,4 +1,4 @@
-"""Incremental detokenising: text from tokens as they come."""
+"""Incremental detokenising: text from tokens as they arrive."""
 
 from __future__ import annotations
 

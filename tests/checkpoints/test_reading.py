@@ -283,7 +283,7 @@ def _quantised(tensors):
         (lambda t: t.update({"1.2.weight": t.pop("1.1.weight")}), r"0.1.weight stands where a block would"),
         (lambda t: t.update({"3.1.weight": torch.zeros(V, D)}), r"lacks tensor 2.0.linear.bias, expected for 4 heads"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(D)}), r"holds model.norm.weight; expected names like 0.0.linear"),
-        (lambda t: t.update({"lm_heads.0.weight": torch.zeros(V, D)}), r"lm_heads.0.weight, names of two formats"),
+        (lambda t: t.update({"lm_heads.0.weight": torch.zeros(V, D)}), r"lm_heads.0.weight, which are names of two formats"),
         (lambda t: t.update({"99999999.0.linear.bias": torch.zeros(D)}), r"names for 100000000 heads"),
         (_quantised, r"tensor 0.0.linear.weight is F8_E4M3, expected unquantised floats of 16 or more bits"),
         (lambda t: t.update({"0.0.linear.input_scale": torch.ones(1)}), r"0.0.linear.input_scale: quantised heads"),

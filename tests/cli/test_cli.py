@@ -116,7 +116,7 @@ def tiny_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "nobody/nothing", "x"], "is no folder here and cannot be fetched"),
+        (["generate", "nobody/nothing", "x"], "is not a folder here and cannot be fetched"),
         (["generate", "embedded", "x", "--tree", "no.json"], "no tree file no.json"),
         (["generate", "embedded", "x", "-n", "5000"], "exceed the context of 1024"),
         (["generate", "embedded", "x", "--prompt-file", "y"], "not both"),
@@ -125,7 +125,7 @@ def tiny_folder(tmp_path):
         (["generate", "embedded", "x", "--chat"], "no chat template"),
         (["generate", "embedded"], "stdin is empty"),
         (["generate", "Once upon a time"], "looks like a prompt; name the model first"),
-        (["inspect", "no-such-folder/at-all"], "is no folder here"),
+        (["inspect", "no-such-folder/at-all"], "is not a folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
         (["tune", "some/model"], "no prompts"),
         (["generate", "embedded", "x", "--tree", "."], "cannot read the tree file"),

@@ -178,7 +178,7 @@ def test_nodes_beyond_the_accuracies_are_said_to_count_for_nothing(accuracies, c
         (["--nodes", "8", "--accuracies", "A", "--calibration", "A"], "not both"),
         (["--nodes", "4", "--accuracies", "none.json"], "cannot read none.json: No such file"),
         (["--nodes", "4", "--calibration", "none.json"], "no calibration none.json"),
-        (["--nodes", "4", "--calibration", "A"], "is no calibration as medusa tune writes it"),
+        (["--nodes", "4", "--calibration", "A"], "is not a calibration written by medusa tune"),
         (["--preset", "nobody"], "no tree is called 'nobody'; there are mc_sim_7b_63, "),
         (["nobody"], "no tree is called 'nobody'"),
         (["none.json"], "no tree file none.json"),

@@ -1,4 +1,4 @@
-"""Models by name: what verbs load, and what they refuse before anything is loaded."""
+"""Models by name: loading them for the commands, and refusing what cannot work before anything is loaded."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def find_tree(name: str | None) -> Tree | None:
-    """The tree of a file, of a preset, or `root` for plain decoding; None stays None."""
+    """The tree of a file or preset, or for `root` that of plain decoding; None stays None."""
     if name is None:
         return None
     return MedusaTree([]) if name == "root" else load_tree(name)
@@ -125,13 +125,13 @@ def device_named(name: str | None) -> str:
 
 
 def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
-    """Whether decoding does without heads; nothing is loaded to find out.
+    """Whether decoding is plain, without heads; nothing is loaded to find out.
 
     Args:
-        plainly: whether decoding may do without them.
+        plainly: whether decoding without heads is allowed.
 
     Raises:
-        InvalidInput: there are none where they are named or needed.
+        InvalidInput: heads are named or needed, but there are none.
     """
     if has_heads(find_heads(heads if heads is not None else model)):
         return False
@@ -144,7 +144,7 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
 
 
 def max_length_named(model: str, trust_remote_code: bool = False) -> int | None:
-    """The longest text that a model takes, in tokens, as its config says; None if it says nothing."""
+    """The maximum length of a text for a model, in tokens, from its config; None if the config does not state it."""
     return max_length_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
 
 

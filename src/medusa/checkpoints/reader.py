@@ -192,7 +192,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
     for what, keys, count in (("heads", HEADS_KEYS, num_heads), ("layers", LAYERS_KEYS, num_layers)):
         said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
         if said != count:
-            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the file is believed")
+            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
     return Checkpoint(
         source=source,
         format=_format(style, source, not own, num_layers),
@@ -218,7 +218,7 @@ def _token_map(tensors: dict[str, Tensor], source: Path) -> Tensor | None:
         return None
     found = tensors.pop(name).long()
     if found.ndim != 1 or len(found) == 0 or not bool((found.diff() > 0).all()):
-        raise CheckpointError(f"{source}: {name} is no list of rising token ids")
+        raise CheckpointError(f"{source}: {name} is not a list of ascending token ids")
     return found
 
 
@@ -238,7 +238,7 @@ def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
         raise CheckpointError(f"{source} holds no tensors of heads; expected names like {WANTED}")
     if len(styles) > 1 or (ONE_LM_HEAD in tensors and "vllm" not in styles):
         names = [*styles.values(), ONE_LM_HEAD][:2]
-        raise CheckpointError(f"{source} holds {names[0]} and {names[1]}, names of two formats; expected one")
+        raise CheckpointError(f"{source} holds {names[0]} and {names[1]}, which are names of two formats; expected one")
     return parts
 
 

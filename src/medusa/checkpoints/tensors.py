@@ -83,7 +83,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]
 def _weight_map(path: Path) -> dict[str, str]:
     found = read_json_object(path).get("weight_map")
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no index of shards: it has no weight_map")
+        raise CheckpointError(f"{path} is not an index of shards: it has no weight_map")
     for name, shard in found.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(INDEX):
             raise CheckpointError(f"{path}: {name} is in {shard!r}, expected a file of the same folder")

@@ -58,17 +58,17 @@ def bench_command(
         list[DecoderName] | None, typer.Option("--decoder", help="Decoder to measure; repeatable (default: the first three).")
     ] = None,
     tree: Annotated[
-        list[str] | None, typer.Option("--tree", help="Tree of medusa; repeatable (default: the heads' own).")
+        list[str] | None, typer.Option("--tree", help="Tree for `medusa`; repeatable (default: the heads' own).")
     ] = None,
     acceptance: Annotated[
-        list[AcceptanceName] | None, typer.Option("--acceptance", help="Acceptance of medusa; repeatable (default: exact).")
+        list[AcceptanceName] | None, typer.Option("--acceptance", help="Acceptance for `medusa`; repeatable (default: exact).")
     ] = None,
     epsilon: common.Epsilon = 0.09,
     delta: common.Delta = 0.3,
-    draft: Annotated[str | None, typer.Option("--draft", help="Folder or hub id of the draft model of assisted.")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", help="Folder or hub id of the draft model for `assisted`.")] = None,
     gamma: Annotated[
         list[int] | None,
-        typer.Option("--gamma", min=1, help="Number of tokens in a draft of assisted; repeatable (default: 4)."),
+        typer.Option("--gamma", min=1, help="Number of tokens in a draft of `assisted`; repeatable (default: 4)."),
     ] = None,
     max_new_tokens: common.MaxNewTokens = 256,
     temperature: common.Temperature = 0.0,

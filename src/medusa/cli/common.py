@@ -14,7 +14,7 @@ from medusa.errors import InvalidInput
 ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
 ]
-GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file to use in the folder or hub id.")]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="Name of the GGUF file in the folder or repository.")]
 RevisionOption = Annotated[
     str | None,
     typer.Option("--revision", help="Branch, tag or commit of the model on the hub; for other hub ids: ID@REVISION."),

@@ -56,11 +56,9 @@ def simulate_command(
         typer.Option("--tree", help="Predict this tree only, with --calibration or the calibration.json beside it."),
     ] = None,
     paper_block: Annotated[
-        bool, typer.Option("--paper-block", help="Simulate only what the paper does: eight operators of a layer.")
+        bool, typer.Option("--paper-block", help="Only simulate eight operators of one layer, no heads, as in the paper.")
     ] = False,
-    roofline: Annotated[
-        bool, typer.Option("--roofline", help="Show the operators of a layer on the roofline, by phase.")
-    ] = False,
+    roofline: Annotated[bool, typer.Option("--roofline", help="Show a layer's operators on the roofline, by phase.")] = False,
     paper_table: Annotated[
         int | None, typer.Option("--paper-table", min=6, max=8, help="Predict Table 6, 7 or 8 of the paper.")
     ] = None,

@@ -25,7 +25,9 @@ def tree_command(
     file: Annotated[str | None, typer.Argument(help="A tree file of any kind.", show_default=False)] = None,
     nodes: Annotated[
         int | None,
-        typer.Option("--nodes", min=1, help="Search for the best tree of this size, the root included, by a file given below."),
+        typer.Option(
+            "--nodes", min=1, help="Search for the best tree of this size, the root included, by the accuracies given."
+        ),
     ] = None,
     accuracies: Annotated[
         Path | None,

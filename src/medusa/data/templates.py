@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as token ids, with the mask of those that the assistant says."""
+"""Chat templates: a conversation as token ids, with a mask of those that the assistant generates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> tuple[li
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation's text and the spans of characters in it that the assistant says."""
+    """A conversation's text and the spans of characters in it that the assistant generates."""
     text = _apply(tokenizer, messages)
     assistant = [message for message in messages if message["role"] == "assistant"]
     names = iter(map(_STAND_IN.format, range(len(assistant))))

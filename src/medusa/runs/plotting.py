@@ -1,4 +1,4 @@
-"""Plots: the one door to matplotlib (the extra `plots`): figures without a screen, saved as PNG or SVG or kept as SVG text."""
+"""Plots: everything that needs matplotlib (the extra `plots`) directly: figures, saved as PNG or SVG or kept as SVG text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who answers the prompts of a distillation: our own engine, or a model behind an endpoint."""
+"""Answerers: our own engine, or a model behind an endpoint, answers the prompts of a distillation."""
 
 from __future__ import annotations
 

@@ -35,27 +35,17 @@ class TrainingConfig:
     heads_kind: Literal["medusa", "root", "path"] = _option(
         "medusa", "what heads read besides the hidden state: nothing, the root, or the path from the root"
     )
-    draft_vocabulary: str = _option(
-        "all", "tokens that heads score: all, a number, or auto: the fewest that make up 99 % of the text"
-    )
+    draft_vocabulary: str = _option("all", "tokens that heads score: all, a number, or auto: the fewest for 99 % of the text")
     # Their loss, Eq. 1.
     lambda_base: float = _option(0.8, "weight of the loss of head k: lambda_k = lambda_base ** k")
-    targets: Literal["soft", "hard"] = _option(
-        "soft", "what heads learn: the backbone's distribution, or the token of the text"
-    )
+    targets: Literal["soft", "hard"] = _option("soft", "what heads learn: the backbone's distribution or the text's token")
     soft_top: int = _option(32, "number of tokens of the backbone's distribution that soft targets keep")
     # The backbone.
-    backbone: Literal["frozen", "lora", "full"] = _option(
-        "frozen", "how the backbone is trained: not at all (Medusa-1), through an adapter, in full"
-    )
+    backbone: Literal["frozen", "lora", "full"] = _option("frozen", "how the backbone is trained; frozen is Medusa-1")
     quantization: Literal["none", "nf4", "int8"] = _option("none", "how the backbone's weights are stored (bitsandbytes)")
-    lm_loss: Literal["labels", "distill"] = _option(
-        "labels", "L_LM of Eq. 2: on the text, or KL to the backbone without its adapter"
-    )
+    lm_loss: Literal["labels", "distill"] = _option("labels", "L_LM: on the text, or KL to the backbone without its adapter")
     lambda_0: float = _option(0.2, "weight of the heads' loss (Eq. 1) in Eq. 2")
-    lambda_0_schedule: Literal["constant", "sine"] = _option(
-        "constant", "sine: lambda_0 is reached from 0 at the end of training"
-    )
+    lambda_0_schedule: Literal["constant", "sine"] = _option("constant", "sine: lambda_0 rises from 0 to the end of training")
     heads_steps: int = _option(0, "number of steps of stage 1, which trains the heads alone; -1: as many as stage 2")
     lora_rank: int = _option(32, "rank r of the adapter")
     lora_alpha: int = _option(16, "scale alpha of the adapter")

@@ -1,4 +1,4 @@
-"""The trainer: transformers' Trainer on the objective, with what it does not do for heads."""
+"""The trainer: transformers' Trainer, extended for heads."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Evaluated:
 
 
 class MedusaTrainer(Trainer):
-    """transformers' Trainer on the objective.
+    """transformers' Trainer for an `Objective`.
 
-    Losses are divided by the tokens asked for in the whole step, over all accumulated batches and processes, so that how a
-    batch is cut up changes nothing. Checkpoints hold what is trained and no frozen weight. Evaluation measures each head's
-    accuracy at each rank, and the acceleration rate that the best tree should get from it.
+    Losses are divided by the number of predicted tokens in the whole step, over all accumulated batches and processes, so
+    it does not matter how a batch is split. Checkpoints hold only trained weights. Evaluation measures each head's accuracy
+    at each rank, and the acceleration rate to expect from the best tree.
     """
 
     model: Objective

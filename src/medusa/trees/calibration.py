@@ -36,13 +36,12 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the heads got right.
+    """How often the heads' guesses were right.
 
     Attributes:
         hits: [k - 1][i]: number of places at which exactly guess i (0-based) of head k was right.
-        positions: number of places at which the heads were asked.
-        paths: the rank paths that came true most often, each with how often: what heads get right together, without the
-            assumption that they err independently.
+        positions: number of places at which the heads guessed.
+        paths: the rank paths that came true most often, each with its count; no independence of the heads is assumed.
     """
 
     hits: list[list[int]]
@@ -76,7 +75,7 @@ class Calibration:
         """
         path = Path(path) / CALIBRATION_FILE if Path(path).is_dir() else Path(path)
         if not path.exists():
-            raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree")
+            raise CheckpointError(f"no calibration file {path}; medusa tune --output writes one beside the tree")
         found = read_json(path, CheckpointError)
         try:
             paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
@@ -84,7 +83,7 @@ class Calibration:
                 raise ValueError("no positions")
             return cls(found.get("hits", []), positions, paths)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no calibration as medusa tune writes it: {one_line(error)}") from None
+            raise CheckpointError(f"{path} is not a calibration written by medusa tune: {one_line(error)}") from None
 
     def save(self, path: Path, made_with: dict[str, Any]) -> None:
         """Write a `calibration.json`.
