@@ -432,6 +432,6 @@ def test_recipes_are_the_papers():
 
 
 def test_hidden_states_of_a_trained_backbone_are_refused(data):
-    with pytest.raises(InvalidInput, match="only of a frozen backbone"):
+    with pytest.raises(InvalidInput, match="only for a frozen backbone"):
         config = TrainingConfig(backbone="lora", max_steps=1)
         train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "o", config, hidden_states=data / "h")

@@ -20,7 +20,7 @@ from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
 from medusa.tuning.options import PLAIN, SIZES, USUAL_KINDS, Option, Trees, different
 
-LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that its promise is wrong
+LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that the prediction is wrong
 
 # Seconds of a step with each tree, for a batch size.
 StepTimer = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]
@@ -116,10 +116,10 @@ def choose(options: Sequence[Option], plain: Option, batch: int, always: bool = 
 
 
 def promising(trees: Trees, timer: StepTimer, kind: str, sizes: Sequence[int], batches: Sequence[int]) -> list[Option]:
-    """For every size of this kind the depth that should give the most tokens per second, by a plane of step times.
+    """For every size of this kind, the depth with the most tokens per second according to a plane of step times.
 
-    The plane is fitted to the smallest, the middle and the largest size, each with one head and with all. Batch sizes may
-    differ in the best depth; then a size has several options.
+    The plane is fitted to the smallest, the middle and the largest size, each with one head and with all. The best
+    depth may differ between batch sizes; a size then has several options.
     """
     ordered = sorted(sizes)
     corners = [
@@ -164,5 +164,5 @@ def _timed(options: Sequence[Option], timer: StepTimer, batches: Sequence[int]) 
 
 
 def _rescaled(option: Option, its_plain: Option, plain: Option, batch: int) -> Option:
-    """An option timed next to another plain step, on the scale of this one."""
+    """An option timed in another run, rescaled so that its plain step takes as long as this one."""
     return dataclasses.replace(option, step_seconds={batch: option.overhead(its_plain, batch) * plain.step_seconds[batch]})

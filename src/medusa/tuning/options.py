@@ -24,7 +24,7 @@ SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A tree that may be chosen, and what it promises.
+    """A tree that may be chosen, and its expected speed.
 
     Attributes:
         kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
@@ -67,7 +67,7 @@ def copied_nodes(kind: str, size: int) -> int:
 
 
 class Trees:
-    """The best trees for recorded texts; each is searched when it is first asked for.
+    """The best trees for recorded texts; each is searched for when first needed.
 
     Raises:
         InvalidInput: there is only one text.
@@ -75,7 +75,7 @@ class Trees:
 
     def __init__(self, texts: Sequence[Recorded]):
         if len(texts) < 2:
-            raise InvalidInput("one text cannot both choose trees and judge them; give more prompts")
+            raise InvalidInput("there is one text, expected at least two: one to choose trees, one to evaluate them")
         self._halves = [list(texts), list(texts[::2]), list(texts[1::2])]  # the first is all of them
         self._calibrations = [Calibration.of(half) for half in self._halves]
         self._options: dict[tuple[str, int, int], Option] = {}
@@ -105,7 +105,7 @@ class Trees:
                 on_progress()
 
     def option(self, kind: str, size: int, depth: int | None = None) -> Option:
-        """The best tree of this kind, size and depth, fitted to all texts, with the tokens per step of trees fitted to halves.
+        """The best tree of this kind, size and depth, fitted to all texts; its rate is that of trees fitted to halves.
 
         Args:
             depth: number of heads; None is all that a tree of this size can use.

@@ -45,8 +45,8 @@ def _draw_batch(row: Sequence[Any], choices: Choices, batch: int) -> None:
 
 
 def draw_calibration(calibration: Calibration, path: Path) -> None:
-    """Draw how often each guess of each head is right, with its interval, and how often the first guess is right after right
-    first guesses of the heads before: what the assumption that heads err independently leaves out."""
+    """Draw how often each guess of each head is right, with its interval, and how often first guesses are right if those of all
+    earlier heads were: the two would agree if heads erred independently."""
     figure = new_figure(9, 3.6)
     guesses, firsts = figure.subplots(1, 2)
     rows = list(zip(calibration.accuracies, calibration.intervals(), strict=True))
