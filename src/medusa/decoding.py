@@ -24,7 +24,7 @@ class DecodingStep:
 
     Args:
         tokens: new tokens of every row, the root first; none if the row had finished before.
-        finish_reasons: None while a row goes on, then "eos", "stop" or "length".
+        finish_reasons: None until a row ends, then "eos", "stop" or "length".
         seconds: duration of the step; for the first step, with the prefill.
         prefill_seconds: the part of `seconds` spent on the prompts; 0 after the first step.
     """
@@ -181,7 +181,7 @@ def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int | None
     """Check that a prompt and its continuation fit the model.
 
     Args:
-        max_length: the most tokens of a row; None: no limit.
+        max_length: maximum number of tokens in a row; None: no limit.
         option: the user's name for max_new_tokens, for the error.
 
     Raises:

@@ -85,7 +85,7 @@ class MedusaGenerationMixin:
     ) -> Tensor | MedusaGenerateOutput:
         """Generate as transformers' `generate` does, which prepares the call; `docs/architecture.md` says what is exact.
 
-        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed, or refused by name.
+        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed or refused.
         An argument that is None counts as not given; the generation config then decides. Two defaults differ: top-k is off
         (transformers: 50), and without a length there are 256 new tokens, or as many as fit the model.
 
@@ -138,7 +138,7 @@ class MedusaGenerationMixin:
         `MedusaModel.generate` for streaming and stop strings.
 
         Raises:
-            InvalidInput: a setting, processor or model input that a tree cannot follow, by name.
+            InvalidInput: a tree cannot follow a setting, processor or model input, which is named.
         """
         if backbone is not self.backbone:
             raise InvalidInput("this Medusa model was made for another backbone object")

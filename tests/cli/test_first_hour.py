@@ -185,7 +185,7 @@ def test_training_on_few_rows_tells_its_loss_and_leaves_tree_and_card(medusa, ow
     assert "step 1 of 3: loss " in err and "step 2 of 3: loss " in err and "head accuracies " in err
     assert "head 2: top-1" in out
     assert (heads / "medusa_tree.json").is_file()
-    assert "tokens of rows that were learnt, which flatters the heads" in (heads / "README.md").read_text()
+    assert "tokens of training rows, which flatters the heads" in (heads / "README.md").read_text()
     record = json.loads((heads / "training.json").read_text())
     assert record["measured_on"] == "rows that were learnt" and "head1_top1" in record["log"][0]
 

@@ -82,7 +82,7 @@ def test_unusable_conversations_are_counted_by_reason_and_the_first_is_named(tmp
     [
         (b"{", "data.jsonl:1 is not valid JSON"),
         (b'{"text": "\xff"}', "data.jsonl:1 is not valid JSON"),
-        (b'{"text": "a"}\n{"messages": []}', "data.jsonl:2 holds 'messages' where the records before it hold 'text'"),
+        (b'{"text": "a"}\n{"messages": []}', "data.jsonl:2 has 'messages', but the records before it have 'text'"),
         (b'{"input_ids": [1, 2]}\n{"answer": "x"}', r"data.jsonl:2 has keys \['answer'\], expected one of messages"),
         (b'{"input_ids": [1, "2"]}', "'input_ids' is not a list of integers"),
         (b'{"text": 5}', "'text' is a int, expected a string"),

@@ -80,7 +80,7 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
         skips: counts conversations that are empty or whose turns do not alternate; None: they are errors.
 
     Raises:
-        InvalidInput: no such data, a broken file, or a record of an unknown or another format; file and line are named.
+        InvalidInput: no such data, a broken file, or a record of an unknown or different format; file and line are named.
     """
     first_format: str | None = None
     empty = True
@@ -93,7 +93,7 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
             raise InvalidInput(f"{where} has keys {sorted(record)}, expected one of {', '.join(FORMATS)}")
         first_format = first_format or found
         if found != first_format:
-            raise InvalidInput(f"{where} holds {found!r} where the records before it hold {first_format!r}; split the file")
+            raise InvalidInput(f"{where} has {found!r}, but the records before it have {first_format!r}; split the file")
         try:
             yield _sample(where, record, found)
         except _Unusable as error:
@@ -113,7 +113,7 @@ class Asked:
         record: the complete record.
         turns: the user's turns, each to be answered before the next; a bare prompt is one turn.
         system: system message before the first turn.
-        text: the prompt as a text that may be continued as it stands; empty if it can only be answered.
+        text: the prompt as a text to continue; empty if it can only be answered.
         whole: whether nothing of the text may be cut off: it is a prompt, not the beginning of a document.
     """
 

@@ -49,7 +49,9 @@ class PromptSet:
         room = None if model.max_length is None else model.max_length - max_new_tokens
         fit, others = fitting(questions, prompter, room)
         if not fit:
-            raise InvalidInput(f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens")
+            raise InvalidInput(
+                f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens; lower --max-new-tokens"
+            )
         return cls(fit, others, prompter, room, {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None})
 
     @property
@@ -76,11 +78,11 @@ def answer_prompt_set(
     rounds: int,
     on_progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Measurement]:
-    """Have decoders answer a prompt set, and save every answer in a folder; answers that it holds already are not made again.
-    At the end all answers are written as text, for a judge.
+    """Have decoders answer a prompt set, and save every answer in a folder; answers found there are not made again. At the end
+    all answers are written as text, for a judge.
 
     Raises:
-        InvalidInput: the folder was made with something else.
+        InvalidInput: the folder was made with other models or settings.
     """
     journal = Journal(folder / RUNS_FILE, "run of a bench")
     claim(folder / BENCH_FILE, made_with)
@@ -101,7 +103,7 @@ def answer_questions(
     room: int | None,
     on_progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Have every decoder answer every question in every round, in turn within each; what the journal holds is not run again.
+    """Have every decoder answer every question in every round, in turn within each; runs found in the journal are not repeated.
 
     Each decoder answers the first question once beforehand, untimed.
 

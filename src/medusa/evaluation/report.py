@@ -158,7 +158,7 @@ def circumstances(record: dict[str, Any]) -> str:
     return (
         f"batch 1, {made['dtype']}, {record['rounds']} round(s), {made['device']}, {made['threads']} threads"
         f"{', ours compiled' if made['compile'] else ''}. Intervals: 95 %, bootstrap over questions; ratios are paired.\n"
-        "Overhead and decode tokens/s leave the prefill out; tokens/s and speedup do not."
+        "Overhead and decode tokens/s exclude the prefill; tokens/s and speedup include it."
     )
 
 
@@ -189,12 +189,12 @@ def bench_page(record: dict[str, Any]) -> Page:
         blocks.append(Plot(lengths_plot(found)))
     blocks.append(_lengths_table(found))
     if record["left_out"]:
-        blocks.append(f"Left out, their prompts not fitting the context: {', '.join(record['left_out'])}.")
+        blocks.append(f"Left out, since their prompts do not fit the context: {', '.join(record['left_out'])}.")
     return Page(f"{made['model']} on {made['prompts']}", blocks, {**made, "rounds": record["rounds"]})
 
 
 def _lengths_table(found: ByDecoder) -> Table:
-    """The number of steps by the number of tokens that they emitted."""
+    """The number of steps by the number of tokens emitted."""
     counts = {name: categories[OVERALL]["acceptance_lengths"] for name, categories in found.items()}
     lengths = [str(length) for length in range(1, 1 + max(int(length) for each in counts.values() for length in each))]
     return Table(["decoder", *lengths], [[name, *(str(each.get(n, 0)) for n in lengths)] for name, each in counts.items()])

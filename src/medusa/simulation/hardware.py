@@ -29,7 +29,7 @@ class Hardware:
         bandwidth: bytes per second of the memory.
         memory: size of the memory in bytes.
         compute_share, bandwidth_share: shares of both that operators reach.
-        launch: seconds that every operator takes in addition.
+        launch: additional seconds of every operator.
         layer, step: seconds per layer, and per step, that do not grow with size; measured machines only.
         pointwise: bytes per second of elementwise passes over activations; None: not counted.
         linear: by dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows

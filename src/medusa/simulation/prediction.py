@@ -1,4 +1,4 @@
-"""Prediction: step time from the operators, acceleration from a law or a calibration, and so the speedup (paper G.3)."""
+"""Prediction: step time from the operators, acceleration from a law or a calibration, and the resulting speedup (paper G.3)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Setting:
 
     Attributes:
         num_heads: number of Medusa heads that trees use; plain decoding runs none.
-        own_lm_heads: whether each head has an LM head of its own.
+        own_lm_heads: whether each head has its own LM head.
         weight_bits: bits of the backbone's quantised weights, which unpack at no cost; None: those of the dtype.
         paper_block: simulate only what the paper's G.3 does: eight operators of one layer, without heads.
     """
@@ -130,7 +130,7 @@ def log_law(candidates: int, base: float = 2.0) -> float:
 
 
 def calibrated(calibration: Calibration) -> Acceleration:
-    """The acceleration of the best static tree of each size, by what heads got right."""
+    """The acceleration of the best static tree of each size, from a calibration."""
     return lambda candidates: calibration.expected_acceptance_length(calibration.search(candidates))
 
 

@@ -120,7 +120,7 @@ class Calibration:
         return {path: counts.get(path, 0) / self.positions for path in tree.paths}
 
     def expected_acceptance_length(self, tree: MedusaTree) -> float:
-        """Tokens a step, the root included, averaged over all places."""
+        """Tokens per step, the root included, averaged over all places."""
         return 1 + sum(self.path_chances(tree).values())
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from medusa.errors import InvalidInput
 from medusa.trees.static import MedusaTree
 
 USUAL_RANKS = 10  # guesses of each head in a random tree, as in the reference project's trees
-ROUNDING = 0.01  # by how much the written accuracies of a head may exceed 1 in total
+ROUNDING = 0.01  # by how much the accuracies of a head may exceed 1 in total
 
 
 def search_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> MedusaTree:

@@ -66,7 +66,7 @@ class TuningConfig:
             if any(value < least for value in getattr(self, name)):
                 raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, expected at least {least}")
         if unknown := [kind for kind in self.kinds if kind not in TREE_KINDS]:
-            raise InvalidInput(f"kinds of tuning hold {unknown[0]!r}, expected {', '.join(TREE_KINDS)}")
+            raise InvalidInput(f"kinds of tuning contain {unknown[0]!r}, expected {', '.join(TREE_KINDS)}")
         for name in ("max_new_tokens", "ranks", "batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, expected at least 1")
