@@ -181,7 +181,7 @@ def test_training_on_few_rows_tells_its_loss_and_leaves_tree_and_card(medusa, ow
     few = ["--num-heads", "2", "--max-steps", "3"]
     status, out, err = medusa("train", own / "text", "--data", data, "-o", heads, *few)
     assert status == 0, err
-    assert "fewer than 10 rows are too few to hold any out: the heads are measured on rows they learn" in err
+    assert "fewer than 10 rows are too few to hold any out: the heads are evaluated on training rows" in err
     assert "step 1 of 3: loss " in err and "step 2 of 3: loss " in err and "head accuracies " in err
     assert "head 2: top-1" in out
     assert (heads / "medusa_tree.json").is_file()

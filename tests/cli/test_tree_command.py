@@ -174,7 +174,7 @@ def test_nodes_beyond_the_accuracies_are_said_to_count_for_nothing(accuracies, c
         ([], "give one tree"),
         (["--accuracies", "A"], "give one tree"),
         (["--dense", "2", "--preset", "zephyr_stage2"], "give one tree"),
-        (["--nodes", "8"], "--nodes searches by"),
+        (["--nodes", "8"], "--nodes needs"),
         (["--nodes", "8", "--accuracies", "A", "--calibration", "A"], "not both"),
         (["--nodes", "4", "--accuracies", "none.json"], "cannot read none.json: No such file"),
         (["--nodes", "4", "--calibration", "none.json"], "no calibration none.json"),

@@ -320,7 +320,7 @@ def test_training_goes_on_from_given_heads(data):
         train_heads(MedusaModel(tiny_backbone(gain=1.0), heads), found, data / name, more)
     logs = [json.loads((data / name / "training.json").read_text())["log"] for name in ("further", "anew")]
     assert logs[0][0]["loss"] < 0.95 * logs[1][0]["loss"]
-    with pytest.raises(InvalidInput, match="other sizes"):
+    with pytest.raises(InvalidInput, match="the sizes of the heads"):
         train_heads(MedusaModel(tiny_backbone(), start), found, data / "second", TrainingConfig(num_heads=3, max_steps=1))
 
 

@@ -49,9 +49,7 @@ class PromptSet:
         room = None if model.max_length is None else model.max_length - max_new_tokens
         fit, others = fitting(questions, prompter, room)
         if not fit:
-            raise InvalidInput(
-                f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens; lower --max-new-tokens"
-            )
+            raise InvalidInput(f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens")
         return cls(fit, others, prompter, room, {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None})
 
     @property

@@ -97,9 +97,7 @@ def write_questions(
             if len(journal.records) >= count:
                 return journal.path
     reasons = "; ".join(f"{number} {reason}" for reason, number in keeps.refused.most_common())
-    raise InvalidInput(
-        f"of {MOST_TRIES * count} questions {len(journal.records)} were kept, expected {count}; rejected: {reasons}"
-    )
+    raise InvalidInput(f"of {MOST_TRIES * count} questions {len(journal.records)} were kept, expected {count}: {reasons}")
 
 
 def _written(
