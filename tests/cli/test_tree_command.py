@@ -123,7 +123,7 @@ def test_dynamic_trees_and_choices_are_shown_and_saved_but_not_drawn(tree, tmp_p
     save_tree(TreeChoice({1: DynamicTree(num_nodes=24, depth=4), 8: MedusaTree([(0,), (3,)])}), choice)
     assert re.search(r"built anew at every step\n  num nodes +24 *\n  depth +4", tree(dynamic))
     shown = tree(choice, "--output", copy)
-    assert "from batch 8 on:\nroot\n└── 0  3\n" in shown and "from batch 1 on:\nbuilt anew at every step\n" in shown
+    assert "from batch size 8 on:\nroot\n└── 0  3\n" in shown and "from batch size 1 on:\nbuilt anew at every step\n" in shown
     assert load_tree(copy) == load_tree(choice)
     assert json.loads(tree(dynamic, "--json"))["dynamic"]["num_nodes"] == 24
     for file in (dynamic, choice):

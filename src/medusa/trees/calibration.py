@@ -75,7 +75,7 @@ class Calibration:
         """
         path = Path(path) / CALIBRATION_FILE if Path(path).is_dir() else Path(path)
         if not path.exists():
-            raise CheckpointError(f"no calibration file {path}; medusa tune --output writes one beside the tree")
+            raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree")
         found = read_json(path, CheckpointError)
         try:
             paths, positions = [(tuple(ranks), int(count)) for ranks, count in found["paths"]], int(found["positions"])
