@@ -33,11 +33,11 @@ class TrainingConfig:
     num_layers: int = _option(1, "residual blocks per head")
     shared_lm_head: bool = _option(False, "train only the residual blocks; the heads predict through the backbone's LM head")
     heads_kind: Literal["medusa", "root", "path"] = _option(
-        "medusa", "what heads read besides the hidden state: nothing, the root, or the path from the root"
+        "medusa", "what heads also read: nothing, the root, or the path from the root"
     )
     draft_vocabulary: str = _option("all", "tokens that heads score: all, a number, or auto: the fewest for 99 % of the text")
     # Their loss, Eq. 1.
-    lambda_base: float = _option(0.8, "weight of the loss of head k: lambda_k = lambda_base ** k")
+    lambda_base: float = _option(0.8, "weight of head k's loss: lambda_base ** k")
     targets: Literal["soft", "hard"] = _option("soft", "what heads learn: the backbone's distribution or the text's token")
     soft_top: int = _option(32, "number of tokens of the backbone's distribution that soft targets keep")
     # The backbone.
@@ -45,7 +45,7 @@ class TrainingConfig:
     quantization: Literal["none", "nf4", "int8"] = _option("none", "how the backbone's weights are stored (bitsandbytes)")
     lm_loss: Literal["labels", "distill"] = _option("labels", "L_LM: on the text, or KL to the backbone without its adapter")
     lambda_0: float = _option(0.2, "weight of the heads' loss (Eq. 1) in Eq. 2")
-    lambda_0_schedule: Literal["constant", "sine"] = _option("constant", "sine: lambda_0 rises from 0 to the end of training")
+    lambda_0_schedule: Literal["constant", "sine"] = _option("constant", "sine: rises from 0 to lambda_0 at the end")
     heads_steps: int = _option(0, "number of steps of stage 1, which trains the heads alone; -1: as many as stage 2")
     lora_rank: int = _option(32, "rank r of the adapter")
     lora_alpha: int = _option(16, "scale alpha of the adapter")
@@ -60,8 +60,8 @@ class TrainingConfig:
     epochs: float = _option(2.0, "number of passes over the data")
     batch_size: int = _option(8, "number of rows in a batch, per device")
     gradient_accumulation: int = _option(1, "number of batches per optimiser step")
-    learning_rate: float = _option(2e-3, "peak learning rate of the heads; linear warmup, then cosine to zero")
-    warmup_steps: int = _option(40, "number of steps in which the learning rate rises")
+    learning_rate: float = _option(2e-3, "peak learning rate of the heads; cosine to zero after the warmup")
+    warmup_steps: int = _option(40, "number of steps of linear warmup")
     weight_decay: float = _option(0.0, "decoupled weight decay, as in AdamW")
     optimizer: Literal["auto", "adamw", "adamw-8bit"] = _option("auto", "auto: 8-bit on a GPU if bitsandbytes is installed")
     gradient_checkpointing: bool = _option(False, "recompute the activations of a trained backbone, to save memory")
@@ -72,7 +72,7 @@ class TrainingConfig:
     eval_steps: int = _option(0, "number of steps between evaluations; 0: only at the end")
     save_steps: int = _option(500, "number of steps between checkpoints")
     tree_nodes: int = _option(64, "size of the tree built from the measured accuracies, the root included")
-    report_to: str = _option("none", "where to report: none, tensorboard, wandb or another reporter of transformers' Trainer")
+    report_to: str = _option("none", "tensorboard, wandb or another reporter of transformers' Trainer")
 
     def __post_init__(self):
         for name, value in vars(self).items():
