@@ -134,7 +134,7 @@ class MedusaGenerationMixin:
     ) -> Tensor | MedusaGenerateOutput:
         """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
 
-        Also takes Medusa's own arguments of `generate`. transformers passes on neither streamer nor tokenizer: call
+        Also takes Medusa's own arguments of `generate`. transformers does not pass on a streamer or tokenizer: call
         `MedusaModel.generate` for streaming and stop strings.
 
         Raises:
@@ -152,7 +152,6 @@ class MedusaGenerationMixin:
 def _prepare(
     model: Preparable, method: str, input_ids: Tensor | None, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> Prepared:
-    """Check the prompts and let transformers prepare the call."""
     if input_ids is not None and "inputs_embeds" not in options:
         input_ids, mask = check_prompts(model, input_ids, attention_mask)
         attention_mask = mask if mask is not None or attention_mask is None else torch.ones_like(input_ids)

@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
     """x + SiLU(W x + b), the identity when new: W and b start at zero.
 
     Args:
-        read: E times the most tokens whose embeddings it reads: x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
+        read: total width of the embeddings that it reads: x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
     """
 
     def __init__(self, hidden_size: int, read: int = 0, **factory):
@@ -62,7 +62,7 @@ def _plain(linear: nn.Module) -> nn.Linear:
 
 
 class DraftLMHead(nn.Module):
-    """The rows of an LM head that a draft vocabulary names, where the LM head is more than a plain matrix: all are computed."""
+    """The rows of a draft vocabulary of an LM head that is not a plain matrix: all rows are computed, then these selected."""
 
     def __init__(self, lm_head: nn.Module, tokens: Tensor):
         super().__init__()
@@ -82,7 +82,7 @@ class MedusaHeads(nn.ModuleList):
     Args:
         hidden_size: width d of the hidden states.
         vocab_size: V, the rows of the backbone's LM head.
-        num_heads: K.
+        num_heads: K, number of heads.
         num_layers: L, number of residual blocks per head.
         shared_lm_head: predict through the backbone's LM head; `share` must then be called before use.
         lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
@@ -349,7 +349,6 @@ class MedusaHeads(nn.ModuleList):
         self,
         states: Tensor,  # (num_heads, ..., d)
     ) -> Tensor:  # (num_heads, ..., V)
-        """The logits of the first heads' hidden states."""
         if self.config.medusa_shared_lm_head:
             return self.lm_head(0)(states)  # the LM head's weights are read once for all heads
         return torch.stack([self.lm_head(k)(state) for k, state in enumerate(states)])

@@ -16,7 +16,7 @@ def rank_hits(
     heads: MedusaHeads,
     hidden: Tensor,  # (B, T, d): the backbone's last hidden states, in the dtype of the heads
     ids: Tensor,  # (B, T) long: the tokens they were computed on
-    counted: Tensor,  # (B, T) bool: whether the token there is one to be guessed
+    counted: Tensor,  # (B, T) bool: whether the token there is to be guessed
     ranks: int,
     segments: Tensor | None = None,  # (B, T) long: the text each token belongs to; heads do not guess across texts
 ) -> tuple[Tensor, Tensor]:  # (K, ranks) long, (K,) long

@@ -120,7 +120,7 @@ class MedusaModel(MedusaGenerationMixin):
         if heads is not None:
             heads_folder = find_heads(heads, **{**hub, **(heads_options or {})})
         elif heads_options:
-            raise InvalidInput("heads_options are for heads that lie elsewhere; pass heads=..., or leave heads_options out")
+            raise InvalidInput("heads_options are for heads in another place; pass heads=..., or leave heads_options out")
         else:
             heads_folder = source.heads or source.folder
         if isinstance(tree, str | Path):

@@ -185,7 +185,6 @@ def _attributes(processor: Any) -> list[Any]:
 
 
 def _copy(processor: Any) -> Any:
-    """A copy with its own state."""
     return copy.deepcopy(processor, {id(value): value for value in _attributes(processor) if _is_constant(value)})
 
 

@@ -76,7 +76,6 @@ def load_backbone(
 
 
 def backbone_options(dtype: str | None, device: str | None, trust_remote_code: bool, quantization: str) -> dict[str, Any]:
-    """The keyword arguments of `checkpoints.loading.load_backbone`."""
     return {
         "dtype": dtype_named(dtype),
         "device_map": device_named(device),
@@ -86,7 +85,6 @@ def backbone_options(dtype: str | None, device: str | None, trust_remote_code: b
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model by name."""
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
     with waiting(f"loading the tokenizer of {model}"):
@@ -195,8 +193,8 @@ def quiet_transformers() -> None:
     """Silence transformers' progress bars and advice, which would drown ours."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel(CRITICAL)  # says at import which kernels it lacks
-    with suppress(ImportError, AttributeError):  # the bar over a GGUF file's tensors has no switch
+    getLogger("bitsandbytes").setLevel(CRITICAL)  # logs missing kernels at import
+    with suppress(ImportError, AttributeError):  # the progress bar of a GGUF file cannot be switched off
         from transformers import modeling_gguf_pytorch_utils as gguf
 
         gguf.tqdm = lambda tensors, **_: tensors

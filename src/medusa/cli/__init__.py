@@ -37,7 +37,6 @@ for _verb in VERBS:  # the commands import torch only when they run
 
 
 def main() -> None:
-    """Entry point of `medusa`."""
     from medusa.errors import MedusaError, one_line
     from medusa.runs.console import note
 

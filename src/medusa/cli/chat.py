@@ -56,7 +56,7 @@ def chat_command(
     chat = Chat(medusa, tokenizer, system, max_new_tokens=max_new_tokens, **options)
     terminal = sys.stdin.isatty()
     if terminal:
-        note(f"{model} is listening. {COMMANDS}")
+        note(f"{model} is ready. {COMMANDS}")
     while (said := _read(terminal)) not in (None, "/quit"):
         if said == "/reset":
             chat.reset()
@@ -90,7 +90,6 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation."""
         self._messages = list(self._opening)
 
     def answer(self, said: str) -> None:

@@ -30,7 +30,7 @@ QUESTIONS = (
     "Give me five tips for learning a new language.",
     "Tell me a short story about a lighthouse keeper who finds a message in a bottle.",
 )
-SHOWN_LINES = 6  # last lines of the prompt to show, if it is code to be continued
+SHOWN_LINES = 6  # number of last lines of the prompt to show, if it is code to continue
 FIRST_SHOWN = 12  # index of the first held-out prompt: a text that repeats itself little
 
 
@@ -207,7 +207,7 @@ def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], 
         "plain": MedusaDecoder(model, tree=MedusaTree([]), compile=compile, **limits),
         "medusa": MedusaDecoder(model, compile=compile, **limits),
     }
-    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run before
+    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # warm-up; our loops have run before
     with progress("Measuring", len(batches) * len(decoders), "runs", leave=False) as bar:
         results = compare_decoders(decoders, batches, warmup=0, on_progress=bar.update)
     generate, plain, medusa = (results[name] for name in decoders)
@@ -299,7 +299,6 @@ def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables
 def _table(
     record: dict[str, Any], prompts: int, max_new_tokens: int, model: MedusaModel
 ) -> tuple[list[str], list[list[str]], str, str]:
-    """Header, rows, title and caption of the table."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     title = (
         f"{prompts} prompt{'s' if prompts > 1 else ''}, at most {max_new_tokens} new tokens, greedy, {dtype}, "

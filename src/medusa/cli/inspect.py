@@ -79,7 +79,6 @@ def inspect_command(
 
 
 def heads_facts(found: Any) -> dict[str, Any]:
-    """Facts about the heads of an open checkpoint."""
     return {
         "format": found.format,
         "file": found.source.name,

@@ -121,7 +121,7 @@ def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, accele
     """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off.
 
     Args:
-        names: of the model, of the hardware, and of the source of the acceleration rates.
+        names: names of the model, the hardware and the source of the acceleration rates.
     """
     from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
@@ -159,7 +159,7 @@ def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, accele
 def acceleration_of(
     calibration: str | None, tree: Path | None, sizes: tuple[int, ...]
 ) -> tuple[Acceleration, tuple[int, ...], str]:
-    """Tokens a step by tree size, the sizes to predict, and the name of the source."""
+    """Tokens per step by tree size, the sizes to predict, and the name of the source."""
     from medusa.checkpoints.hub import local_model
     from medusa.simulation.prediction import calibrated, log_law
     from medusa.trees.calibration import Calibration

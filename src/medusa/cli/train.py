@@ -87,7 +87,6 @@ def print_training_options(method: str) -> None:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 

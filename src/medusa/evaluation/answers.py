@@ -54,7 +54,6 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """A hash of the questions."""
         return digest([dataclasses.asdict(question) for question in self.questions])
 
 

@@ -115,7 +115,6 @@ class Spent:
     completion_tokens: int
 
     def cost(self, price_in: float, price_out: float) -> float:
-        """The cost at prices per million tokens."""
         return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
 
 

@@ -114,7 +114,7 @@ def overhead(measured: Totals, plain: Totals) -> Tensor:
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval, which a single item does not have."""
+    """A figure and its 95 % interval; a single item has no interval."""
 
     value: float
     low: float | None

@@ -182,7 +182,7 @@ def bench_page(record: dict[str, Any]) -> Page:
         if category != OVERALL:
             blocks.append(Heading(f"{category} ({first[category]['questions']} questions)"))
         blocks.append(figures_table(found, category))
-    blocks.append(Heading("Tokens a step"))
+    blocks.append(Heading("Tokens per step"))
     if can_plot():
         from medusa.evaluation.plots import lengths_plot
 

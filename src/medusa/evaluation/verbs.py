@@ -41,8 +41,6 @@ PLOTS_REMEDY = "without matplotlib: pip install 'medusa-decoding[plots]' and run
 
 @dataclass(frozen=True)
 class _Loading:
-    """How models are loaded."""
-
     dtype: str | None
     device: str | None
     trust_remote_code: bool

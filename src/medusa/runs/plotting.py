@@ -18,7 +18,6 @@ PLOT_SUFFIXES = (".png", ".svg")
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

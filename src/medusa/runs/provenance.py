@@ -18,7 +18,7 @@ from medusa.placement import weights_of
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as far as they affect speed."""
+    """The versions and the machine details that affect speed."""
     found = {
         "medusa": __version__,
         "torch": torch.__version__,

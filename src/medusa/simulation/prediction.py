@@ -61,7 +61,6 @@ class Setting:
         return step_operators(self.shape, batch, length, candidates, heads, self.own_lm_heads, self.element, self.weight_bytes)
 
     def seconds(self, batch: int, length: int, candidates: int) -> float:
-        """Predicted seconds of a step."""
         hardware = self.hardware
         operators = self.operators(batch, length, candidates)
         total = sum(operator.count * hardware.seconds(operator, self.dtype) for operator in operators)

@@ -125,7 +125,6 @@ class TrainingConfig:
 
 
 def recipe_names() -> list[str]:
-    """The methods that `--method` knows."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 

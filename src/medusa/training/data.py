@@ -119,7 +119,6 @@ def load_rows(
 
 
 def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids and their loss mask."""
     if sample.input_ids is not None:
         return list(sample.input_ids), [place >= sample.prompt_tokens for place in range(len(sample.input_ids))]
     if sample.messages is not None:

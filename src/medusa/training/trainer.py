@@ -192,7 +192,6 @@ class MedusaTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the trained parameters."""
         super()._save(output_dir, self.trained())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -212,7 +211,6 @@ FIRST_STEPS = (1, 2, 5, 10)  # always logged, so that a bad run shows early
 
 
 def logs_at(step: int, every: int) -> bool:
-    """Whether a step is logged."""
     return step in FIRST_STEPS or step % every == 0
 
 

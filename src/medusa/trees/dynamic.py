@@ -27,7 +27,7 @@ BEAM = 16  # number of likeliest paths of each depth along which path heads scor
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """The N likeliest nodes at every step, static in shape.
+    """A tree of the N likeliest nodes, rebuilt at every step; its shapes are static.
 
     Args:
         num_nodes: N, the root included.
@@ -238,7 +238,6 @@ class DynamicDrafter:
 
 
 def _odds(log_p: Tensor) -> Tensor:
-    """Log-odds of log-probabilities."""
     log_p = log_p.clamp(max=-LEAST_COST)
     return log_p - torch.log(-torch.expm1(log_p))
 

@@ -29,7 +29,7 @@ class Option:
     Attributes:
         kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
         acceleration_rate: tokens per step, cross-validated: each half of the texts with a tree fitted to the other half.
-        interval: its 95 % interval over texts.
+        interval: 95 % interval of the acceleration rate over texts.
         if_independent: tokens per step expected of a static tree if heads erred independently, as in the paper (2.3.3).
         step_seconds: seconds of a decoding step on this machine, by batch size.
     """
@@ -50,7 +50,6 @@ class Option:
         return batch * self.acceleration_rate / self.step_seconds[batch]
 
     def overhead(self, plain: Option, batch: int) -> float:
-        """Seconds of a step over those of a plain one."""
         return self.step_seconds[batch] / plain.step_seconds[batch]
 
     def speedup(self, plain: Option, batch: int) -> float:
@@ -62,7 +61,6 @@ PLAIN = Option("plain", MedusaTree([]), 1.0, (1.0, 1.0))
 
 
 def copied_nodes(kind: str, size: int) -> int:
-    """The number of copied nodes in a tree of this kind and size."""
     return size // 2 if kind == "copying" and size > 3 else 0
 
 

@@ -41,11 +41,11 @@ class Replayed:
 
     @property
     def acceleration_rate(self) -> float:
-        """Tokens a step (paper B.1)."""
+        """Tokens per step (paper B.1)."""
         return float(self.tokens.sum() / self.steps.sum())
 
     def interval(self) -> tuple[float, float]:
-        """Its 95 % interval, by bootstrap over texts."""
+        """The 95 % interval of the acceleration rate, by bootstrap over texts."""
         drawn = torch.randint(len(self.tokens), (1000, len(self.tokens)), generator=torch.Generator().manual_seed(0))
         rates = self.tokens[drawn].sum(1) / self.steps[drawn].sum(1)
         low, high = torch.quantile(rates.double(), torch.tensor([0.025, 0.975]).double()).tolist()
