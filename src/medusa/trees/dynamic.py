@@ -22,7 +22,7 @@ from medusa.trees.history import History, pair_end, pair_start, triple_end, trip
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # minimum cost of a node in nats, so that children rank behind their parents
-BEAM = 16  # number of likeliest paths of each depth along which path heads score their guesses
+BEAM = 8  # number of likeliest paths of each depth along which path heads score their guesses
 
 
 @dataclass(frozen=True)
