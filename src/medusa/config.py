@@ -43,7 +43,7 @@ class MedusaConfig:
     medusa_lm_head_bias: bool = False
     medusa_draft_vocabulary: int | None = None  # number of tokens that heads score; None: all
     medusa_heads_kind: HeadsKind = "medusa"  # what heads read besides the hidden state: nothing, the root, the path from it
-    medusa_embedding_size: int | None = None  # the width of the backbone's embeddings, where heads read tokens
+    medusa_embedding_size: int | None = None  # the width of the backbone's embeddings, if heads read tokens
     medusa_embedding_scale: float | None = None  # which brings the embeddings to the size of the hidden states
     base_model_name_or_path: str | None = None
 

@@ -282,7 +282,9 @@ class MedusaHeads(nn.ModuleList):
     ) -> Tensor:  # (..., E), the dtype of the heads
         """The backbone's embeddings of tokens, scaled to the size of its hidden states."""
         if not self._embedding:
-            raise CheckpointError("these heads read tokens but have no embedding; call heads.share(lm_head, embedding)")
+            raise CheckpointError(
+                "these heads read tokens, but their embedding is not set; call heads.share(lm_head, embedding)"
+            )
         found = self._embedding[0](tokens.to(device_of(self._embedding[0])))
         assert self.config.medusa_embedding_scale is not None
         return found.detach().to(tokens.device, self.dtype) * self.config.medusa_embedding_scale
@@ -314,7 +316,7 @@ class MedusaHeads(nn.ModuleList):
         if not self.config.medusa_shared_lm_head:
             return self.parts(k)[self.num_layers]
         if not self._shared:
-            raise CheckpointError("these heads share the backbone's LM head but have none; call heads.share(lm_head)")
+            raise CheckpointError("these heads share the backbone's LM head, which is not set; call heads.share(lm_head)")
         return self._shared[0]
 
     def state(

@@ -33,7 +33,7 @@ def judge_command(
     ] = 0.0,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Grade answers from 1 to 10, one by one, with a chat model. If interrupted, run the same command again to resume."""
+    """Grade answers from 1 to 10, each on its own, with a chat model. If interrupted, run the same command again to resume."""
     from medusa.evaluation.grading import default_folder, judge
 
     folder = output or default_folder(answers, judge_model)

@@ -1,4 +1,4 @@
-"""`medusa.judge`: a strong chat model grades answers from 1 to 10, one by one, as in MT-Bench (paper 3.2)."""
+"""`medusa.judge`: a strong chat model grades answers from 1 to 10, each on its own, as in MT-Bench (paper 3.2)."""
 
 from __future__ import annotations
 

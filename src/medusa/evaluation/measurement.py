@@ -181,7 +181,7 @@ def _peak() -> int | None:
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:
-    """The names in order, starting with a different one each time."""
+    """The names in order, starting with a different one each time, so that none always follows the same other."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 

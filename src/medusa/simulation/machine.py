@@ -1,4 +1,4 @@
-"""This machine: its speed measured, and its operators run beside their prediction."""
+"""This machine: its measured speed, and the times of its operators compared with their prediction."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
         end = [tokenizer.eos_token_id]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
-    if end and ids[-1:] == end:  # a tokenizer that ends its texts by itself
+    if end and ids[-1:] == end:  # a tokenizer that adds the end of a text
         end = []
     loss_mask = overlaps(encoded["offset_mapping"], [(len(sample.prompt), len(text))])
     return ids + end, loss_mask + [True] * len(end)

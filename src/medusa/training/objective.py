@@ -1,4 +1,4 @@
-"""The objective: Eq. 1 for the heads and, where the backbone is trained too, Eq. 2 (paper 2.2)."""
+"""The objective: Eq. 1 for the heads and, if the backbone is trained too, Eq. 2 (paper 2.2)."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class MedusaTrainer(Trainer):
             yield batch
 
     def trained(self) -> dict[str, Tensor]:
-        """The trained parameters whole and on the CPU, gathered from all processes where they are sharded."""
+        """The complete trained parameters on the CPU, gathered from all processes if they are sharded."""
         named = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in named.items()}
 

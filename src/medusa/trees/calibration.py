@@ -103,8 +103,8 @@ class Calibration:
         return [[wilson(hit, self.positions) for hit in row] for row in self.hits]
 
     def conditional(self, path: Path_) -> list[float]:
-        """How often each guess of head k + 1 was right at places where the ranks of `path`, of heads 1 to k, were: what the
-        assumption that heads err independently leaves out."""
+        """How often each guess of head k + 1 was right where the guesses of heads 1 to k at the ranks of `path` were right;
+        independent of `path` if heads erred independently."""
         counts = dict(self.paths)
         above = counts.get(path, 0) if path else self.positions
         ranks = len(self.hits[0])

@@ -118,7 +118,7 @@ def _along(
 
 
 def _along_recorded(text: Recorded) -> Tensor:  # (T, K, R) float32
-    """The scores of the guesses of each head along the path that came true: `log_p` where heads read no path."""
+    """The scores of the guesses of each head along the path that came true: `log_p` if heads read no path."""
     if text.heads is None or text.hidden is None:
         return text.log_p
     places = text.start + 1 + torch.arange(len(text))
