@@ -86,8 +86,7 @@ class MedusaHeads(nn.ModuleList):
         num_layers: L, number of residual blocks per head.
         shared_lm_head: predict through the backbone's LM head; `share` must then be called before use.
         lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
-        draft_vocabulary: V', the number of tokens that heads score (FR-Spec, 2502.14856); the buffer `token_map` lists them.
-            None: all tokens.
+        draft_vocabulary: V', the number of tokens that heads score (FR-Spec, 2502.14856), listed in `token_map`; None: all.
         kind: what heads read besides the hidden state: "medusa" nothing, "root" the root, "path" the tokens from the root on.
         embedding_size: E, the width of the backbone's token embeddings; None: d.
         embedding_scale: factor that brings the embeddings to the size of the hidden states.
@@ -282,9 +281,7 @@ class MedusaHeads(nn.ModuleList):
     ) -> Tensor:  # (..., E), the dtype of the heads
         """The backbone's embeddings of tokens, scaled to the size of its hidden states."""
         if not self._embedding:
-            raise CheckpointError(
-                "these heads read tokens, but their embedding is not set; call heads.share(lm_head, embedding)"
-            )
+            raise CheckpointError("these heads read tokens, but no embedding is set; call heads.share(lm_head, embedding)")
         found = self._embedding[0](tokens.to(device_of(self._embedding[0])))
         assert self.config.medusa_embedding_scale is not None
         return found.detach().to(tokens.device, self.dtype) * self.config.medusa_embedding_scale

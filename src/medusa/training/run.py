@@ -213,11 +213,7 @@ def _reads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> dict[str, 
     with torch.no_grad():
         embedded, hidden = embedding(ids).float(), model.hidden_states(ids).float()
     scale = float(hidden.square().mean().sqrt() / embedded.square().mean().sqrt())
-    return {
-        "kind": config.heads_kind,
-        "embedding_size": embedded.shape[-1],
-        "embedding_scale": scale,
-    }
+    return {"kind": config.heads_kind, "embedding_size": embedded.shape[-1], "embedding_scale": scale}
 
 
 def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:

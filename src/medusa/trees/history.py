@@ -18,7 +18,7 @@ class History:
     It only proposes drafts: a collision may waste a node, and never changes the output.
     """
 
-    table: Tensor  # (B, slots + 1) int32: index of the token after a run, 0 if it has not occurred; the last slot takes what is to be ignored
+    table: Tensor  # (B, slots + 1) int32: index of the token after a run, 0 if it has not occurred; the last slot is ignored
     tokens: Tensor  # (B, capacity + 1) long: the padded prompt, then the tokens decided, the root last
     length: Tensor  # (B,) long: number of these tokens
     last: Tensor  # (B,) long: the token before the root
