@@ -44,12 +44,7 @@ class Probed(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
     def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache) -> Tensor: ...
     def verify(
-        self,
-        ids: Tensor,
-        tree: TreeTensors,
-        frame: Frame,
-        cache: TreeCache,
-        layers: list[Tensor] | None = None,
+        self, ids: Tensor, tree: TreeTensors, frame: Frame, cache: TreeCache, layers: list[Tensor] | None = None
     ) -> Tensor: ...
 
 

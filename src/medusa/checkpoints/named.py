@@ -64,11 +64,7 @@ def load_model(
 
 
 def load_backbone(
-    model: str,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    quantization: str = "none",
+    model: str, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False, quantization: str = "none"
 ) -> Any:
     """The backbone alone; the arguments are those of `load_model`."""
     options = backbone_options(dtype, device, trust_remote_code, quantization)

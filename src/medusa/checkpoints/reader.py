@@ -15,15 +15,7 @@ from torch import Tensor
 
 from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, TOKEN_MAPS, WANTED, Part, belongs_to_heads, in_style, ours, parse
 from medusa.checkpoints.tensors import read_tensors, tensor_names
-from medusa.config import (
-    CONFIG_FILE,
-    HEADS_FILE,
-    HEADS_FILES,
-    MODEL_FILES,
-    OLD_HEADS_FILE,
-    MedusaConfig,
-    read_json_object,
-)
+from medusa.config import CONFIG_FILE, HEADS_FILE, HEADS_FILES, MODEL_FILES, OLD_HEADS_FILE, MedusaConfig, read_json_object
 from medusa.errors import CheckpointError
 from medusa.heads import MedusaHeads
 

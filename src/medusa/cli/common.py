@@ -16,8 +16,7 @@ ModelArgument = Annotated[
 ]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="Name of the GGUF file in the folder or repository.")]
 RevisionOption = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit on the hub; for other ids: ID@REVISION."),
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the hub; for other ids: ID@REVISION.")
 ]
 HeadsOption = Annotated[
     str | None, typer.Option("--heads", help="Folder or hub id of the heads (default: the model's own folder).")

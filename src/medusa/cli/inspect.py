@@ -27,8 +27,7 @@ FORMATS = {
 
 def inspect_command(
     path: Annotated[
-        str,
-        typer.Argument(help="A folder, GGUF file or hub id of a model or heads, a tree file, `smollm2` or `embedded`."),
+        str, typer.Argument(help="A folder, GGUF file or hub id of a model or heads, a tree file, `smollm2` or `embedded`.")
     ],
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,

@@ -89,11 +89,7 @@ class BenchConfig:
 
 
 def bench_entries(
-    config: BenchConfig,
-    model: MedusaModel,
-    limits: dict[str, Any],
-    trees: dict[str, Any],
-    draft: MedusaModel | None = None,
+    config: BenchConfig, model: MedusaModel, limits: dict[str, Any], trees: dict[str, Any], draft: MedusaModel | None = None
 ) -> Entries:
     """The decoders of a bench by the names that they have in its report.
 

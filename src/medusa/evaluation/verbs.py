@@ -12,15 +12,7 @@ from medusa.checkpoints import named
 from medusa.checkpoints.adapter import has_adapter
 from medusa.checkpoints.hub import find_heads
 from medusa.config import from_mapping
-from medusa.data.prompt_sets import (
-    HELD_OUT,
-    Prompter,
-    Question,
-    calibration_ids,
-    default_prompts,
-    read_questions,
-    select,
-)
+from medusa.data.prompt_sets import HELD_OUT, Prompter, Question, calibration_ids, default_prompts, read_questions, select
 from medusa.errors import InvalidInput
 from medusa.evaluation.answers import BENCH_FILE, PromptSet
 from medusa.evaluation.catalog import Setup

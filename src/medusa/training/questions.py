@@ -106,11 +106,7 @@ def _written(
     """Questions with their numbers, in the order in which they finish; None for one that did not end."""
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
     options = options_of_rows(
-        model,
-        "distill",
-        max_new_tokens=LONGEST,
-        eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)),
-        **sampling,
+        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)), **sampling
     )
 
     def take() -> Request | None:

@@ -123,11 +123,7 @@ def _train(
         with PartialState().main_process_first():
             data = {name: save_hidden_states(model, part, Path(hidden_states) / name) for name, part in data.items()}
     trainer = MedusaTrainer(
-        model=objective,
-        args=arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["eval"],
-        data_collator=collate,
+        model=objective, args=arguments, train_dataset=data["train"], eval_dataset=data["eval"], data_collator=collate
     )
     for callback in (ProgressCallback, PrinterCallback):  # both write to stdout
         trainer.remove_callback(callback)

@@ -21,12 +21,7 @@ Path_ = tuple[int, ...]
 Places = dict[Path_, tuple[float, float]]
 
 
-def draw_tree(
-    tree: MedusaTree,
-    file: Path,
-    chances: Mapping[Path_, float] | None = None,
-    mark: Sequence[int] = (),
-) -> None:
+def draw_tree(tree: MedusaTree, file: Path, chances: Mapping[Path_, float] | None = None, mark: Sequence[int] = ()) -> None:
     """Write a drawing of a tree in the format of the file's suffix; see `tree_figure`.
 
     Raises:
