@@ -112,7 +112,7 @@ def show(result: dict, console: Console) -> None:
     kind = f"sampled at {result['temperature']}" if result["temperature"] else "greedy"
     compiled = ", ours compiled" if result["compiled"] else ""
     table = Table(title=f"{result['dtype']}, batch {result['batch']}, {kind}{compiled}", title_justify="left")
-    columns = ("", "tokens/s", "vs generate", "vs plain", "tokens a step", "overhead", "identical", "repeated 8-grams")
+    columns = ("", "tokens/s", "vs generate", "vs plain", "tokens per step", "overhead", "identical", "repeated 8-grams")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["decoders"].items():

@@ -3,7 +3,7 @@
     python benchmarks/recipes.py --data OWN.jsonl --corpus CORPUS.jsonl --work DIR [--steps 300] [--json FILE]
 
 Every variant gets the same number of steps on rows of the same length, those of Table 2 as many again, and is measured on
-the same held-out prompts: the head accuracies on its own greedy continuations, the tokens a step that its best tree then
+the same held-out prompts: the head accuracies on its own greedy continuations, the tokens per step that its best tree then
 really emits, and the loss of its backbone on held-out text beside the original's. OWN is what the backbone itself wrote
 (`medusa distill`), CORPUS the text it was trained on. A variant already in DIR is not trained again.
 """
@@ -104,7 +104,7 @@ def main() -> None:
             for k in range(1, 6):
                 results[f"medusa-1, K = {k}"] = measure(model, args.nodes, k) | {"perplexity_ratio": 1.0}
         show(console, variant.name, results[variant.name])
-    table = Table(Column("variant", no_wrap=True), *(f"head {k}" for k in range(1, 6)), "tokens a step", "perplexity")
+    table = Table(Column("variant", no_wrap=True), *(f"head {k}" for k in range(1, 6)), "tokens per step", "perplexity")
     for name, found in results.items():
         accuracies = [f"{row[0]:.2f}" for row in found["accuracies"]]
         rate, ratio = f"{found['acceleration_rate']:.2f}", f"{found['perplexity_ratio']:.4f}"

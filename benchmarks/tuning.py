@@ -2,7 +2,7 @@
 
     python benchmarks/tuning.py [--prompts FILE.jsonl] [--parts rates speed] [--json results/tuning.json]
 
-The prompts are dealt into two halves; trees are searched on the first and decode the second. *Rates*: tokens a step as
+The prompts are dealt into two halves; trees are searched on the first and decode the second. *Rates*: tokens per step as
 expected from the calibration in three ways (head accuracies as if independent, the paper's 2.3.3; paths that came true
 together, averaged over all places; replay of the recorded texts) against those decoded. *Speed*: every kind and size decodes,
 in turn; the choice of `tune`, which never saw these prompts, beside the fastest. On the embedded model, in bfloat16.
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.timed < 2:
-        parser.error(f"--timed is {args.timed}, wanted at least 2: one prompt gives no interval")
+        parser.error(f"--timed is {args.timed}, expected at least 2: one prompt gives no interval")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = MedusaModel.from_pretrained(EMBEDDED, dtype=torch.bfloat16)
@@ -169,7 +169,7 @@ def speed(
             "tree": option.name,
             "promised": option.tokens_per_second(1) / tuned.plain.tokens_per_second(1),
             "speedup": ratio(option.name, "plain"),
-            "tokens a step": measured[option.name].acceleration_rate,
+            "tokens per step": measured[option.name].acceleration_rate,
         }
 
     rows = [row(option) for option in every.values()]
@@ -183,19 +183,19 @@ def show(console: Console, found: dict) -> None:
 
     if "rates" in found:
         ways = ("independent", "joint average", "replayed", "cross-validated")
-        table = Table("tree", "decoded", *ways, title="tokens a step")
+        table = Table("tree", "decoded", *ways, title="tokens per step")
         for row in found["rates"]:
             table.add_row(row["tree"], f"{row['decoded']:.3f}", *(beside(row[way], row["decoded"]) for way in ways))
         console.print(table)
     if "speed" in found:
-        table = Table("tree", "promised", "measured", "tokens a step", title="times plain decoding, the prefill left out")
+        table = Table("tree", "promised", "measured", "tokens per step", title="times plain decoding, the prefill left out")
         for row in found["speed"]["rows"]:
             style = "bold" if row["tree"] == found["speed"]["chosen"] else None
             table.add_row(
                 row["tree"],
                 f"{row['promised']:.2f}",
                 interval_text(row["speedup"]),
-                f"{row['tokens a step']:.2f}",
+                f"{row['tokens per step']:.2f}",
                 style=style,
             )
         console.print(table)

@@ -94,5 +94,5 @@ def test_typical_acceptance_of_a_sure_backbone_is_greedy():
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 0.3), (1.5, 0.3), (0.09, -1.0)])
 def test_threshold_out_of_range_is_refused(epsilon, delta):
-    with pytest.raises(InvalidInput, match="wanted a number in"):
+    with pytest.raises(InvalidInput, match="expected a number in"):
         TypicalAcceptance(epsilon, delta)

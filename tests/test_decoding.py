@@ -141,7 +141,7 @@ def test_prompt_of_one_token(tiny_model):
 
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_max_new_tokens_cuts_inside_an_accepted_path(tiny_model, limit):
-    tree = MedusaTree([(rank,) for rank in range(VOCAB)])  # two tokens a step
+    tree = MedusaTree([(rank,) for rank in range(VOCAB)])  # two tokens per step
     prompt = random_prompt(6, seed=1)
     output = tiny_model.generate(prompt, max_new_tokens=limit, tree=tree, return_dict_in_generate=True)
     assert new_tokens(output.sequences, 6) == [plain_greedy(tiny_model.backbone, prompt, limit)]

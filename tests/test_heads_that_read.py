@@ -217,5 +217,5 @@ def bound_again(backbone, heads: MedusaHeads) -> MedusaHeads:
 def test_heads_that_read_more_than_is_asked_for_are_no_start(tmp_path):
     backbone = tiny_backbone(eos_token_id=None)
     config = TrainingConfig(num_heads=2, shared_lm_head=True, heads_kind="medusa", max_steps=1, held_out=0.0)
-    with pytest.raises(InvalidInput, match="of kind root, wanted medusa"):
+    with pytest.raises(InvalidInput, match="of kind root, expected medusa"):
         train_heads(MedusaModel(backbone, bound(backbone, "root", num_heads=2)), sampled_rows(backbone), tmp_path, config)

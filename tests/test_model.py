@@ -59,7 +59,7 @@ def test_folder_without_a_model_is_one_line(tmp_path, saved):
 
 
 def test_unknown_name_is_neither_folder_nor_fetched():
-    with pytest.raises(CheckpointError, match="is no folder here and cannot be fetched"):
+    with pytest.raises(CheckpointError, match="is not a folder here and cannot be fetched"):
         MedusaModel.from_pretrained("nobody/no-such-model")
 
 
@@ -145,8 +145,8 @@ def test_stop_strings_end_where_transformers_ends(embedded_model, embedded_token
     [
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, InvalidInput, "the prompt is empty"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, InvalidInput, "the prompt is empty"),
-        ({"input_ids": torch.zeros(4, dtype=torch.long)}, InvalidInput, r"wanted a tensor of integers \(batch, length\)"),
-        ({"input_ids": torch.zeros(1, 4)}, InvalidInput, "wanted a tensor of integers"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, InvalidInput, r"expected a tensor of integers \(batch, length\)"),
+        ({"input_ids": torch.zeros(1, 4)}, InvalidInput, "expected a tensor of integers"),
         ({"input_ids": torch.tensor([[1, 64]])}, InvalidInput, "the vocabulary has 64 tokens"),
         ({"input_ids": torch.tensor([[1, -1]])}, InvalidInput, "go from -1"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, InvalidInput, "padding_side = 'left'"),
@@ -156,7 +156,7 @@ def test_stop_strings_end_where_transformers_ends(embedded_model, embedded_token
         ({"max_new_tokens": 0}, InvalidInput, "max_new_tokens is 0"),
         ({"input_ids": [[1, 2]]}, InvalidInput, "input_ids is list"),
         ({"attention_mask": [[1, 1, 1, 1]]}, InvalidInput, "they must agree"),
-        ({"max_new_tokens": 5.5}, InvalidInput, "max_new_tokens is 5.5, wanted an integer"),
+        ({"max_new_tokens": 5.5}, InvalidInput, "max_new_tokens is 5.5, expected an integer"),
         ({"seed": "a"}, InvalidInput, "seed is 'a'"),
         ({"stop_strings": [""]}, InvalidInput, "a stop string is empty"),
         ({"tree": "root"}, InvalidInput, "tree is a str"),

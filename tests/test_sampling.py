@@ -173,12 +173,12 @@ def test_streams_of_near_seeds_and_rows_share_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0, wanted more than 0"),
+        ({"temperature": -1.0}, "temperature is -1.0, expected more than 0"),
         ({"temperature": 0.0}, "do_sample=False"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -2}, "top_k is -2"),
         ({"min_p": 2.0}, "min_p is 2.0"),
-        ({"acceptance": "loose"}, "wanted 'exact' or 'typical'"),
+        ({"acceptance": "loose"}, "expected 'exact' or 'typical'"),
     ],
 )
 def test_nonsense_setting_is_refused(tiny_model, settings, message):

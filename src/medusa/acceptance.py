@@ -22,7 +22,7 @@ class TypicalAcceptance:
         for name in ("epsilon", "delta"):
             value = getattr(self, name)
             if not 0 < value <= 1:
-                raise InvalidInput(f"{name} is {value}, wanted a number in (0, 1]")
+                raise InvalidInput(f"{name} is {value}, expected a number in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,4 @@ def _reachable(
 def _accepted(tree: TreeTensors, node: Tensor, target: Tensor) -> Accepted:
     rows = torch.arange(len(node), device=node.device)
     path = tree.lineage.expand(len(node), -1, -1)[rows, node]
-    return Accepted(
-        node=node,
-        path=path,
-        length=(path >= 0).sum(-1),
-        bonus=target.gather(1, node[:, None]).squeeze(1),
-    )
+    return Accepted(node=node, path=path, length=(path >= 0).sum(-1), bonus=target.gather(1, node[:, None]).squeeze(1))

@@ -43,7 +43,7 @@ class MedusaConfig:
     medusa_lm_head_bias: bool = False
     medusa_draft_vocabulary: int | None = None  # number of tokens that heads score; None: all
     medusa_heads_kind: HeadsKind = "medusa"  # what heads read besides the hidden state: nothing, the root, the path from it
-    medusa_embedding_size: int | None = None  # the width of the backbone's embeddings, where heads read tokens
+    medusa_embedding_size: int | None = None  # the width of the backbone's embeddings, if heads read tokens
     medusa_embedding_scale: float | None = None  # which brings the embeddings to the size of the hidden states
     base_model_name_or_path: str | None = None
 
@@ -88,7 +88,7 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None or (least is not None and number < least):
-        raise InvalidInput(f"{name} is {value!r}, wanted an integer{'' if least is None else f' of at least {least}'}")
+        raise InvalidInput(f"{name} is {value!r}, expected an integer{'' if least is None else f' of at least {least}'}")
     return number
 
 
@@ -98,7 +98,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no {path.name} in {path.parent}")
     found = read_json(path, CheckpointError)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted a JSON object")
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected a JSON object")
     return found
 
 
@@ -121,7 +121,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
         if not _fits(value, hints[key]):
             wanted = str(fields[key].type)
-            raise ConfigError(f"{source}: {key} is {value!r} ({type(value).__name__}), wanted {wanted}")
+            raise ConfigError(f"{source}: {key} is {value!r} ({type(value).__name__}), expected {wanted}")
     absent = [
         name
         for name, field in fields.items()

@@ -24,7 +24,7 @@ class DecodingStep:
 
     Args:
         tokens: new tokens of every row, the root first; none if the row had finished before.
-        finish_reasons: None while a row goes on, then "eos", "stop" or "length".
+        finish_reasons: None until a row ends, then "eos", "stop" or "length".
         seconds: duration of the step; for the first step, with the prefill.
         prefill_seconds: the part of `seconds` spent on the prompts; 0 after the first step.
     """
@@ -181,7 +181,7 @@ def check_length(prompt_tokens: int, max_new_tokens: int, max_length: int | None
     """Check that a prompt and its continuation fit the model.
 
     Args:
-        max_length: the most tokens of a row; None: no limit.
+        max_length: maximum number of tokens in a row; None: no limit.
         option: the user's name for max_new_tokens, for the error.
 
     Raises:
@@ -199,7 +199,7 @@ def check_prompts(model: Decodable, ids: Tensor, attention_mask: Tensor | None) 
     """Check prompts and move them to the model's device; the mask is None if nothing is padded."""
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.long, torch.int32):
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise InvalidInput(f"input_ids is {got}, wanted a tensor of integers (batch, length)")
+        raise InvalidInput(f"input_ids is {got}, expected a tensor of integers (batch, length)")
     ids = ids.long()
     batch, length = ids.shape
     if batch == 0 or length == 0:

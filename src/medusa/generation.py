@@ -85,7 +85,7 @@ class MedusaGenerationMixin:
     ) -> Tensor | MedusaGenerateOutput:
         """Generate as transformers' `generate` does, which prepares the call; `docs/architecture.md` says what is exact.
 
-        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed, or refused by name.
+        Every key of transformers' `GenerationConfig` and every argument of its `generate` is followed or refused.
         An argument that is None counts as not given; the generation config then decides. Two defaults differ: top-k is off
         (transformers: 50), and without a length there are 256 new tokens, or as many as fit the model.
 
@@ -134,11 +134,11 @@ class MedusaGenerationMixin:
     ) -> Tensor | MedusaGenerateOutput:
         """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
 
-        Also takes Medusa's own arguments of `generate`. transformers passes on neither streamer nor tokenizer: call
+        Also takes Medusa's own arguments of `generate`. transformers does not pass on a streamer or tokenizer: call
         `MedusaModel.generate` for streaming and stop strings.
 
         Raises:
-            InvalidInput: a setting, processor or model input that a tree cannot follow, by name.
+            InvalidInput: a tree cannot follow a setting, processor or model input, which is named.
         """
         if backbone is not self.backbone:
             raise InvalidInput("this Medusa model was made for another backbone object")
@@ -152,7 +152,6 @@ class MedusaGenerationMixin:
 def _prepare(
     model: Preparable, method: str, input_ids: Tensor | None, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> Prepared:
-    """Check the prompts and let transformers prepare the call."""
     if input_ids is not None and "inputs_embeds" not in options:
         input_ids, mask = check_prompts(model, input_ids, attention_mask)
         attention_mask = mask if mask is not None or attention_mask is None else torch.ones_like(input_ids)

@@ -1,12 +1,12 @@
-"""Medusa heads: K small predictors that read the backbone's last hidden state (paper 2.1.1), and tokens that are known already.
+"""Medusa heads: K small predictors that read the backbone's last hidden state (paper 2.1.1) and, in two kinds, known tokens.
 
 Heads are numbered from 1, as in the paper: at position t the backbone's own LM head predicts token t+1 and head k
 predicts token t+k+1. Tensors and files count from 0, so head k is `heads[k - 1]`.
 
-The paper's heads guess blind: the hidden state of position t does not say which token t+1 was drawn. Heads of kind "root" read
-that token, the root: one token, known before the heads run, so nothing else changes. Heads of kind "path" also read the tokens
-of a node's path, as Hydra's do (2402.05109): what they guess from the root alone makes a shortlist at each depth, and along a
-path only the shortlist is scored again (`medusa.shortlist`), never the vocabulary.
+The paper's heads do not know which token t+1 was drawn: the hidden state of position t does not contain it. Heads of kind
+"root" also read that token, the root, which is known before the heads run. Heads of kind "path" read all tokens of a node's
+path, as Hydra's do (2402.05109): their guesses from the root alone form a shortlist for each depth, and along a path only the
+shortlist is scored again (`medusa.shortlist`), never the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
     """x + SiLU(W x + b), the identity when new: W and b start at zero.
 
     Args:
-        read: E times the most tokens whose embeddings it reads: x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
+        read: total width of the embeddings that it reads: x + SiLU(W x + sum_j C_j e(x_j) + b), every C_j zero when new.
     """
 
     def __init__(self, hidden_size: int, read: int = 0, **factory):
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 def _plain(linear: nn.Module) -> nn.Linear:
-    """A linear map as its matrix and nothing else, not to be trained; the same memory where it is no more than that."""
+    """A linear map as a plain frozen nn.Linear; shares its memory with the original if that is a plain matrix."""
     weight, bias = linear_map(linear)
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -62,11 +62,11 @@ def _plain(linear: nn.Module) -> nn.Linear:
 
 
 class DraftLMHead(nn.Module):
-    """The rows of an LM head that a draft vocabulary names, where the LM head is more than a plain matrix: all are computed."""
+    """The rows of a draft vocabulary of an LM head that is not a plain matrix: all rows are computed, then these selected."""
 
     def __init__(self, lm_head: nn.Module, tokens: Tensor):
         super().__init__()
-        self._whole = (lm_head,)  # in a tuple, so that it is no submodule
+        self._whole = (lm_head,)  # in a tuple, so that it is not a submodule
         self.register_buffer("tokens", tokens, persistent=False)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -82,14 +82,13 @@ class MedusaHeads(nn.ModuleList):
     Args:
         hidden_size: width d of the hidden states.
         vocab_size: V, the rows of the backbone's LM head.
-        num_heads: K.
-        num_layers: L residual blocks per head, each with weights of its own.
+        num_heads: K, number of heads.
+        num_layers: L, number of residual blocks per head.
         shared_lm_head: predict through the backbone's LM head; `share` must then be called before use.
         lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
-        draft_vocabulary: V', the tokens that heads score, where they are not all of the vocabulary; which, the buffer
-            `token_map` says (FR-Spec, 2502.14856). None: all.
-        kind: what they read besides the hidden state: "medusa" nothing, "root" the root, "path" the tokens from the root on.
-        embedding_size: E, the width of the backbone's embeddings, of which heads read those of tokens; None: d.
+        draft_vocabulary: V', the number of tokens that heads score (FR-Spec, 2502.14856), listed in `token_map`; None: all.
+        kind: what heads read besides the hidden state: "medusa" nothing, "root" the root, "path" the tokens from the root on.
+        embedding_size: E, the width of the backbone's token embeddings; None: d.
         embedding_scale: factor that brings the embeddings to the size of the hidden states.
 
     >>> heads = MedusaHeads(hidden_size=8, vocab_size=32, num_heads=3)
@@ -114,16 +113,16 @@ class MedusaHeads(nn.ModuleList):
     ):
         for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size), ("num_heads", num_heads)):
             if size < 1:
-                raise InvalidInput(f"{name} is {size}, wanted at least 1")
+                raise InvalidInput(f"{name} is {size}, expected at least 1")
         if num_layers < 0:
-            raise InvalidInput(f"num_layers is {num_layers}, wanted at least 0")
+            raise InvalidInput(f"num_layers is {num_layers}, expected at least 0")
         if draft_vocabulary is not None and not 1 <= draft_vocabulary <= vocab_size:
             raise InvalidInput(f"a draft vocabulary has 1 to {vocab_size} tokens, the vocabulary's, got {draft_vocabulary}")
         reads = {"medusa": [0] * num_heads, "root": [1] * num_heads, "path": [*range(1, num_heads + 1)]}[kind]
         if kind == "medusa":
             embedding_size = embedding_scale = None
         elif num_layers == 0:
-            raise InvalidInput(f"heads that read the {kind} read it in a residual block; num_layers is 0, wanted at least 1")
+            raise InvalidInput(f"heads that read the {kind} read it in a residual block; num_layers is 0, expected at least 1")
         else:
             embedding_size, embedding_scale = embedding_size or hidden_size, embedding_scale or 1.0
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -151,7 +150,7 @@ class MedusaHeads(nn.ModuleList):
             medusa_embedding_scale=embedding_scale,
         )
         self.token_map: Tensor
-        # In tuples, so that they are no submodules: they belong to the backbone.
+        # In tuples, so that they are not submodules: they belong to the backbone.
         self._shared: tuple[nn.Module, ...] = ()
         self._embedding: tuple[nn.Module, ...] = ()
 
@@ -187,7 +186,7 @@ class MedusaHeads(nn.ModuleList):
         token_map: Tensor | None = None,  # (V',) long, rising: the tokens that heads are to score; None: all
         **reads: Any,  # kind, embedding_size, embedding_scale
     ) -> MedusaHeads:
-        """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each says what the LM head says."""
+        """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each predicts what the LM head predicts."""
         weight, bias = linear_map(lm_head)
         vocab_size, hidden_size = weight.shape
         scored = len(token_map) if token_map is not None else None
@@ -246,8 +245,8 @@ class MedusaHeads(nn.ModuleList):
         return cast(nn.Sequential, self[k])
 
     def share(self, lm_head: nn.Module, embedding: nn.Module | None = None) -> None:
-        """Name the backbone's LM head (d -> V), used by heads that have none of their own, and its embedding of tokens, used by
-        those that read tokens. Of the LM head they take the rows of their draft vocabulary, if they have one."""
+        """Set the backbone's LM head (d -> V), for heads without one, and its token embedding, for heads that read tokens. With
+        a draft vocabulary only its rows of the LM head are used."""
         self._embedding = (embedding,) if embedding is not None and self.kind != "medusa" else ()
         if self.config.medusa_draft_vocabulary is not None and self.config.medusa_shared_lm_head:
             lm_head = self.rows_of(lm_head)
@@ -257,7 +256,7 @@ class MedusaHeads(nn.ModuleList):
         self,
         lm_head: nn.Module,  # d -> V
     ) -> nn.Module:  # d -> V'
-        """The rows of an LM head for the tokens of the draft vocabulary: a matrix of their own where it is one and stays so."""
+        """The rows of an LM head for the tokens of the draft vocabulary; a separate matrix if the head is a frozen matrix."""
         tokens = self.token_map.to(device_of(lm_head))
         if not is_plain(lm_head) or lm_head.weight.requires_grad:
             return DraftLMHead(lm_head, tokens)
@@ -273,37 +272,37 @@ class MedusaHeads(nn.ModuleList):
         return self.config.medusa_heads_kind
 
     def known(self, k: int) -> int:
-        """The most tokens that head k + 1 reads: none, the root, or the path from the root on."""
+        """The maximum number of tokens that head k + 1 reads: none, the root, or the path from the root on."""
         return {"medusa": 0, "root": 1, "path": k + 1}[self.kind]
 
     def embed(
         self,
         tokens: Tensor,  # (...) long
     ) -> Tensor:  # (..., E), the dtype of the heads
-        """The backbone's own embeddings, brought to the size of its hidden states."""
+        """The backbone's embeddings of tokens, scaled to the size of its hidden states."""
         if not self._embedding:
-            raise CheckpointError("these heads read tokens, but no embedding was named; call heads.share(lm_head, embedding)")
+            raise CheckpointError("these heads read tokens, but no embedding is set; call heads.share(lm_head, embedding)")
         found = self._embedding[0](tokens.to(device_of(self._embedding[0])))
         assert self.config.medusa_embedding_scale is not None
         return found.detach().to(tokens.device, self.dtype) * self.config.medusa_embedding_scale
 
     @property
     def scored(self) -> int:
-        """V': the tokens that each head scores."""
+        """V', the number of tokens that each head scores."""
         return self.config.medusa_draft_vocabulary or self.config.vocab_size
 
     def tokens(
         self,
         places: Tensor,  # (...) long, below V': places among the scores
     ) -> Tensor:  # (...) long
-        """The tokens that scores are of."""
+        """The tokens at places among the scores."""
         return places if self.config.medusa_draft_vocabulary is None else self.token_map[places]
 
     def places(
         self,
         tokens: Tensor,  # (...) long
     ) -> Tensor:  # (...) long
-        """Where the tokens stand among the scores; -1 for one outside the draft vocabulary."""
+        """The places of tokens among the scores; -1 for a token outside the draft vocabulary."""
         if self.config.medusa_draft_vocabulary is None:
             return tokens
         at = torch.searchsorted(self.token_map, tokens.contiguous()).clamp(max=self.scored - 1)
@@ -314,7 +313,7 @@ class MedusaHeads(nn.ModuleList):
         if not self.config.medusa_shared_lm_head:
             return self.parts(k)[self.num_layers]
         if not self._shared:
-            raise CheckpointError("these heads share the backbone's LM head, but none was named; call heads.share(lm_head)")
+            raise CheckpointError("these heads share the backbone's LM head, which is not set; call heads.share(lm_head)")
         return self._shared[0]
 
     def state(
@@ -336,12 +335,12 @@ class MedusaHeads(nn.ModuleList):
         num_heads: int | None = None,
         root: Tensor | None = None,  # (...) long: the token after h, for heads that read it
     ) -> Tensor:  # (num_heads, ..., V)
-        """Logits of the first `num_heads` heads (all by default): those a tree does not use cost nothing. With a draft
-        vocabulary they are those of its tokens alone, V' for V."""
+        """Logits of the first `num_heads` heads (default: all), so that heads a tree does not use cost nothing. With a draft
+        vocabulary, only its V' tokens have logits."""
         return self.logits(self.states(h, num_heads, root))
 
     def states(self, h: Tensor, num_heads: int | None = None, root: Tensor | None = None) -> Tensor:  # (num_heads, ..., d)
-        """The hidden states of the first heads, of those that read tokens from the root alone; arguments as for `forward`."""
+        """The hidden states of the first heads, given the root alone; arguments as for `forward`."""
         known = self.embed(root) if root is not None and self.kind != "medusa" else None
         return torch.stack([self.state(h, k, known) for k in range(len(self) if num_heads is None else num_heads)])
 
@@ -349,7 +348,6 @@ class MedusaHeads(nn.ModuleList):
         self,
         states: Tensor,  # (num_heads, ..., d)
     ) -> Tensor:  # (num_heads, ..., V)
-        """The logits of the first heads' hidden states."""
         if self.config.medusa_shared_lm_head:
             return self.lm_head(0)(states)  # the LM head's weights are read once for all heads
         return torch.stack([self.lm_head(k)(state) for k, state in enumerate(states)])

@@ -1,4 +1,4 @@
-"""Metrics: how often each guess of each head is right, and what a tree gains from it."""
+"""Metrics: how often each guess of each head is right, and the acceptance length to expect from a tree."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def rank_hits(
     heads: MedusaHeads,
     hidden: Tensor,  # (B, T, d): the backbone's last hidden states, in the dtype of the heads
     ids: Tensor,  # (B, T) long: the tokens they were computed on
-    counted: Tensor,  # (B, T) bool: whether the token there is one to be guessed
+    counted: Tensor,  # (B, T) bool: whether the token there is to be guessed
     ranks: int,
-    segments: Tensor | None = None,  # (B, T) long: the text each token belongs to; a head is not asked across texts
+    segments: Tensor | None = None,  # (B, T) long: the text each token belongs to; heads do not guess across texts
 ) -> tuple[Tensor, Tensor]:  # (K, ranks) long, (K,) long
-    """How often the token k + 1 places on was exactly the i-th guess of head k, and how often head k was asked."""
+    """How often the token k + 1 places on was exactly the i-th guess of head k, and how often head k guessed."""
     num_heads = len(heads)
     hits, asked = torch.zeros(num_heads, ranks, dtype=torch.long), torch.zeros(num_heads, dtype=torch.long)
     for k in range(num_heads):
@@ -46,7 +46,7 @@ def _guesses(heads: MedusaHeads, hidden: Tensor, k: int, ranks: int, root: Tenso
 
 
 def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[list[float]]:
-    """[k - 1][i]: the share of the times head k was asked that exactly its guess i (0-based) was right."""
+    """[k - 1][i]: how often exactly guess i (0-based) of head k was right, as a share of its guesses."""
     return [[hit / max(times, 1) for hit in row] for row, times in zip(hits, asked, strict=True)]
 
 
@@ -66,7 +66,7 @@ def path_chances(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> dic
 
 
 def expected_acceptance_length(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> float:
-    """Tokens a step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
+    """Tokens per step that the tree should accept, the root included, for heads that err independently (paper 2.3.3).
 
     >>> expected_acceptance_length(MedusaTree([(0,), (0, 0)]), [[0.5], [0.4]])
     1.7

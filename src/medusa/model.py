@@ -34,7 +34,7 @@ from medusa.trees.tensors import Drafted, Drafter, Frame
 
 
 class MedusaModel(MedusaGenerationMixin):
-    """A causal LM that decodes several tokens a step with Medusa heads and a candidate tree.
+    """A causal LM that decodes several tokens per step with Medusa heads and a candidate tree.
 
     The model does not change while decoding, and all state belongs to the request: threads can share it.
 
@@ -53,7 +53,7 @@ class MedusaModel(MedusaGenerationMixin):
     def __init__(self, backbone: PreTrainedModel, heads: MedusaHeads | None = None, tree: Tree | None = None):
         if not isinstance(backbone, PreTrainedModel):
             raise UnsupportedBackbone(
-                f"backbone is a {type(backbone).__name__}, wanted a transformers causal LM; "
+                f"backbone is a {type(backbone).__name__}, expected a transformers causal LM; "
                 "pass a folder or hub id to MedusaModel.from_pretrained"
             )
         self.lm = TreeLM(backbone)
@@ -120,7 +120,7 @@ class MedusaModel(MedusaGenerationMixin):
         if heads is not None:
             heads_folder = find_heads(heads, **{**hub, **(heads_options or {})})
         elif heads_options:
-            raise InvalidInput("heads_options are for heads that lie elsewhere; pass heads=..., or leave heads_options out")
+            raise InvalidInput("heads_options are for heads in another place; pass heads=..., or leave heads_options out")
         else:
             heads_folder = source.heads or source.folder
         if isinstance(tree, str | Path):

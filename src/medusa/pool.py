@@ -33,11 +33,7 @@ class Finished:
 
 
 def decode_queue(
-    model: Decodable,
-    take: Callable[[], Request | None],
-    rows: int,
-    tree: Tree,
-    options: DecodingOptions,
+    model: Decodable, take: Callable[[], Request | None], rows: int, tree: Tree, options: DecodingOptions
 ) -> Iterator[Finished]:
     """Decode requests in a batch of rows. Each gets the tokens that `decode` gives it alone with its seed.
 

@@ -44,15 +44,15 @@ class OwnOptions:
 
     def __post_init__(self):
         if self.acceptance not in ("exact", "typical"):
-            raise InvalidInput(f"acceptance is {self.acceptance!r}, wanted 'exact' or 'typical'")
+            raise InvalidInput(f"acceptance is {self.acceptance!r}, expected 'exact' or 'typical'")
         for name in ("epsilon", "delta"):
             if self.acceptance == "exact" and getattr(self, name) != getattr(TypicalAcceptance, name):
-                raise InvalidInput(f"{name} is of typical acceptance; pass acceptance='typical' or leave {name} out")
+                raise InvalidInput(f"{name} is for typical acceptance; pass acceptance='typical' or leave {name} out")
         if self.seed is not None:
             integer("seed", self.seed)
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise InvalidInput(
-                f"tree is a {type(self.tree).__name__}, wanted a MedusaTree or DynamicTree; load a file with load_tree"
+                f"tree is a {type(self.tree).__name__}, expected a MedusaTree or DynamicTree; load a file with load_tree"
             )
 
     @property
@@ -120,7 +120,7 @@ def prepare(
         options: keywords of the call, with `input_ids` and `attention_mask`; None counts as not given.
 
     Raises:
-        InvalidInput: something cannot be followed (by name), or transformers refuses it.
+        InvalidInput: an argument cannot be followed, and is named, or transformers refuses it.
     """
     options = {name: value for name, value in options.items() if value is not None}
     # transformers wants int and float, which numpy's numbers are not.
@@ -173,7 +173,7 @@ def _defaults(model: Preparable, options: dict[str, Any]) -> dict[str, Any]:
         given = ", ".join(key for key in SAMPLING_KEYS if key in options)
         warnings.warn(f"{given} and their like do nothing without do_sample=True", stacklevel=5)
     if setting("exponential_decay_length_penalty") is not None and setting("eos_token_id") is None:
-        raise InvalidInput("exponential_decay_length_penalty makes the eos likelier, and there is none; pass eos_token_id")
+        raise InvalidInput("exponential_decay_length_penalty needs an eos, and there is none; pass eos_token_id")
     for key in ("cache_implementation", "token_healing"):  # transformers acts on these before it calls us
         refuse(key, setting(key))
     if setting("max_new_tokens") is None and setting("max_length") is None:
@@ -192,8 +192,8 @@ def options_of_rows(model: Preparable, method: str, **settings: Any) -> Decoding
     for process, reads in options.processors.steps:
         if reads == "length":
             raise InvalidInput(
-                f"{type(process).__name__} counts from the end of one prompt, and {method} decodes many in a row; unset what "
-                "asks for it in the backbone's generation config, such as min_new_tokens"
+                f"{type(process).__name__} counts from the end of one prompt, and {method} decodes many in a row; unset the "
+                "key that adds it in the backbone's generation config, such as min_new_tokens"
             )
     return options
 
@@ -211,7 +211,7 @@ def handed_over(
     """The prepared call from what transformers' `generate` passes to a custom loop.
 
     Raises:
-        InvalidInput: a tree cannot follow a setting, processor or model input, by name.
+        InvalidInput: a tree cannot follow a setting, processor or model input, which is named.
     """
     refuse_settings(generation_config)
     mask, embeds = _prompt(backbone, input_ids, model_kwargs)
@@ -274,7 +274,7 @@ def _prompt(backbone: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     """The mask and the embeddings that transformers would give the backbone's first pass.
 
     Raises:
-        InvalidInput: there is another input (by name), or positions do not follow from the mask.
+        InvalidInput: there is another input, which is named, or positions do not follow from the mask.
     """
     kwargs = dict(model_kwargs)
     for name in CACHES:
@@ -282,7 +282,7 @@ def _prompt(backbone: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
         _refuse_filled(name, cache)
         if cache is not None and not getattr(cache, "is_compileable", False):
             kwargs[name] = cache  # for a cache of fixed size, the mask would be made differently
-    # Asked, not taken from the keywords: peft, for one, adds its soft prompts here.
+    # The backbone prepares them, since peft, for one, adds its soft prompts there.
     inputs = dict(backbone.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs))  # type: ignore[operator]
     for name in CACHES:
         _refuse_filled(name, inputs.pop(name, None))
@@ -296,17 +296,17 @@ def _prompt(backbone: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     length = (embeds if embeds is not None else ids).shape[1]
     if (embeds is None and length != input_ids.shape[1]) or length < input_ids.shape[1]:
         raise InvalidInput(
-            f"the model takes {length} of the prompt's {input_ids.shape[1]} tokens, wanted all; leave out inputs_embeds "
+            f"the model takes {length} of the prompt's {input_ids.shape[1]} tokens, expected all; leave out inputs_embeds "
             "that are shorter than input_ids, and caches"
         )
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(input_ids), length)):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InvalidInput(f"attention_mask is {shape}, wanted one of {len(input_ids)} rows and {length} tokens")
+        raise InvalidInput(f"attention_mask is {shape}, expected one of {len(input_ids)} rows and {length} tokens")
     if positions is not None:
         there = torch.ones(len(input_ids), length, device=positions.device) if mask is None else mask.to(positions.device)
         usual = there.long().cumsum(-1) - 1
         if positions.shape[-1] != length or not ((positions == usual) | (there == 0)).all():
-            raise InvalidInput("position_ids are not those of the attention_mask, which Medusa goes by; leave position_ids out")
+            raise InvalidInput("position_ids differ from those that follow from attention_mask; leave position_ids out")
     return mask, embeds
 
 
@@ -320,4 +320,4 @@ def _refuse_filled(name: str, cache: Any) -> None:
         return
     filled = cache.get_seq_length() > 0 if hasattr(cache, "get_seq_length") else True
     if filled or getattr(cache, "_is_user_defined", False):
-        raise InvalidInput(f"{name} holds tokens or is yours to keep, and Medusa has a cache of its own; leave {name} out")
+        raise InvalidInput(f"{name} holds tokens or is to be kept, but Medusa uses its own cache; leave {name} out")

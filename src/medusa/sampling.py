@@ -20,7 +20,7 @@ Reads = Literal["scores", "tokens", "length"]  # scores alone; also the row's to
 
 @dataclass(frozen=True)
 class Processors:
-    """Logits processors in order, each with what it reads."""
+    """Logits processors in order, and what each of them reads."""
 
     steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
     unseen: int = 0  # leading slots of every prefix that hold no token (soft prompts); processors do not see them

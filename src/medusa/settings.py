@@ -1,4 +1,4 @@
-"""Settings: which keys and arguments of transformers' `generate` Medusa follows, and which it refuses by name."""
+"""Settings: which keys and arguments of transformers' `generate` Medusa follows, and which it refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WITHOUT_EFFECT = frozenset({
 })
 # fmt: on
 # Refused, except for the values that switch them off.
-ONE_SEQUENCE = "Medusa decodes greedily or by sampling, one sequence a row"
+ONE_SEQUENCE = "Medusa decodes greedily or by sampling, one sequence per row"
 OWN_DRAFTS = "Medusa's heads draft"
 OTHER_LOGITS = "it mixes the logits of other passes or layers into the backbone's"
 ENCODER = "it reads the prompts of all rows at once"
@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     # Ours is preallocated and holds unchanged keys and values.
     "cache_implementation": (
         ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked"),
-        "a tree is verified in a cache of our own, which is neither offloaded nor quantised nor paged",
+        "a tree is verified in Medusa's own cache, which is neither offloaded nor quantised nor paged",
     ),
     "output_scores": ((False,), NOT_KEPT),
     "output_logits": ((False,), NOT_KEPT),
@@ -70,7 +70,7 @@ ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criter
 
 
 def refuse_settings(config: GenerationConfig) -> None:
-    """Refuse, by name, the settings of a prepared generation config that Medusa cannot follow."""
+    """Refuse the settings of a prepared generation config that Medusa cannot follow; the error names the setting."""
     defaults = config._get_default_generation_params()
     for key in _config_keys() - FOLLOWED - WITHOUT_EFFECT:
         value = getattr(config, key, None)

@@ -1,8 +1,8 @@
-"""The shortlist: what path heads guess from the root alone, scored again along each path (beyond the paper).
+"""The shortlist: the guesses of path heads from the root alone, scored again along each path (beyond the paper).
 
-A head that reads a node's path would have to score the vocabulary once a node. It need not: the R tokens of each depth that
-are likeliest after the root hold nearly all that are likely after any path from it. Only these are scored along a path: R rows
-of the LM head.
+A head that reads a node's path would have to score the vocabulary once per node. But the R likeliest tokens of each depth,
+given the root alone, include nearly all that are likely after any path. Only these are scored along a path, with R rows of the
+LM head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def along_paths(
     places: Tensor,  # (D, B, R) long, below V': the shortlists
     log_p: Tensor,  # (D, B, R) float32: their log-probabilities from the root alone
 ) -> Along:
-    """Scores of the shortlists along paths, to be asked depth by depth."""
+    """A function that scores the shortlists along paths, to be called depth by depth."""
     first = heads.embed(root)[:, None]  # (B, 1, E)
 
     def along(depth: int, paths: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Decodable(Protocol):
     """What the loop needs from a model; `MedusaModel` provides it."""
 
     num_heads: int
-    max_length: int | None  # the most tokens of a row; None: no limit
+    max_length: int | None  # maximum number of tokens in a row; None: no limit
     vocab_size: int
     scored: int  # number of tokens that the heads score
     static_shapes: bool  # every step must have the same shapes, as compiled graphs require
@@ -64,7 +64,7 @@ class DecodingOptions:
         processors: logits processors, temperature among them.
         eos_token_ids: ids that end a row; the id itself is part of the output.
         stopping_criteria: transformers' criteria, applied after every token as in plain decoding.
-        seed: seed of the draws; row b has a stream of its own, (seed, b).
+        seed: seed of the draws; row b has its own stream, (seed, b).
     """
 
     max_new_tokens: int
@@ -165,7 +165,7 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
         lengths=zeros,
         active=zeros.bool(),
         root=zeros,
-        hidden=zeros[:, None],  # its width and dtype come with the first prompts
+        hidden=zeros[:, None],  # its width and dtype are set with the first prompts
         drafter=drafter,
         history=History.empty(batch, capacity, model.device) if drafter.reads_history else None,
         levels=levels_of(drafter.fixed) if drafter.fixed is not None and options.processors.read_paths else None,

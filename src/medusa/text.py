@@ -1,4 +1,4 @@
-"""Incremental detokenising: text from tokens as they come."""
+"""Incremental detokenising: text from tokens as they arrive."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ PROMPT = 16  # tokens of the prompt that can influence what follows
 
 
 class Detokenizer:
-    """Turns tokens into text as they come, without decoding the whole text again or splitting a character.
+    """Turns tokens into text as they arrive, without decoding the whole text again or splitting a character.
 
     The text of a token can depend on the one before it (a space at the start of a text is dropped), and a character can be
     spread over several tokens. So new tokens are decoded together with those since the last complete character but one, and
     what can still become another character is held back: a final U+FFFD, or the byte pieces (`<0xE4>`) of an unfinished
     character, if the tokenizer spells rare characters in them. Tokenizers decode a run of byte pieces as a whole or not at
-    all, so that a broken byte would take its neighbours along; here it becomes one U+FFFD and they come out.
+    all, so a broken byte would spoil its neighbours; here it becomes one U+FFFD, and the neighbours are decoded.
 
     Args:
         tokenizer: an object with transformers' `decode`.

@@ -70,7 +70,7 @@ def test_failing_compiler_warns_once_and_decoding_goes_on(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     model = compiled_model()
     prompt = random_prompt(9)
-    with pytest.warns(RuntimeWarning, match="decoding goes on uncompiled: no compiler here") as caught:
+    with pytest.warns(RuntimeWarning, match="decoding continues uncompiled: no compiler here") as caught:
         output = model.generate(prompt, max_new_tokens=20, compile=True)
         model.generate(prompt, max_new_tokens=20, compile=True)
     assert len([w for w in caught if issubclass(w.category, RuntimeWarning)]) == 1

@@ -124,6 +124,6 @@ def test_what_was_fetched_once_is_found_without_the_hub(repository, monkeypatch)
     repository("model.safetensors", *BESIDE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert (hub.fetch("me/model") / "model.safetensors").is_file()
-    with pytest.raises(CheckpointError, match="me/other is no folder here and cannot be fetched from the hub") as refused:
+    with pytest.raises(CheckpointError, match="me/other is not a folder here and cannot be fetched from the hub") as refused:
         hub.fetch("me/other")
     assert "\n" not in str(refused.value)

@@ -252,7 +252,7 @@ def test_file_that_is_no_pickle_is_refused(tmp_path, content):
 )
 def test_pickle_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "medusa_lm_head.pt")
-    with pytest.raises(CheckpointError, match="wanted named tensors"):
+    with pytest.raises(CheckpointError, match="expected named tensors"):
         load_heads(tmp_path)
 
 
@@ -272,20 +272,20 @@ def _quantised(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("1.0.linear.bias"), r"lacks tensor 1.0.linear.bias, wanted for 2 heads of 1 layers"),
+        (lambda t: t.pop("1.0.linear.bias"), r"lacks tensor 1.0.linear.bias, expected for 2 heads of 1 layers"),
         (lambda t: t.pop("0.1.weight"), r"has no matrix 0.1.weight"),
         (lambda t: t.pop("0.0.linear.weight"), r"lacks tensor 0.0.linear.weight"),
-        (lambda t: t.update({"1.1.weight": torch.zeros(V, D + 1)}), r"1.1.weight has shape \(16, 9\), wanted \(16, 8\)"),
+        (lambda t: t.update({"1.1.weight": torch.zeros(V, D + 1)}), r"1.1.weight has shape \(16, 9\), expected \(16, 8\)"),
         (
             lambda t: t.update({"1.0.linear.weight": torch.zeros(D, V)}),
-            r"1.0.linear.weight has shape \(8, 16\), wanted \(8, 8\)",
+            r"1.0.linear.weight has shape \(8, 16\), expected \(8, 8\)",
         ),
         (lambda t: t.update({"1.2.weight": t.pop("1.1.weight")}), r"0.1.weight stands where a block would"),
-        (lambda t: t.update({"3.1.weight": torch.zeros(V, D)}), r"lacks tensor 2.0.linear.bias, wanted for 4 heads"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(D)}), r"holds model.norm.weight; wanted names like 0.0.linear"),
-        (lambda t: t.update({"lm_heads.0.weight": torch.zeros(V, D)}), r"lm_heads.0.weight, names of two formats"),
+        (lambda t: t.update({"3.1.weight": torch.zeros(V, D)}), r"lacks tensor 2.0.linear.bias, expected for 4 heads"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(D)}), r"holds model.norm.weight; expected names like 0.0.linear"),
+        (lambda t: t.update({"lm_heads.0.weight": torch.zeros(V, D)}), r"lm_heads.0.weight, which are names of two formats"),
         (lambda t: t.update({"99999999.0.linear.bias": torch.zeros(D)}), r"names for 100000000 heads"),
-        (_quantised, r"tensor 0.0.linear.weight is F8_E4M3, wanted floats of 16 or more bits"),
+        (_quantised, r"tensor 0.0.linear.weight is F8_E4M3, expected unquantised floats of 16 or more bits"),
         (lambda t: t.update({"0.0.linear.input_scale": torch.ones(1)}), r"0.0.linear.input_scale: quantised heads"),
         (lambda t: t.clear(), r"holds no tensors of heads"),
     ],
@@ -317,7 +317,7 @@ def test_shards_that_are_not_what_the_index_says_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=rf"names the shard {second.name}, which is not there"):
         load_heads(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"medusa_head.0.0.weight": "../x"}}))
-    with pytest.raises(CheckpointError, match="wanted a file of the same folder"):
+    with pytest.raises(CheckpointError, match="expected a file of the same folder"):
         load_heads(tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_v2_is_refused_where_it_would_be_other_heads(tmp_path):
     lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
     with pytest.raises(CheckpointError, match="head 1 has another"):
         write_checkpoint(some_heads(2, 1), tmp_path / "out", "v2", lm_head=lm_head)
-    with pytest.raises(CheckpointError, match="one residual block a head, these have 2"):
+    with pytest.raises(CheckpointError, match="one residual block per head, these have 2"):
         write_checkpoint(some_heads(2, 2, shared=True), tmp_path / "out", "v2", lm_head=lm_head)
 
 
@@ -202,5 +202,5 @@ def test_folder_that_holds_something_is_not_written_over(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(InvalidInput, match="exists"):
         convert(EMBEDDED, tmp_path, "vllm")
-    with pytest.raises(InvalidInput, match=r"wanted one of medusa, v0\.1, v2, vllm, merged"):
+    with pytest.raises(InvalidInput, match=r"expected one of medusa, v0\.1, v2, vllm, merged"):
         convert(EMBEDDED, tmp_path / "new", "gguf")

@@ -116,16 +116,16 @@ def tiny_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "nobody/nothing", "x"], "is no folder here and cannot be fetched"),
+        (["generate", "nobody/nothing", "x"], "is not a folder here and cannot be fetched"),
         (["generate", "embedded", "x", "--tree", "no.json"], "no tree file no.json"),
         (["generate", "embedded", "x", "-n", "5000"], "exceed the context of 1024"),
         (["generate", "embedded", "x", "--prompt-file", "y"], "not both"),
         (["generate", "embedded", "--prompt-file", "no.txt"], "cannot read no.txt"),
         (["chat", "embedded"], "no chat template"),
         (["generate", "embedded", "x", "--chat"], "no chat template"),
-        (["generate", "embedded"], "stdin holds no prompt"),
+        (["generate", "embedded"], "stdin is empty"),
         (["generate", "Once upon a time"], "looks like a prompt; name the model first"),
-        (["inspect", "no-such-folder/at-all"], "is no folder here"),
+        (["inspect", "no-such-folder/at-all"], "is not a folder here"),
         (["train", "embedded", "--data", "no.jsonl", "--output", "out"], "no data file no.jsonl"),
         (["tune", "some/model"], "no prompts"),
         (["generate", "embedded", "x", "--tree", "."], "cannot read the tree file"),
@@ -192,7 +192,7 @@ def test_chat_answers_under_the_models_own_template(medusa, tmp_path, embedded_t
         "chat", str(tmp_path), "--heads", str(tmp_path / "heads"), "-n", "8", stdin="hello\n/reset\n/nonsense\nagain\n/quit\n"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("tokens a step") == 2 and done.stderr.count("tokens/s") == 2
+    assert done.stderr.count("tokens per step") == 2 and done.stderr.count("tokens/s") == 2
     assert "/nonsense is not a command: /reset forgets" in done.stderr
 
 

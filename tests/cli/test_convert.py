@@ -132,7 +132,7 @@ def test_push_to_hub_publishes_the_folder_with_a_card(tmp_path, hub):
     assert Hub.received.keys() == {"config.json", "medusa_lm_head.safetensors", "README.md"}
     assert all(content == (out / name).read_bytes() for name, content in Hub.received.items())
     card = Hub.received["README.md"].decode()
-    assert "base_model: me/backbone" in card and "3 heads, 1 residual block each, with LM heads of their own" in card
+    assert "base_model: me/backbone" in card and "3 heads, 1 residual block each, with their own LM heads" in card
     assert "from_pretrained('me/backbone', heads=\"this folder\")" in card
     assert f"{hub['HF_ENDPOINT']}/me/heads" in done.stdout
 

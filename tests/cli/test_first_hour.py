@@ -84,8 +84,8 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
         (["bench", "{own}/text", "--prompts", "{set}", "--heads", "{own}/heads", "--tree", "no.json"], "no tree file no.json"),
         (["generate", "{own}/text", "x", "--heads", "{own}/heads", "-n", "5000"], "exceed the context of 512; lower"),
         (["generate", "{own}/text", "x"], "has no Medusa heads; give some with --heads FOLDER, train some (medusa train"),
-        (["generate", "{own}/text", "--prompt-file", "{empty}"], "holds no prompt"),
-        (["chat", "Tell me a story"], "looks like a prompt; start with medusa chat MODEL"),
+        (["generate", "{own}/text", "--prompt-file", "{empty}"], "is empty"),
+        (["chat", "Tell me a story"], "looks like a prompt; start medusa chat MODEL"),
         (["demo", "Tell me a story"], "looks like a prompt; give it with --prompt"),
         (["demo", "{own}/text", "--heads", "{own}/heads"], "is not a chat model, which could answer our questions"),
     ],
@@ -142,12 +142,12 @@ def test_generate_says_which_tree_it_uses_where_none_was_tuned(medusa, own, tmp_
     assert "was tuned in bfloat16 and runs in float32" in medusa(*ask)[2]
     save_tree(MedusaTree([]), heads / "medusa_tree.json")
     assert "the root alone, as medusa tune chose: no tree paid. This is plain decoding" in medusa(*ask)[2]
-    assert "tree" not in medusa(*ask, "--tree", "root")[2].replace("tokens a step", "")
+    assert "tree" not in medusa(*ask, "--tree", "root")[2].replace("tokens per step", "")
 
 
 def test_heads_that_are_seldom_right_are_said_to_be_slow(medusa, own):
     err = medusa("generate", own / "text", "x = ", "--heads", own / "heads", "-n", "24")[2]
-    assert "a tree of 16 nodes that is right so seldom is likely slower than --tree root" in err
+    assert "a tree of 16 nodes with so few accepted guesses is likely slower than --tree root" in err
 
 
 def test_the_root_alone_needs_no_heads(medusa, own):
@@ -181,11 +181,11 @@ def test_training_on_few_rows_tells_its_loss_and_leaves_tree_and_card(medusa, ow
     few = ["--num-heads", "2", "--max-steps", "3"]
     status, out, err = medusa("train", own / "text", "--data", data, "-o", heads, *few)
     assert status == 0, err
-    assert "fewer than 10 rows are too few to hold any out: the heads are measured on rows they learn" in err
-    assert "step 1 of 3: loss " in err and "step 2 of 3: loss " in err and "heads right " in err
+    assert "fewer than 10 rows are too few to hold any out: the heads are evaluated on training rows" in err
+    assert "step 1 of 3: loss " in err and "step 2 of 3: loss " in err and "head accuracies " in err
     assert "head 2: top-1" in out
     assert (heads / "medusa_tree.json").is_file()
-    assert "tokens of rows that were learnt, which flatters the heads" in (heads / "README.md").read_text()
+    assert "tokens of training rows, which flatters the heads" in (heads / "README.md").read_text()
     record = json.loads((heads / "training.json").read_text())
     assert record["measured_on"] == "rows that were learnt" and "head1_top1" in record["log"][0]
 
@@ -266,7 +266,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
     )
     assert status == 0, err
     assert out.startswith("> Explain in a few sentences why the sky is blue.\n")
-    plain, medusa_ = out.split("plainly: a token a step")[1].split("with Medusa: what one step emits has one colour")
+    plain, medusa_ = out.split("plainly: one token per step")[1].split("with Medusa: tokens of one step have one colour")
     assert plain.strip().rsplit("\n\n", 1)[0] == medusa_.strip().split("\n\n")[0]
     assert out.count("tokens/s,") == 2 and "identical output in float32: yes" in out and "2 prompts" in out
 
@@ -274,7 +274,7 @@ def test_the_demo_shows_one_answer_twice_and_then_the_figures(medusa, own):
 def test_the_demo_is_of_the_embedded_model_where_smollm2_is_not_installed(medusa, monkeypatch):
     monkeypatch.setattr("medusa.checkpoints.hub.SMOLLM2_PACKAGE", "no_such_package_here")
     status, out, err = medusa("demo", "--limit", "1", "-n", "8", "--no-compile", "--no-float32-check", "--json")
-    assert status == 0 and "smollm2 is not installed here: the demo is of `embedded`" in err
+    assert status == 0 and "smollm2 is not installed here, so the demo uses `embedded`" in err
     assert json.loads(out)["model"] == "embedded"
 
 

@@ -92,7 +92,7 @@ def test_terminal_shows_the_shape_and_the_figures(tree, accuracies):
         "├── 1 0.150",
         "│   └── 0 0.060",
         "└── 2 0.050",
-        "nodes 9, depth 3, leaves 5, max rank 2: 2.268 tokens a step expected",
+        "nodes 9, depth 3, leaves 5, max rank 2: 2.268 tokens per step expected",
     ]
     assert tree("--dense", "2").splitlines() == ["root", "└── 0  1", "nodes 3, depth 1, leaves 2, max rank 1"]
 
@@ -123,7 +123,7 @@ def test_dynamic_trees_and_choices_are_shown_and_saved_but_not_drawn(tree, tmp_p
     save_tree(TreeChoice({1: DynamicTree(num_nodes=24, depth=4), 8: MedusaTree([(0,), (3,)])}), choice)
     assert re.search(r"built anew at every step\n  num nodes +24 *\n  depth +4", tree(dynamic))
     shown = tree(choice, "--output", copy)
-    assert "from batch 8 on:\nroot\n└── 0  3\n" in shown and "from batch 1 on:\nbuilt anew at every step\n" in shown
+    assert "from batch size 8 on:\nroot\n└── 0  3\n" in shown and "from batch size 1 on:\nbuilt anew at every step\n" in shown
     assert load_tree(copy) == load_tree(choice)
     assert json.loads(tree(dynamic, "--json"))["dynamic"]["num_nodes"] == 24
     for file in (dynamic, choice):
@@ -164,7 +164,7 @@ def test_inspect_shows_dynamic_tree_files(tmp_path, capsys):
 def test_nodes_beyond_the_accuracies_are_said_to_count_for_nothing(accuracies, capsys):
     app(["tree", "--dense", "4", "--accuracies", accuracies, "--json"], standalone_mode=False)
     captured = capsys.readouterr()
-    assert "1 nodes count for nothing" in captured.err
+    assert "1 nodes count as 0" in captured.err
     assert json.loads(captured.out)["expected_acceptance_length"] == pytest.approx(1.8)
 
 
@@ -174,11 +174,11 @@ def test_nodes_beyond_the_accuracies_are_said_to_count_for_nothing(accuracies, c
         ([], "give one tree"),
         (["--accuracies", "A"], "give one tree"),
         (["--dense", "2", "--preset", "zephyr_stage2"], "give one tree"),
-        (["--nodes", "8"], "--nodes searches by"),
+        (["--nodes", "8"], "--nodes needs"),
         (["--nodes", "8", "--accuracies", "A", "--calibration", "A"], "not both"),
         (["--nodes", "4", "--accuracies", "none.json"], "cannot read none.json: No such file"),
         (["--nodes", "4", "--calibration", "none.json"], "no calibration none.json"),
-        (["--nodes", "4", "--calibration", "A"], "is no calibration as medusa tune writes it"),
+        (["--nodes", "4", "--calibration", "A"], "is not a calibration written by medusa tune"),
         (["--preset", "nobody"], "no tree is called 'nobody'; there are mc_sim_7b_63, "),
         (["nobody"], "no tree is called 'nobody'"),
         (["none.json"], "no tree file none.json"),
@@ -205,7 +205,7 @@ def test_values_out_of_range_are_usage_errors(option):
     [
         ("{", "is not valid JSON"),
         ("[[0.5]]", "holds no accuracies"),
-        ('{"accuracies": []}', "wanted a list for every head"),
+        ('{"accuracies": []}', "expected a list for every head"),
         ('{"accuracies": [[0.5], [NaN]]}', "head 2 is nan"),
         ('{"accuracies": [[0.6, 0.8]]}', "add up to 1.4"),
     ],
@@ -220,4 +220,4 @@ def test_broken_accuracies_are_refused_for_any_source(tree, tmp_path, content, m
 def test_errors_exit_1_with_one_line():
     done = subprocess.run([sys.executable, "-m", "medusa", "tree", "--nodes", "8"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "medusa: --nodes searches by --accuracies FILE or --calibration FILE; give one of them\n"
+    assert done.stderr == "medusa: --nodes needs --accuracies FILE or --calibration FILE to search with; give one of them\n"

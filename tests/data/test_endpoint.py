@@ -145,7 +145,7 @@ def test_a_server_that_stays_away_is_given_up_on():
     closed.close()
     with pytest.raises(EndpointError, match="does not answer after 2 tries"):
         Endpoint(closed.url, "m", tries=2, sleep=lambda _: None).chat(ASKED)
-    with pytest.raises(InvalidInput, match="wanted an address"):
+    with pytest.raises(InvalidInput, match="expected an address"):
         Endpoint("localhost:8000", "m")
 
 
@@ -180,6 +180,6 @@ def test_answer_is_checked_for_what_a_seed_is(server):
 
 
 def test_key_that_no_header_takes_is_refused_without_being_shown():
-    with pytest.raises(InvalidInput, match="the endpoint's key holds characters that are not allowed in keys") as refused:
+    with pytest.raises(InvalidInput, match="the endpoint's key contains characters that are not allowed in keys") as refused:
         Endpoint("http://localhost:1/v1", "m", api_key="schlüssel\n")
     assert "schl" not in str(refused.value)

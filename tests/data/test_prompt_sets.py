@@ -82,9 +82,9 @@ def test_references_come_from_a_file_of_their_own(tmp_path):
     choices = {"question_id": 7, "choices": [{"index": 0, "turns": ["four", "eight"]}]}
     found = read_questions(questions, write(tmp_path / "answers.jsonl", [choices, {"question_id": 99, "reference": "no"}]))
     assert [question.references for question in found] == [("four", "eight"), ()]
-    with pytest.raises(InvalidInput, match="answers none of these questions; their ids are '7'"):
+    with pytest.raises(InvalidInput, match="has no answer to any of these questions, whose ids are '7'"):
         read_questions(questions, write(tmp_path / "other.jsonl", [{"question_id": 99, "reference": "no"}]))
-    with pytest.raises(InvalidInput, match=r"bad.jsonl:1 is no reference answer"):
+    with pytest.raises(InvalidInput, match=r"bad.jsonl:1 is not a reference answer"):
         read_questions(questions, write(tmp_path / "bad.jsonl", [{"question_id": 7, "choices": []}]))
 
 
@@ -93,7 +93,7 @@ def test_a_limit_is_spread_over_the_set_and_categories_are_chosen():
     assert [question.category for question in select(questions, limit=4)] == ["a", "b", "c", "d"]
     assert [question.id for question in select(questions, ["b", "d"], limit=2)] == ["b0", "d0"]
     assert select(questions, limit=100) == questions
-    with pytest.raises(InvalidInput, match="no question is of category 'e'; there are a, b, c, d"):
+    with pytest.raises(InvalidInput, match="there are no questions of category 'e'; the categories are a, b, c, d"):
         select(questions, ["e"])
     with pytest.raises(InvalidInput, match="limit of prompts is 0"):
         select(questions, limit=0)
@@ -103,16 +103,16 @@ def test_a_limit_is_spread_over_the_set_and_categories_are_chosen():
     ("records", "message"),
     [
         ([], "holds no prompts"),
-        ([{**MT_BENCH, "category": " "}], r"set.jsonl:1 has the category ' ', wanted a name"),
+        ([{**MT_BENCH, "category": " "}], r"set.jsonl:1 has the category ' ', expected a name"),
         ([{**MT_BENCH, "category": None}, {**SPEC_BENCH, "category": 3}], r"set.jsonl:2 has the category 3"),
         ([{**MT_BENCH, "category": "overall"}], "has the category 'overall'"),
         ([{**MT_BENCH, "turns": []}], "set.jsonl:1 has an empty prompt"),
         ([{**MT_BENCH, "turns": ["Hi", ""]}], "set.jsonl:1 has an empty prompt"),
-        ([{**MT_BENCH, "turns": [1]}], r"set.jsonl:1: its turns are '\[1\]', wanted a list of strings"),
-        ([{**MT_BENCH, "reference": [4]}], "its reference are"),
-        ([MT_BENCH, MT_BENCH], "'7' as the id of more than one question"),
-        ([{"question": "x"}], r"set.jsonl:1 has keys \['question'\], wanted turns, instruction"),
-        (["x"], "set.jsonl:1 is a str, wanted an object"),
+        ([{**MT_BENCH, "turns": [1]}], r"set.jsonl:1: its turns are '\[1\]', expected a list of strings"),
+        ([{**MT_BENCH, "reference": [4]}], "its references are"),
+        ([MT_BENCH, MT_BENCH], "'7' as the id of several questions"),
+        ([{"question": "x"}], r"set.jsonl:1 has keys \['question'\], expected turns, instruction"),
+        (["x"], "set.jsonl:1 is a str, expected an object"),
         ([{"messages": []}], "set.jsonl:1 is a record with an empty conversation"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}], "whose turns do not alternate"),
         ([{"input_ids": ["a"]}], "is not a list of integers"),

@@ -82,15 +82,15 @@ def test_unusable_conversations_are_counted_by_reason_and_the_first_is_named(tmp
     [
         (b"{", "data.jsonl:1 is not valid JSON"),
         (b'{"text": "\xff"}', "data.jsonl:1 is not valid JSON"),
-        (b'{"text": "a"}\n{"messages": []}', "data.jsonl:2 holds 'messages' where the records before it hold 'text'"),
-        (b'{"input_ids": [1, 2]}\n{"answer": "x"}', r"data.jsonl:2 has keys \['answer'\], wanted one of messages"),
+        (b'{"text": "a"}\n{"messages": []}', "data.jsonl:2 has 'messages', but the records before it have 'text'"),
+        (b'{"input_ids": [1, 2]}\n{"answer": "x"}', r"data.jsonl:2 has keys \['answer'\], expected one of messages"),
         (b'{"input_ids": [1, "2"]}', "'input_ids' is not a list of integers"),
-        (b'{"text": 5}', "'text' is a int, wanted a string"),
+        (b'{"text": 5}', "'text' is a int, expected a string"),
         (b'{"prompt": "x"}', "has a 'prompt' and no 'completion'"),
-        (b'{"messages": "x"}', "'messages' is a str, wanted a list of turns"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "a turn's role is 'tool', wanted system, user or assistant"),
-        (b'{"messages": [{"role": "user", "content": null}]}', "'content' is a NoneType, wanted a string"),
-        (b"[1]", "data.jsonl:1 is a list, wanted an object"),
+        (b'{"messages": "x"}', "'messages' is a str, expected a list of turns"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "a turn's role is 'tool', expected system, user or assistant"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "'content' is a NoneType, expected a string"),
+        (b"[1]", "data.jsonl:1 is a list, expected an object"),
         (b"\n\n", "holds no records"),
     ],
 )
@@ -132,5 +132,5 @@ def test_byte_order_mark_before_the_data_is_passed_over(tmp_path, name):
 
 def test_role_that_is_no_name_is_refused(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [{"role": ["user"], "content": "x"}]}))
-    with pytest.raises(InvalidInput, match=r"data.jsonl:1: a turn's role is \['user'\], wanted"):
+    with pytest.raises(InvalidInput, match=r"data.jsonl:1: a turn's role is \['user'\], expected"):
         list(read_samples(tmp_path / "data.jsonl"))

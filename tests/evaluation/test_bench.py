@@ -186,8 +186,8 @@ def test_the_page_needs_nothing_else(tmp_path, model, plain_tokenizer):
     found = Page(bench_page(record).to_html())
     assert not found.loaded and found.seen.count("svg") == 3 and "script" not in found.seen and "m" not in found.seen
     text = bench_page(record).to_markdown()
-    assert len(re.findall(r"^\| medusa \|", text, re.MULTILINE)) == 4  # overall, two categories, tokens a step
-    assert "Left out, their prompts not fitting the context: d." in text
+    assert len(re.findall(r"^\| medusa \|", text, re.MULTILINE)) == 4  # overall, two categories, tokens per step
+    assert "Left out, since their prompts do not fit the context: d." in text
 
 
 @pytest.fixture(scope="module")
@@ -302,11 +302,11 @@ def test_quality_is_under_the_backbone_as_it_was_before_its_heads_were_trained(t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--decoder", "assisted"], "takes both --decoder assisted and --draft"),
+        (["x", "--decoder", "assisted"], "needs both --decoder assisted and --draft"),
         (["x"], "no prompts; pass --prompts"),
         (["embedded", "--acceptance", "typical"], "typical acceptance needs a temperature"),
         (["embedded", "--prompts", "no.jsonl"], "no data file no.jsonl"),
-        (["embedded", "--category", "poems"], "no question is of category 'poems'; there are code"),
+        (["embedded", "--category", "poems"], "there are no questions of category 'poems'; the categories are code"),
         (["embedded", "-n", "1000"], "no prompt fits the context of 1024 with 1000 new tokens"),
     ],
 )
@@ -332,10 +332,10 @@ def test_values_out_of_range_are_usage_errors(arguments, message, tmp_path, monk
 
 def test_the_function_refuses_what_the_command_refuses(tmp_path):
     for options, message in (
-        ({"decoders": ["magic"]}, "decoders of a bench hold 'magic', wanted generate"),
+        ({"decoders": ["magic"]}, "decoders of a bench contain 'magic', expected generate"),
         ({"rounds": 0}, "at least 1 round"),
         ({"decoder": "medusa"}, "unknown key 'decoder'; did you mean 'decoders'"),
-        ({"epsilon": 0.2}, "epsilon and delta are of typical acceptance"),
+        ({"epsilon": 0.2}, "epsilon and delta are for typical acceptance"),
     ):
         with pytest.raises(MedusaError, match=message):
             bench(output=tmp_path / "out", **options)

@@ -203,7 +203,7 @@ def test_the_papers_tables_have_a_figure_under_every_header():
         (["table-4"], "table-4 needs --prompts"),
         (["figure-3", "--gamma", "2"], "figure-3 takes no --gamma; it takes --prompts, --medusa-2"),
         (["table-3", "--nodes", "4", "--nodes", "8"], "table-3 compares trees of one size"),
-        (["figure-5", "--epsilon", "0"], "--epsilon is 0.0, wanted above 0"),
+        (["figure-5", "--epsilon", "0"], "--epsilon is 0.0, expected above 0"),
         (["figure-3", "x"], "no prompts; pass --prompts"),
         (["figure-4", "x", "--prompts", "y.txt"], "figure-4 searches trees; pass --calibration-prompts"),
         (["figure-3", "--medusa-2", str(EMBEDDED)], "holds no adapter; --medusa-2 takes"),

@@ -150,7 +150,7 @@ def test_a_refused_key_stops_the_run_and_keeps_the_grades(tmp_path, server):
     [
         ([], "holds no answers"),
         ([{"id": "x", "turns": ["a"]}], "answers.jsonl:1 is not an answer of `medusa bench`"),
-        ([{**POEM, "answers": {"plain": ["a", "b"]}}], "the answers of 'plain' are not a list of strings, one a turn"),
+        ([{**POEM, "answers": {"plain": ["a", "b"]}}], "the answers of 'plain' are not a list of strings, one per turn"),
         ([{**POEM, "answers": {"plain": [1]}}], "are not a list of strings"),
     ],
 )

@@ -107,7 +107,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     generator = torch.Generator().manual_seed(1)
     covered = 0
     for _ in range(100):
-        seconds = torch.rand(30, generator=generator).add(0.5).tolist()  # mean 1: ten tokens a second
+        seconds = torch.rand(30, generator=generator).add(0.5).tolist()  # mean 1: ten tokens per second
         found = estimate(lambda t: t.tokens_per_second, Measurement([run(10, s) for s in seconds]))
         covered += found.low <= 10.0 <= found.high
     assert 87 <= covered <= 100

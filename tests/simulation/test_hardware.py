@@ -72,7 +72,7 @@ def test_unknown_machines_dtypes_and_fields_are_named(tmp_path):
         ({**entry, "peak": {"bfloat16": "fast"}}, InvalidInput, "numbers above 0"),
         ({**entry, "peak": {}}, InvalidInput, "peak"),
         ({**entry, "linear": {"bfloat16": [[1, 2e-10]]}}, InvalidInput, "need samples"),
-        (7, CheckpointError, "is 7, wanted an object"),
+        (7, CheckpointError, "is 7, expected an object"),
     ):
         file.write_text(json.dumps({"here": broken}))
         with pytest.raises(error, match=words):

@@ -52,7 +52,7 @@ def test_the_operator_that_runs_does_the_arithmetic_that_is_counted(operator):
 
 def test_what_cannot_be_run_is_refused():
     a100 = load_hardware("a100-80gb-pcie")
-    with pytest.raises(InvalidInput, match="weights of the dtype"):
+    with pytest.raises(InvalidInput, match="without quantised weights"):
         validate(Setting(GROUPED, a100, weight_bits=4), "cpu", 1, 8, [1])
     with pytest.raises(InvalidInput, match="rounds is 0"):
         measure_machine("cpu", rounds=0)

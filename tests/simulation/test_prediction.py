@@ -103,7 +103,7 @@ def test_independent_heads_give_the_rate_that_metrics_expects(tmp_path):
 @pytest.mark.parametrize("text", ["{}", "[]", "not json", '{"paths": [[1]], "positions": 3}', '{"paths": [], "positions": 0}'])
 def test_a_file_that_is_no_calibration_is_refused(tmp_path, text):
     (tmp_path / "calibration.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"no calibration as medusa tune writes it|calibration\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"not a calibration written by medusa tune|calibration\.json is not valid JSON"):
         Calibration.load(tmp_path / "calibration.json")
     with pytest.raises(CheckpointError, match="no calibration"):
         Calibration.load(tmp_path / "nowhere.json")

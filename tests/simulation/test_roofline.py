@@ -78,7 +78,7 @@ def test_points_cover_prefill_decoding_and_medusa():
 
 
 def test_other_tables_and_sizes_of_nothing_are_refused():
-    with pytest.raises(InvalidInput, match="wanted one of 6, 7, 8"):
+    with pytest.raises(InvalidInput, match="expected one of 6, 7, 8"):
         paper_table(5, A100)
     with pytest.raises(InvalidInput, match="batch is 0"):
         points(BUILT_IN["llama-7b"], A100, batch=0, length=128)

@@ -60,7 +60,7 @@ def test_the_embedded_model_with_its_own_calibration_and_a_tree(tmp_path):
 
 
 def test_text_shows_speedups_and_roofline_rows():
-    assert "no tree pays from batch" in simulate("--batch", "1", "--batch", "32")
+    assert "no tree pays off from batch size" in simulate("--batch", "1", "--batch", "32")
     rows = json.loads(simulate("--roofline", "--batch", "1", "--batch", "2", "--nodes", "1", "--nodes", "16", "--json"))
     assert len(rows) == 2 * 3 * 9  # prefill and decoding once each, not again for every number of candidates
     assert "medusa" in simulate("--roofline", "--batch", "1", "--nodes", "16")
@@ -78,7 +78,7 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
     ("arguments", "words"),
     [
         (["--hardware", "abacus"], "no hardware 'abacus'; known: a100-80gb-pcie"),
-        (["--weight-bits", "99"], "weights of 99 bits, wanted 1 to 16 for bfloat16"),
+        (["--weight-bits", "99"], "weights of 99 bits, expected 1 to 16 for bfloat16"),
         (["--roofline", "--measure"], "give one of"),
     ],
 )

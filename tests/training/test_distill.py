@@ -220,7 +220,7 @@ def test_shards_repair_a_half_written_line_and_write_nothing_twice(tmp_path):
     assert [record["id"] for record in records(tmp_path)] == [f"s{n}" for n in range(7)]
     assert len((tmp_path / "samples-00002.jsonl").read_text().splitlines()) == 2
     (tmp_path / "samples-00000.jsonl").write_text("something else\n")
-    with pytest.raises(InvalidInput, match=r"samples-00000.jsonl:1 holds no sample of a distillation"):
+    with pytest.raises(InvalidInput, match=r"samples-00000.jsonl:1 is not a sample of a distillation"):
         Shards(tmp_path)
 
 

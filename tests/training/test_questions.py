@@ -67,7 +67,7 @@ def test_questions_are_the_models_and_do_not_depend_on_the_rows_or_on_a_stop(tmp
 
 def test_a_model_that_writes_nothing_worth_keeping_is_an_error(tmp_path, model, tokenizer, monkeypatch):
     monkeypatch.setattr(Filter, "takes", lambda self, text: self._refuse("not in words"))
-    with pytest.raises(InvalidInput, match=r"of 8 questions 0 were kept, wanted 2: .*not in words"):
+    with pytest.raises(InvalidInput, match=r"of 8 questions 0 were kept, expected 2: .*not in words"):
         write_questions(model, tokenizer, tmp_path, 2, 4)
 
 

@@ -320,7 +320,7 @@ def test_training_goes_on_from_given_heads(data):
         train_heads(MedusaModel(tiny_backbone(gain=1.0), heads), found, data / name, more)
     logs = [json.loads((data / name / "training.json").read_text())["log"] for name in ("further", "anew")]
     assert logs[0][0]["loss"] < 0.95 * logs[1][0]["loss"]
-    with pytest.raises(InvalidInput, match="other sizes"):
+    with pytest.raises(InvalidInput, match="the sizes of the heads"):
         train_heads(MedusaModel(tiny_backbone(), start), found, data / "second", TrainingConfig(num_heads=3, max_steps=1))
 
 
@@ -370,7 +370,7 @@ def test_a_cut_batch_gives_the_gradient_of_the_whole(data):
         ({"backbone_learning_rate": -1.0}, "backbone_learning_rate"),
         ({"backbone": "full", "quantization": "nf4"}, "backbone=full cannot train nf4"),
         ({"backbone": "full", "lm_loss": "distill"}, "needs the original model"),
-        ({"heads_steps": 5}, "heads_steps is for a backbone that is trained"),
+        ({"heads_steps": 5}, "heads_steps needs a trained backbone"),
     ],
 )
 def test_nonsense_configuration_is_refused(changes, message):
@@ -432,6 +432,6 @@ def test_recipes_are_the_papers():
 
 
 def test_hidden_states_of_a_trained_backbone_are_refused(data):
-    with pytest.raises(InvalidInput, match="only of a frozen backbone"):
+    with pytest.raises(InvalidInput, match="only for a frozen backbone"):
         config = TrainingConfig(backbone="lora", max_steps=1)
         train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "o", config, hidden_states=data / "h")

@@ -60,7 +60,7 @@ def test_drawing_shows_every_node_by_rank_and_chance_and_the_marked_path_red():
     assert shares == pytest.approx([60, 24, 6, 1.8, 5])
     assert [is_red(colour) for colour in edges] == [True, False, True, True, False]
     assert nodes.get_array().tolist() == list(chances.values())
-    assert figure.axes[0].get_title() == "6 nodes, 1.97 tokens a step expected"
+    assert figure.axes[0].get_title() == "6 nodes, 1.97 tokens per step expected"
 
 
 def test_drawing_without_chances_has_no_percentages_and_nothing_red_but_by_mark():

@@ -154,9 +154,9 @@ def test_trees_of_every_kind_survive_a_file(tree, tmp_path):
     [
         ('{"dynamic": {"num_nodes": 16, "deepth": 2}}', ConfigError, "did you mean 'depth'"),
         ('{"dynamic": {"num_nodes": 1, "depth": 2}}', InvalidTree, "num_nodes of a dynamic tree is 1"),
-        ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": [1.0]}}', InvalidTree, "wanted 2 above 0"),
-        ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": ["a", null]}}', InvalidTree, "wanted 2 above 0"),
-        ('{"dynamic": {"num_nodes": 4, "depth": 2, "copied": 3}}', InvalidTree, "wanted 0 to 2"),
+        ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": [1.0]}}', InvalidTree, "expected 2 above 0"),
+        ('{"dynamic": {"num_nodes": 4, "depth": 2, "temperatures": ["a", null]}}', InvalidTree, "expected 2 above 0"),
+        ('{"dynamic": {"num_nodes": 4, "depth": 2, "copied": 3}}', InvalidTree, "expected 0 to 2"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "pair_bonus": -1.0}}', InvalidTree, "pair_bonus"),
         ('{"dynamic": {"num_nodes": 4, "depth": 2, "pair_bonus": "x"}}', (InvalidTree, ConfigError), "pair_bonus"),
         ('{"batches": {"0": {"paths": []}}}', InvalidTree, "at least 1"),

@@ -132,16 +132,16 @@ def test_useless_guesses_are_not_added():
     ("accuracies", "nodes", "message"),
     [
         ([[0.5]], 0, "at least the root"),
-        ([[0.5], [1.5]], 4, r"head 2 is 1\.5, wanted a number from 0 to 1"),
+        ([[0.5], [1.5]], 4, r"head 2 is 1\.5, expected a number from 0 to 1"),
         ([[-0.1]], 4, r"head 1 is -0\.1"),
         ([[float("nan")]], 4, "head 1 is nan"),
         ([[True]], 4, "head 1 is True"),
         ([["0.5"]], 4, "head 1 is '0.5'"),
         ([[0.6, 0.8, 0.9]], 4, r"head 1 add up to 2\.3.*exactly guess i"),
-        ([], 4, r"accuracies are \[\], wanted a list for every head"),
-        ({"1": [0.5]}, 4, "wanted a list for every head"),
+        ([], 4, r"accuracies are \[\], expected a list for every head"),
+        ({"1": [0.5]}, 4, "expected a list for every head"),
         ([[0.5], []], 4, r"head 2 are \[\]"),
-        ([0.5, 0.2], 4, r"head 1 are 0\.5, wanted a list"),
+        ([0.5, 0.2], 4, r"head 1 are 0\.5, expected a list"),
     ],
 )
 def test_nonsense_is_refused(accuracies, nodes, message):

@@ -116,7 +116,7 @@ def test_noise_in_a_timing_promises_no_more_than_is_accepted(trees):
 
 
 def test_a_single_text_cannot_judge(model):
-    with pytest.raises(InvalidInput, match="give more prompts"):
+    with pytest.raises(InvalidInput, match="expected at least two"):
         Trees(record(model, [random_prompt(6)[0]], 8))
 
 

@@ -47,8 +47,8 @@ def test_a_loaded_model_is_tuned_for_each_size_of_batch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nodes": [1]}, "nodes of tuning are .1,., wanted at least 2"),
-        ({"kinds": ["sparse"]}, "hold 'sparse', wanted static, dynamic, copying, independent"),
+        ({"nodes": [1]}, "nodes of tuning are .1,., expected at least 2"),
+        ({"kinds": ["sparse"]}, "contain 'sparse', expected static, dynamic, copying, independent"),
         ({"rounds": 0}, "rounds of tuning is 0"),
         ({"limit": 0}, "limit is 0"),
         ({"node": [4]}, "unknown key 'node'; did you mean 'nodes'"),

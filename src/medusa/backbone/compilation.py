@@ -35,7 +35,7 @@ class Compiled:
         self._usable: dict[tuple[float, ...], bool] = {}  # by shape
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy and pickle look these up before `_model` is there
+        if name.startswith("__"):  # copy and pickle look these up before `_model` is set
             raise AttributeError(name)
         return getattr(self._model, name)
 
@@ -60,15 +60,15 @@ class Compiled:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
             self._compiled = torch.compile(self._model.draft_and_verify, fullgraph=True, dynamic=False, mode=mode)
         try:
-            # Every tree, batch and capacity is a graph of its own; by default dynamo stops at eight.
+            # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
             with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
                 _check(self._run(device, args), self._model.draft_and_verify(*args), self._noise)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # compilers fail in ways of their own
+        except Exception as error:  # compilers raise errors of many kinds
             cause = str(error.__cause__ or error).strip() or type(error).__name__
             warnings.warn(
-                f"torch.compile failed, decoding goes on uncompiled: {cause.splitlines()[0][:200]}",
+                f"torch.compile failed, decoding continues uncompiled: {cause.splitlines()[0][:200]}",
                 RuntimeWarning,
                 stacklevel=2,
             )

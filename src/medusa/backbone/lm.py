@@ -57,7 +57,7 @@ class TreeLM:
         self.attention = getattr(self.config, "_attn_implementation", "eager")
         if self.attention not in ATTENTION:
             raise UnsupportedBackbone(
-                f"{name} runs {self.attention} attention, which takes no tree mask; load it with "
+                f"{name} runs {self.attention} attention, which does not take a tree mask; load it with "
                 "attn_implementation='sdpa' or 'eager'"
             )
         try:

@@ -1,4 +1,4 @@
-"""The probe: does a model compute the same with tree masks, given positions and a kept cache as it does by itself?"""
+"""The probe: whether a model computes the same with tree masks, given positions and a kept cache as in its own passes."""
 
 from __future__ import annotations
 
@@ -44,12 +44,7 @@ class Probed(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
     def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache) -> Tensor: ...
     def verify(
-        self,
-        ids: Tensor,
-        tree: TreeTensors,
-        frame: Frame,
-        cache: TreeCache,
-        layers: list[Tensor] | None = None,
+        self, ids: Tensor, tree: TreeTensors, frame: Frame, cache: TreeCache, layers: list[Tensor] | None = None
     ) -> Tensor: ...
 
 
@@ -88,7 +83,7 @@ def probe(lm: Probed) -> float:
     for seed in range(ATTEMPTS):
         try:
             finding = _run(lm, seed)
-        except Exception as error:  # models fail in ways of their own on a mask and a cache that are not theirs
+        except Exception as error:  # models raise errors of many kinds on a foreign mask and cache
             raise UnsupportedBackbone(f"{name} cannot run under a tree mask: {one_line(error)}") from error
         if finding.fault is None:
             return finding.noise

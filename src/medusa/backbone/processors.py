@@ -67,7 +67,7 @@ def classify(
     """Mark each processor with what it reads.
 
     Raises:
-        InvalidInput: one depends on more than the tokens and scores of a path, by name.
+        InvalidInput: a processor, which is named, depends on more than the tokens and scores of a path.
     """
     steps: list[tuple[LogitsProcessor, Reads]] = []
     for processor in processors:
@@ -107,7 +107,7 @@ def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tu
 
 
 def check_sampling(**settings: float | None) -> None:
-    """Refuse settings that make no sense, by name; None: not set."""
+    """Refuse settings that are out of range; None: not set."""
     ranges = {
         "temperature": (lambda v: v > 0, "more than 0; for greedy decoding pass do_sample=False"),
         "top_k": (lambda v: integer("top_k", v) >= 0, "an integer of at least 0, where 0 is off"),
@@ -118,7 +118,7 @@ def check_sampling(**settings: float | None) -> None:
     for name, value in settings.items():
         right, wanted = ranges[name]
         if value is not None and not right(value):
-            raise InvalidInput(f"{name} is {value}, wanted {wanted}")
+            raise InvalidInput(f"{name} is {value}, expected {wanted}")
 
 
 def check_follows_paths(
@@ -185,7 +185,6 @@ def _attributes(processor: Any) -> list[Any]:
 
 
 def _copy(processor: Any) -> Any:
-    """A copy with its own state."""
     return copy.deepcopy(processor, {id(value): value for value in _attributes(processor) if _is_constant(value)})
 
 

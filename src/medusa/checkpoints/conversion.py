@@ -41,7 +41,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     base = None
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
         if base_model is None:
-            raise InvalidInput(f"{to} of these heads needs their backbone, and {folder} does not name it; pass --backbone")
+            raise InvalidInput(f"{to} needs the backbone of these heads, and {folder} does not name it; pass --backbone")
         base = find_model(base_model, code=bool(kwargs.get("trust_remote_code")))
     heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone

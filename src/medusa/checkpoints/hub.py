@@ -141,7 +141,7 @@ def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bo
             return Path(snapshot_download(repository, **here))
         try:
             listed = HfApi().list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
-        except Exception as error:  # offline, no such model, no leave to read it
+        except Exception as error:  # offline, no such model, no permission to read it
             try:
                 return Path(snapshot_download(repository, **here))
             except Exception:
@@ -158,7 +158,7 @@ def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bo
                     chosen += sorted({str(shard) for shard in dict(index.get("weight_map") or {}).values()})
         return Path(snapshot_download(repository, allow_patterns=[glob.escape(inside + file) for file in chosen], **hub))
     except Exception as error:  # from the hub, its client or the disk
-        raise CheckpointError(f"{name} is no folder here and cannot be fetched from the hub: {one_line(error)}") from None
+        raise CheckpointError(f"{name} is not a folder here and cannot be fetched from the hub: {one_line(error)}") from None
 
 
 def files_beside(held: Iterable[str], code: bool = False) -> list[str]:

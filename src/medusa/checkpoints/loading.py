@@ -47,7 +47,7 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     if source.gguf_file is not None:
         if "quantization_config" in kwargs:
             raise InvalidInput(
-                f"{source.gguf_file} is unpacked when loaded, which leaves no step to quantise it again; write it as a folder "
+                f"{source.gguf_file} is unpacked when loaded and cannot be quantised in the same step; write it as a folder "
                 "first (medusa convert HEADS OUT --to merged --backbone FILE.gguf) and quantise that"
             )
         dtype, kwargs = dtype or torch.bfloat16, _gguf_options(source) | kwargs
@@ -64,15 +64,15 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
         _name_broken_weights(folder)
         raise CheckpointError(f"cannot load a causal language model from {source}: {one_line(error)}") from error
     if source.name is not None or source.gguf_file is not None:
-        backbone.config._name_or_path = str(source)  # otherwise the model that a GGUF file was made from
+        backbone.config._name_or_path = str(source)  # transformers sets the model that a GGUF file was made from
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"the model in {folder} lacks {missing[0]} and {len(missing) - 1} other tensors; copy it again")
     if mismatched := sorted(info["mismatched_keys"]):
         name, got, wanted = mismatched[0][:3]
         raise CheckpointError(
-            f"the model in {folder} has a {name} of shape {tuple(got)}, {CONFIG_FILE} wants {tuple(wanted)}, and so of "
-            f"{len(mismatched) - 1} other tensors; take both from one model"
+            f"the model in {folder} has a {name} of shape {tuple(got)}, {CONFIG_FILE} says {tuple(wanted)}; "
+            f"{len(mismatched) - 1} other tensors differ as well; take both from one model"
         )
     unused = sorted(name for name in info["unexpected_keys"] if not belongs_to_heads(name))
     if unused:
@@ -99,7 +99,7 @@ def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:
                 read_json(file, CheckpointError)
             elif file.suffix != ".model":
                 read_text(file, CheckpointError)
-        held = ", ".join(file.name for file in files) or "which holds no file of one"
+        held = ", ".join(file.name for file in files) or "which has no tokenizer files"
         raise CheckpointError(f"cannot load a tokenizer from {source} ({held}): {one_line(error)}") from error
 
 

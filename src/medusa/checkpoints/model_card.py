@@ -42,6 +42,6 @@ def card_of_heads(
         num_heads=num_heads,
         num_layers=num_layers,
         plural="" if num_layers == 1 else "s",
-        lm_head="predicting through the backbone's LM head" if shared_lm_head else "with LM heads of their own",
+        lm_head="predicting through the backbone's LM head" if shared_lm_head else "with their own LM heads",
         load='"this folder"' if merged else f'{base_model or "the backbone"!r}, heads="this folder"',
     )

@@ -1,4 +1,4 @@
-"""Models by name: what verbs load, and what they refuse before anything is loaded."""
+"""Models by name: loading them for the commands, and refusing what cannot work before anything is loaded."""
 
 from __future__ import annotations
 
@@ -64,11 +64,7 @@ def load_model(
 
 
 def load_backbone(
-    model: str,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    quantization: str = "none",
+    model: str, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False, quantization: str = "none"
 ) -> Any:
     """The backbone alone; the arguments are those of `load_model`."""
     options = backbone_options(dtype, device, trust_remote_code, quantization)
@@ -76,7 +72,6 @@ def load_backbone(
 
 
 def backbone_options(dtype: str | None, device: str | None, trust_remote_code: bool, quantization: str) -> dict[str, Any]:
-    """The keyword arguments of `checkpoints.loading.load_backbone`."""
     return {
         "dtype": dtype_named(dtype),
         "device_map": device_named(device),
@@ -86,7 +81,6 @@ def backbone_options(dtype: str | None, device: str | None, trust_remote_code: b
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model by name."""
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
     with waiting(f"loading the tokenizer of {model}"):
@@ -94,7 +88,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def find_tree(name: str | None) -> Tree | None:
-    """The tree of a file, of a preset, or `root` for plain decoding; None stays None."""
+    """The tree of a file or preset, or for `root` that of plain decoding; None stays None."""
     if name is None:
         return None
     return MedusaTree([]) if name == "root" else load_tree(name)
@@ -105,7 +99,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in DTYPES:
-        raise InvalidInput(f"dtype is {name!r}, wanted one of {', '.join(DTYPES)}")
+        raise InvalidInput(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -125,13 +119,13 @@ def device_named(name: str | None) -> str:
 
 
 def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
-    """Whether decoding does without heads; nothing is loaded to find out.
+    """Whether decoding is plain, without heads; nothing is loaded to find out.
 
     Args:
-        plainly: whether decoding may do without them.
+        plainly: whether decoding without heads is allowed.
 
     Raises:
-        InvalidInput: there are none where they are named or needed.
+        InvalidInput: heads are named or needed, but there are none.
     """
     if has_heads(find_heads(heads if heads is not None else model)):
         return False
@@ -144,7 +138,7 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
 
 
 def max_length_named(model: str, trust_remote_code: bool = False) -> int | None:
-    """The longest text that a model takes, in tokens, as its config says; None if it says nothing."""
+    """The maximum length of a text for a model, in tokens, from its config; None if the config does not state it."""
     return max_length_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
 
 
@@ -195,8 +189,8 @@ def quiet_transformers() -> None:
     """Silence transformers' progress bars and advice, which would drown ours."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel(CRITICAL)  # says at import which kernels it lacks
-    with suppress(ImportError, AttributeError):  # the bar over a GGUF file's tensors has no switch
+    getLogger("bitsandbytes").setLevel(CRITICAL)  # logs missing kernels at import
+    with suppress(ImportError, AttributeError):  # the progress bar of a GGUF file cannot be switched off
         from transformers import modeling_gguf_pytorch_utils as gguf
 
         gguf.tqdm = lambda tensors, **_: tensors

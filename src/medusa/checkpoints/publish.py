@@ -48,7 +48,7 @@ def push_to_hub(
             folder_path=folder,
             allow_patterns=UPLOADED,
             ignore_patterns=KEPT_BACK,
-            commit_message=f"Medusa heads, {checkpoint.num_heads} of them",
+            commit_message=f"{checkpoint.num_heads} Medusa heads",
         )
     except Exception as error:  # from the hub, its client or the network
         raise CheckpointError(f"cannot publish {folder} as {repo_id}: {one_line(error)}") from None

@@ -16,8 +16,8 @@ KINDS = ("none", "nf4", "int8")
 def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a backbone quantised in this way.
 
-    nf4 decodes exactly: its weights are unpacked before use. int8 separates outlier features depending on everything in the
-    pass, so a tree may differ from its paths by a rounding error.
+    nf4 decodes exactly: its weights are unpacked before use. int8 chooses its outlier features by everything in the pass,
+    so a tree may differ from its paths by a rounding error.
 
     Args:
         dtype: dtype of the arithmetic; default: bfloat16.
@@ -26,7 +26,7 @@ def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         InvalidInput: the kind is unknown, or bitsandbytes is missing.
     """
     if kind not in KINDS:
-        raise InvalidInput(f"quantization is {kind!r}, wanted one of {', '.join(KINDS)}")
+        raise InvalidInput(f"quantization is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "none":
         return {}
     require("bitsandbytes", "quantized", f"{kind} quantization")

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from medusa.checkpoints.names import ONE_LM_HEAD, TOKEN_MAP, TOKEN_MAPS, WANTED, Part, belongs_to_heads, in_style, ours, parse
 from medusa.checkpoints.tensors import read_tensors, tensor_names
-from medusa.config import (
-    CONFIG_FILE,
-    HEADS_FILE,
-    HEADS_FILES,
-    MODEL_FILES,
-    OLD_HEADS_FILE,
-    MedusaConfig,
-    read_json_object,
-)
+from medusa.config import CONFIG_FILE, HEADS_FILE, HEADS_FILES, MODEL_FILES, OLD_HEADS_FILE, MedusaConfig, read_json_object
 from medusa.errors import CheckpointError
 from medusa.heads import MedusaHeads
 
@@ -106,7 +98,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         found = next((folder / name for name in HEADS_FILES if (folder / name).is_file()), None) or _model_file(folder)
         if found is None:
             raise CheckpointError(
-                f"no Medusa heads in {folder}: wanted {HEADS_FILE}, {OLD_HEADS_FILE}, or a model's files with tensors named "
+                f"no Medusa heads in {folder}: expected {HEADS_FILE}, {OLD_HEADS_FILE}, or a model's files with tensors named "
                 f"like {WANTED}; pass heads=FOLDER or train some"
             )
         file = found
@@ -185,14 +177,14 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
     size = f"{num_heads} heads of {num_layers} layers"
     for name in sorted(wanted.keys() | held.keys()):
         if name not in held:
-            raise CheckpointError(f"{source} lacks tensor {in_style(name, style)}, wanted for {size}; copy it again")
+            raise CheckpointError(f"{source} lacks tensor {in_style(name, style)}, expected for {size}; copy it again")
         got, want = tuple(held[name].shape), tuple(wanted[name].shape) if name in wanted else "none"
         if got != want:
-            raise CheckpointError(f"{source}: tensor {in_style(name, style)} has shape {got}, wanted {want} ({size})")
+            raise CheckpointError(f"{source}: tensor {in_style(name, style)} has shape {got}, expected {want} ({size})")
     for what, keys, count in (("heads", HEADS_KEYS, num_heads), ("layers", LAYERS_KEYS, num_layers)):
         said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
         if said != count:
-            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the file is believed")
+            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
     return Checkpoint(
         source=source,
         format=_format(style, source, not own, num_layers),
@@ -218,7 +210,7 @@ def _token_map(tensors: dict[str, Tensor], source: Path) -> Tensor | None:
         return None
     found = tensors.pop(name).long()
     if found.ndim != 1 or len(found) == 0 or not bool((found.diff() > 0).all()):
-        raise CheckpointError(f"{source}: {name} is no list of rising token ids")
+        raise CheckpointError(f"{source}: {name} is not a list of ascending token ids")
     return found
 
 
@@ -228,17 +220,17 @@ def _parsed(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Part]:
     for name in tensors:
         part = parse(name)
         if name.endswith("_scale"):
-            raise CheckpointError(f"{source} holds {name}: quantised heads; wanted floats of 16 or more bits")
+            raise CheckpointError(f"{source} holds {name}: quantised heads; expected floats of 16 or more bits")
         if part is not None:
             parts[name] = part
         elif name != ONE_LM_HEAD:
-            raise CheckpointError(f"{source} holds {name}; wanted names like {WANTED}")
+            raise CheckpointError(f"{source} holds {name}; expected names like {WANTED}")
     styles = {part.style: name for name, part in parts.items()}
     if not parts:
-        raise CheckpointError(f"{source} holds no tensors of heads; wanted names like {WANTED}")
+        raise CheckpointError(f"{source} holds no tensors of heads; expected names like {WANTED}")
     if len(styles) > 1 or (ONE_LM_HEAD in tensors and "vllm" not in styles):
         names = [*styles.values(), ONE_LM_HEAD][:2]
-        raise CheckpointError(f"{source} holds {names[0]} and {names[1]}, names of two formats; wanted one")
+        raise CheckpointError(f"{source} holds {names[0]} and {names[1]}, which are names of two formats; expected one")
     return parts
 
 
@@ -250,7 +242,7 @@ def _sizes(parts: dict[str, Part], source: Path) -> tuple[int, int]:
         raise CheckpointError(f"{source} has {len(parts)} tensors and names for {num_heads} heads of {num_layers} layers")
     for name, part in parts.items():
         if part.place not in (None, num_layers):
-            raise CheckpointError(f"{source}: {name} stands where a block would; wanted LM heads behind {num_layers} blocks")
+            raise CheckpointError(f"{source}: {name} stands where a block would; expected LM heads behind {num_layers} blocks")
     return num_heads, num_layers
 
 
@@ -280,7 +272,7 @@ def _fill(held: dict[str, Tensor], parts: dict[str, Part], num_layers: int) -> l
     if len(blocks) == 1 and any(part.place == num_layers > 1 for part in parts.values()):
         # safetensors stores a tensor shared by several names only once.
         notes.append(
-            f"one block a head in the file, and LM heads behind {num_layers}: taken as the same one {num_layers} times"
+            f"one block per head in the file, and LM heads behind {num_layers}: taken as the same one {num_layers} times"
         )
         for part in parts.values():
             if part.layer is not None:

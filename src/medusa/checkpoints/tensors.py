@@ -83,10 +83,10 @@ def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]
 def _weight_map(path: Path) -> dict[str, str]:
     found = read_json_object(path).get("weight_map")
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no index of shards: it has no weight_map")
+        raise CheckpointError(f"{path} is not an index of shards: it has no weight_map")
     for name, shard in found.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard.endswith(INDEX):
-            raise CheckpointError(f"{path}: {name} is in {shard!r}, wanted a file of the same folder")
+            raise CheckpointError(f"{path}: {name} is in {shard!r}, expected a file of the same folder")
     return found
 
 
@@ -112,7 +112,7 @@ def _mapped(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
             dtype = (_DTYPES | _INTEGERS if name in TOKEN_MAPS else _DTYPES).get(header[name]["dtype"])
             if dtype is None:
                 kind = header[name]["dtype"]
-                raise CheckpointError(f"{path}: tensor {name} is {kind}, wanted floats of 16 or more bits, not quantised ones")
+                raise CheckpointError(f"{path}: tensor {name} is {kind}, expected unquantised floats of 16 or more bits")
             skipped = (base + start) % mmap.ALLOCATIONGRANULARITY
             if start == end:
                 tensors[name] = torch.empty(header[name]["shape"], dtype=dtype)
@@ -131,7 +131,7 @@ def _pickled(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         floats = {*_DTYPES.values(), *(_INTEGERS.values() if name in TOKEN_MAPS else ())}
         if not isinstance(tensor, Tensor) or tensor.dtype not in floats:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise CheckpointError(f"{path}: {name!r} is {kind}, wanted named tensors of floats of 16 or more bits")
+            raise CheckpointError(f"{path}: {name!r} is {kind}, expected named tensors of floats of 16 or more bits")
     return tensors
 
 
@@ -145,5 +145,5 @@ def _unpickled(path: Path) -> dict[str, Any]:
     except Exception as error:  # a broken pickle can raise any error
         raise CheckpointError(f"{path} is broken and was not loaded ({one_line(error, 120)}); copy it again") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted named tensors")
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected named tensors")
     return found

@@ -91,7 +91,7 @@ def write_checkpoint(
 def check_request(output: Path, to: str) -> None:
     """Refuse an unknown format, and an output folder that is not empty."""
     if to not in FORMATS:
-        raise InvalidInput(f"format is {to!r}, wanted one of {', '.join(FORMATS)}")
+        raise InvalidInput(f"format is {to!r}, expected one of {', '.join(FORMATS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidInput(f"{output} exists; give the name of a new folder")
 
@@ -108,7 +108,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
             f"{to} has heads that read the hidden state alone, these read the {heads.kind}; write medusa or merged"
         )
     if to == "v2" and heads.num_layers != 1:
-        raise CheckpointError(f"v2 has one residual block a head, these have {heads.num_layers}; write another format")
+        raise CheckpointError(f"v2 has one residual block per head, these have {heads.num_layers}; write another format")
     if heads.config.medusa_draft_vocabulary is not None and to in ("v0.1", "v2", "vllm"):
         if not heads.config.medusa_shared_lm_head:
             raise CheckpointError(
@@ -120,7 +120,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
             raise CheckpointError(f"{to} has no bias on LM heads, these have one; write medusa or merged")
         return heads
     if lm_head is None:
-        raise InvalidInput(f"{to} cannot be written of these heads without the backbone's LM head; name it with --backbone")
+        raise InvalidInput(f"{to} needs the backbone's LM head for these heads; name the backbone with --backbone")
     theirs = _parameters(lm_head, heads)
     if to != "v2" and "bias" in theirs:
         raise CheckpointError(f"{to} has no bias on LM heads, the backbone's has one; write medusa or merged")
@@ -197,7 +197,7 @@ def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
         name = f"model-{number:05}-of-{len(files) + 1:05}.safetensors"
         if file is None:
             _save({in_style(ours, "merged"): tensor for ours, tensor in heads.state_dict().items()}, folder / name)
-        elif any(map(belongs_to_heads, tensor_names(file))):  # heads that these take the place of
+        elif any(map(belongs_to_heads, tensor_names(file))):  # heads that these replace
             _save({own: t for own, t in load_file(file).items() if not belongs_to_heads(own)}, folder / name)
         else:
             shutil.copyfile(file, folder / name)
@@ -219,7 +219,7 @@ def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
     assert found.notes == () and found.tensors.keys() == wanted.keys(), found.notes
     for name, tensor in wanted.items():
         if not torch.equal(tensor.view(torch.uint8), found.tensors[name].view(torch.uint8)):
-            raise CheckpointError(f"{folder}: {name} did not come back as it was written; is the disk sound?")
+            raise CheckpointError(f"{folder}: {name} differs when read back from what was written; check the disk")
 
 
 def _parameters(lm_head: nn.Module, heads: MedusaHeads) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: one file per verb; our errors are one line and exit 1, usage errors exit 2."""
+"""The command line: one file per command; our errors are one line and exit with 1, usage errors with 2."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in VERBS:  # the verbs' modules import torch only when they run
+for _verb in VERBS:  # the commands import torch only when they run
     _module = import_module(f"medusa.cli.{_verb}")
     app.command(_verb, cls=getattr(_module, "COMMAND", None))(getattr(_module, f"{_verb}_command"))
 
 
 def main() -> None:
-    """Entry point of `medusa`."""
     from medusa.errors import MedusaError, one_line
     from medusa.runs.console import note
 
@@ -51,6 +50,6 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:  # errors of reading are raised as ours; this one is of writing
+    except OSError as error:  # our own errors cover reading; this one is from writing
         print(f"medusa: cannot write {error.filename or 'a file'}: {error.strerror or one_line(error)}", file=sys.stderr)
         sys.exit(1)

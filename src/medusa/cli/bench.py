@@ -1,4 +1,4 @@
-"""medusa bench: decoders side by side on published prompt sets or one's own."""
+"""medusa bench: decoders side by side on published or own prompt sets."""
 
 from __future__ import annotations
 
@@ -58,24 +58,24 @@ def bench_command(
         list[DecoderName] | None, typer.Option("--decoder", help="Decoder to measure; repeatable (default: the first three).")
     ] = None,
     tree: Annotated[
-        list[str] | None, typer.Option("--tree", help="Tree file for medusa; repeatable (default: the heads' own).")
+        list[str] | None, typer.Option("--tree", help="Tree for `medusa`; repeatable (default: the heads' own).")
     ] = None,
     acceptance: Annotated[
-        list[AcceptanceName] | None, typer.Option("--acceptance", help="Acceptance for medusa; repeatable (default: exact).")
+        list[AcceptanceName] | None, typer.Option("--acceptance", help="Acceptance for `medusa`; repeatable (default: exact).")
     ] = None,
     epsilon: common.Epsilon = 0.09,
     delta: common.Delta = 0.3,
-    draft: Annotated[str | None, typer.Option("--draft", help="Folder or hub id of the draft model for assisted.")] = None,
+    draft: Annotated[str | None, typer.Option("--draft", help="Folder or hub id of the draft model for `assisted`.")] = None,
     gamma: Annotated[
         list[int] | None,
-        typer.Option("--gamma", min=1, help="Tokens that the draft model guesses at a time; repeatable (default: 4)."),
+        typer.Option("--gamma", min=1, help="Number of tokens in a draft of `assisted`; repeatable (default: 4)."),
     ] = None,
     max_new_tokens: common.MaxNewTokens = 256,
     temperature: common.Temperature = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     rounds: RoundsOption = 1,
     quality: Annotated[
-        bool, typer.Option("--quality", help="Add likelihood under the original backbone, variety, code that compiles.")
+        bool, typer.Option("--quality", help="Add quality: likelihood under the original backbone, variety, compiling code.")
     ] = False,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
@@ -87,7 +87,7 @@ def bench_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Measure decoders on the same prompts, interleaved in one run. If interrupted, run the same command again to resume."""
+    """Measure decoders in turn on the same prompts, in one run. If interrupted, run the same command again to resume."""
     from medusa.evaluation.report import SPEED_COLUMNS, figures_table
     from medusa.evaluation.verbs import bench
 

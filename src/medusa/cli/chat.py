@@ -22,7 +22,7 @@ def chat_command(
     model: common.ModelArgument = "embedded",
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
-    system: str | None = typer.Option(None, "--system", help="System message at the beginning."),
+    system: str | None = typer.Option(None, "--system", help="System message that begins the conversation."),
     max_new_tokens: common.MaxNewTokens = 512,
     temperature: common.Temperature = 0.7,
     top_k: common.TopK = None,
@@ -44,7 +44,7 @@ def chat_command(
     """Talk to a model that has a chat template. Type /help for its commands."""
     from medusa.checkpoints import named
 
-    prompting.refuse_prompt_as_model(model, "start with medusa chat MODEL and say it there")
+    prompting.refuse_prompt_as_model(model, "start medusa chat MODEL and type the prompt there")
     model = common.with_file(model, gguf_file, revision)
     options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
     named.require_heads(model, heads, tree == "root")
@@ -56,7 +56,7 @@ def chat_command(
     chat = Chat(medusa, tokenizer, system, max_new_tokens=max_new_tokens, **options)
     terminal = sys.stdin.isatty()
     if terminal:
-        note(f"{model} is listening. {COMMANDS}")
+        note(f"{model} is ready. {COMMANDS}")
     while (said := _read(terminal)) not in (None, "/quit"):
         if said == "/reset":
             chat.reset()
@@ -67,7 +67,7 @@ def chat_command(
 
 
 def _read(terminal: bool) -> str | None:
-    """A line of the user's; None at the end of the file, or after Ctrl-C."""
+    """A line that the user types; None at the end of the file or after Ctrl-C."""
     try:
         return input("> " if terminal else "").strip()
     except (EOFError, KeyboardInterrupt):
@@ -90,7 +90,6 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the conversation."""
         self._messages = list(self._opening)
 
     def answer(self, said: str) -> None:

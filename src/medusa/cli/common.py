@@ -1,4 +1,4 @@
-"""Options that the verbs share, and what they mean."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from medusa.errors import InvalidInput
 ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
 ]
-GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file of a folder or hub id.")]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="Name of the GGUF file in the folder or repository.")]
 RevisionOption = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit of the model's hub id; elsewhere: ID@REVISION."),
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the hub; for other ids: ID@REVISION.")
 ]
 HeadsOption = Annotated[
     str | None, typer.Option("--heads", help="Folder or hub id of the heads (default: the model's own folder).")
@@ -38,7 +37,7 @@ OfflineOption = Annotated[
     bool,
     typer.Option(
         "--offline",
-        help="Take hub ids from the local cache; no network.",
+        help="Use only the local cache of the hub, and no network.",
         callback=lambda offline: _go_offline(offline),
         is_eager=True,
     ),
@@ -50,7 +49,7 @@ ChatOption = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Put the prompt into the model's chat template, or continue it as plain text (default: use a template if any).",
+        help="Format the prompt with the model's chat template, or continue it as plain text (default: the template if any).",
         show_default=False,
     ),
 ]
@@ -71,7 +70,7 @@ Acceptance = Annotated[
 ]
 Epsilon = Annotated[float, typer.Option("--epsilon", help="Hard threshold of typical acceptance.")]
 Delta = Annotated[float, typer.Option("--delta", help="Entropy-dependent threshold of typical acceptance.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling reproducible.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed that makes sampling reproducible.")]
 EndpointKeyOption = Annotated[
     str, typer.Option("--api-key-env", help="Environment variable that holds the endpoint's API key.")
 ]
@@ -116,7 +115,7 @@ def with_file(model: str, gguf_file: str | None, revision: str | None = None) ->
 
 
 def at(name: str, revision: str | None) -> str:
-    """A hub id with its revision; local models have none, and an id that names its own keeps it."""
+    """A hub id with its revision; local models have none, and an id that already has one keeps it."""
     here = name in ("embedded", "smollm2") or Path(name).exists()
     return name if revision is None or here or "@" in name else f"{name}@{revision}"
 

@@ -28,7 +28,7 @@ def convert_command(
     ] = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option("--push-to-hub", metavar="REPO", help="Publish OUT as this repository, with a model card."),
+        typer.Option("--push-to-hub", metavar="REPO", help="Publish OUT on the hub as this repository, with a model card."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: common.RevisionOption = None,
@@ -46,7 +46,7 @@ def convert_command(
         warnings.simplefilter("always", UserWarning)
         written = convert(common.at(source, revision), output, to, backbone, trust_remote_code=trust_remote_code)
     for warning in caught:
-        if warning.category is UserWarning:  # ours; libraries deprecate in other categories
+        if warning.category is UserWarning:  # ours; deprecations of libraries have other categories
             note(f"medusa: {warning.message}")
     record = {
         "output": str(output),
@@ -61,6 +61,6 @@ def convert_command(
         print(json.dumps(record))
         return
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, {size / 1e6:.1f} MB, read back to the bit")
+    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, {size / 1e6:.1f} MB, read back and identical")
     if push_to_hub is not None:
         print(record["published"])

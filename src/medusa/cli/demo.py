@@ -1,4 +1,4 @@
-"""medusa demo: one answer, decoded plainly and then with Medusa as you watch; then the speeds."""
+"""medusa demo: an answer shown as it is decoded, plainly and then with Medusa; then the speeds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = (
     "Give me five tips for learning a new language.",
     "Tell me a short story about a lighthouse keeper who finds a message in a bottle.",
 )
-SHOWN_LINES = 6  # last lines of the prompt to show, if it is code to be continued
+SHOWN_LINES = 6  # number of last lines of the prompt to show, if it is code to continue
 FIRST_SHOWN = 12  # index of the first held-out prompt: a text that repeats itself little
 
 
@@ -43,14 +43,14 @@ def demo_command(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Your own prompt (default: our questions, or held-out code).")
+        str | None, typer.Option("--prompt", "-p", help="Prompt to use (default: our questions, or held-out code).")
     ] = None,
     prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of our prompts to measure.")] = 3,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of built-in prompts to measure.")] = 3,
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
@@ -64,7 +64,7 @@ def demo_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Answer a question plainly and then with Medusa as you watch, and measure both against transformers' generate."""
+    """Show an answer being decoded, first plainly and then with Medusa; then measure both against transformers' generate."""
     from medusa.checkpoints import named
     from medusa.data.prompts import as_conversation
 
@@ -112,12 +112,12 @@ def _default_model(heads: str | None) -> str:
     if found is not None and (heads is not None or (found.heads is not None and has_heads(found.heads))):
         return "smollm2"
     missing = "heads of smollm2 are" if found is not None else "smollm2 is"
-    note(f"{missing} not installed here: the demo is of `embedded`, a small code model")
+    note(f"{missing} not installed here, so the demo uses `embedded`, a small code model")
     return "embedded"
 
 
 def _prompts(model: str, tokenizer: Any, given: str | None, is_chat: bool, number: int) -> tuple[list[str], list[Tensor]]:
-    """The prompts as texts and as token ids (1, P): the one given, our questions, or held-out code."""
+    """The prompts as texts and as token ids (1, P): the given one, our questions, or held-out code."""
     import torch
 
     from medusa.data.prompts import as_conversation, prompt_ids
@@ -159,7 +159,7 @@ def _watch(
                 MedusaDecoder(model, tree=tree, compile=True, **limits).prepare(ids)
     asked = f"> {text}" if is_chat else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
     out.print(Text(asked, style="bold" if is_chat else "dim"))
-    titles = {"plain": "plainly: a token a step", "medusa": "with Medusa: what one step emits has one colour"}
+    titles = {"plain": "plainly: one token per step", "medusa": "with Medusa: tokens of one step have one colour"}
     recorded = {}
     for name, tree in trees.items():
         out.print(Text(f"\n{titles[name]}\n", style="dim"))
@@ -207,7 +207,7 @@ def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], 
         "plain": MedusaDecoder(model, tree=MedusaTree([]), compile=compile, **limits),
         "medusa": MedusaDecoder(model, compile=compile, **limits),
     }
-    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # ours have run before
+    TransformersDecoder(model, **{**limits, "max_new_tokens": 2})(batches[0])  # warm-up; our loops have run before
     with progress("Measuring", len(batches) * len(decoders), "runs", leave=False) as bar:
         results = compare_decoders(decoders, batches, warmup=0, on_progress=bar.update)
     generate, plain, medusa = (results[name] for name in decoders)
@@ -237,7 +237,7 @@ def _identical_in_float32(
     batch: Tensor,
     limits: dict[str, Any],
 ) -> bool:
-    """Whether generate, the plain loop and Medusa give the same output on one prompt in float32, where they must."""
+    """Whether generate, the plain loop and Medusa give the same output on one prompt in float32, as they must."""
     import torch
 
     from medusa.checkpoints import named
@@ -299,7 +299,6 @@ def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables
 def _table(
     record: dict[str, Any], prompts: int, max_new_tokens: int, model: MedusaModel
 ) -> tuple[list[str], list[list[str]], str, str]:
-    """Header, rows, title and caption of the table."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     title = (
         f"{prompts} prompt{'s' if prompts > 1 else ''}, at most {max_new_tokens} new tokens, greedy, {dtype}, "
@@ -321,4 +320,4 @@ def _table(
     caption = f"identical output: {'yes' if record['identical'] else 'no: rounding in this dtype breaks ties differently'}"
     if "identical_float32" in record:
         caption += f"\nidentical output in float32: {'yes' if record['identical_float32'] else 'NO'}"
-    return ["", "tokens/s", "tokens a step", "overhead", "speedup"], rows, title, caption
+    return ["", "tokens/s", "tokens per step", "overhead", "speedup"], rows, title, caption

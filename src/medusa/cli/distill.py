@@ -26,14 +26,14 @@ def distill_command(
     heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="Address of an OpenAI-compatible server; MODEL is its name there.")
+        str | None, typer.Option("--endpoint", help="Address of an OpenAI-compatible server, which knows the model as MODEL.")
     ] = None,
     api_key_env: common.EndpointKeyOption = "OPENAI_API_KEY",
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.3,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Temperature of the sampling; 0 is greedy.")] = 0.3,
     top_p: common.TopP = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum number of tokens per answer.")] = 512,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Number of tokens of a plain text that the model continues.")
+        int, typer.Option("--prompt-tokens", min=1, help="Number of tokens to keep of a plain text, for the model to continue.")
     ] = 128,
     self_talk: Annotated[
         int, typer.Option("--self-talk", min=0, help="Number of further rounds in which the model writes the user's turns too.")
@@ -41,7 +41,7 @@ def distill_command(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Number of conversations decoded, or requests sent, at a time.")
     ] = 16,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of conversations, with --data self.")] = 1000,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Number of conversations to make with --data self.")] = 1000,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N prompts.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
     ray: Annotated[int, typer.Option("--ray", min=0, help="Run on N workers as a Ray Data job.")] = 0,
@@ -55,7 +55,7 @@ def distill_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Answer prompts with the model itself, for `medusa train` (paper 2.3.2). If interrupted, run it again to resume."""
+    """Have the model answer prompts, as training data for its heads (paper 2.3.2). If interrupted, run it again to resume."""
     from medusa.training.verbs import distill
 
     done = distill(

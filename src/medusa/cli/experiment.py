@@ -28,28 +28,27 @@ def experiment_command(
     limit: LimitOption = None,
     heads: common.HeadsOption = None,
     medusa_2: Annotated[
-        str | None, typer.Option("--medusa-2", help="Heads with the adapter of a backbone trained together with them.")
+        str | None, typer.Option("--medusa-2", help="Medusa-2 heads, with the adapter that was trained together with them.")
     ] = None,
     draft: Annotated[
         list[str] | None, typer.Option("--draft", help="Folder or hub id of a draft model; repeatable (table-1, figure-7).")
     ] = None,
     gamma: Annotated[
-        list[int] | None,
-        typer.Option("--gamma", min=1, help="Tokens that a draft model guesses at a time; repeatable (table-1, figure-7)."),
+        list[int] | None, typer.Option("--gamma", min=1, help="Number of tokens in a draft; repeatable (table-1, figure-7).")
     ] = None,
     nodes: Annotated[
         list[int] | None,
-        typer.Option("--nodes", min=2, help="Tree size, the root included; repeatable for figure-4, one for table-3."),
+        typer.Option("--nodes", min=2, help="Tree size, the root included; repeatable for figure-4, a single one for table-3."),
     ] = None,
     epsilon: Annotated[
         list[float] | None,
-        typer.Option("--epsilon", min=0, max=1, help="Threshold for figure-5; repeatable (default: 0.01 to 0.25)."),
+        typer.Option("--epsilon", min=0, max=1, help="Hard threshold for figure-5; repeatable (default: 0.01 to 0.25)."),
     ] = None,
     calibration_prompts: Annotated[
         str | None,
         typer.Option(
             "--calibration-prompts",
-            help="Text to search trees on, other than --prompts: a set, file or hub id (default for `embedded`: its own).",
+            help="Prompts to search trees on, other than --prompts: a set, file or hub id (default for `embedded`: its own).",
         ),
     ] = None,
     max_new_tokens: common.MaxNewTokens = 128,
@@ -63,7 +62,7 @@ def experiment_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Repeat one of the paper's experiments: its decoders on the same prompts, its figures beside those measured here.
+    """Repeat one of the paper's experiments: compare its decoders on the same prompts, and show the paper's figures too.
 
     If interrupted, run the same command again to resume.
     """

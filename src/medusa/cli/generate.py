@@ -34,7 +34,7 @@ def generate_command(
     epsilon: common.Epsilon = 0.09,
     delta: common.Delta = 0.3,
     seed: common.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this string; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this string; repeatable.")] = None,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMATS = {
     "medusa": "ours, as medusa train writes them",
     "v0.1": "v0.1 (FasterDecoding)",
-    "v2": "v2: the LM head is shared (TGI's, and ours of --shared-lm-head)",
+    "v2": "v2: the LM head is shared (TGI's; also ours with --shared-lm-head)",
     "vllm": "vLLM's",
     "merged": "merged: a backbone and its heads in one model",
     "modelopt": "ModelOpt's",
@@ -27,8 +27,7 @@ FORMATS = {
 
 def inspect_command(
     path: Annotated[
-        str,
-        typer.Argument(help="A folder, GGUF file or hub id of a model or heads, a tree file, `smollm2` or `embedded`."),
+        str, typer.Argument(help="A folder, GGUF file or hub id of a model or heads, a tree file, `smollm2` or `embedded`.")
     ],
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
@@ -71,15 +70,14 @@ def inspect_command(
             known["format"] = FORMATS.get(known["format"], known["format"])
         showing.print_facts(part, known)
     if "heads" not in record and tree is None:
-        note("no heads here: medusa train makes some, and --heads gives them")
+        note("no heads here: train some with medusa train, and name their folder with --heads")
     elif tree is None:
-        note("no tree file beside the heads: a dynamic tree is used; medusa tune finds the fastest")
+        note("no tree file beside the heads: a dynamic tree is used; medusa tune finds the fastest tree")
     if tree is not None:
         show_tree(tree)
 
 
 def heads_facts(found: Any) -> dict[str, Any]:
-    """Facts about the heads of an open checkpoint."""
     return {
         "format": found.format,
         "file": found.source.name,
@@ -115,7 +113,7 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
         return None
     try:
         config = load_config(source)
-    except CheckpointError:  # the model has code of its own, which is not run here
+    except CheckpointError:  # the model has its own code, which is not run here
         return {"model": str(source), "architecture": kind}
     tokenizer = source.folder / "tokenizer_config.json"
     return {
@@ -146,7 +144,7 @@ def _sizes(file: Path, counts: Any) -> int:
         with safe_open(file, "pt") as opened:
             return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys() if counts(name))  # noqa: SIM118
     except Exception as error:  # safetensors' own errors, not all of which it exports
-        raise CheckpointError(f"{file} is broken or no safetensors file: {error}") from None
+        raise CheckpointError(f"{file} is broken or not a safetensors file: {error}") from None
 
 
 def gguf_facts(file: Path) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def gguf_facts(file: Path) -> dict[str, Any]:
     try:
         reader = require("gguf", "gguf", f"the GGUF file {file}").GGUFReader(file)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{file} is broken or no GGUF file: {error}") from None
+        raise CheckpointError(f"{file} is broken or not a GGUF file: {error}") from None
 
     def value(name: str) -> Any:
         field = reader.get_field(name)
@@ -182,6 +180,6 @@ def gguf_facts(file: Path) -> dict[str, Any]:
         "context": value(f"{kind}.context_length"),
         "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
         "dtype": ", ".join(types),
-        "unpacked_to": "bfloat16, unless --dtype says otherwise",
+        "unpacked_to": "bfloat16, unless --dtype is given",
         "chat_template": reader.get_field("tokenizer.chat_template") is not None,
     }

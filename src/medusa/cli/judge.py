@@ -16,7 +16,7 @@ from medusa.runs.console import note
 def judge_command(
     answers: Annotated[str, typer.Argument(help="answers.jsonl of `medusa bench` or `medusa experiment`.", show_default=False)],
     endpoint: Annotated[str, typer.Option("--endpoint", help="Address of an OpenAI-compatible server, up to /v1.")],
-    judge_model: Annotated[str, typer.Option("--judge-model", help="The judge's name there.")],
+    judge_model: Annotated[str, typer.Option("--judge-model", help="Name of the judge's model on that server.")],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -25,17 +25,15 @@ def judge_command(
     ] = None,
     api_key_env: common.EndpointKeyOption = "OPENAI_API_KEY",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Number of requests at a time.")] = 8,
-    tries: Annotated[
-        int, typer.Option("--tries", min=1, help="Number of times to ask the judge if its answer has no grade.")
-    ] = 3,
+    tries: Annotated[int, typer.Option("--tries", min=1, help="Maximum number of requests for an answer's grade.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", min=0, help="Seconds allowed for one request.")] = 120.0,
-    price_in: Annotated[float, typer.Option("--price-in", min=0, help="Price of a million tokens that the judge reads.")] = 0.0,
+    price_in: Annotated[float, typer.Option("--price-in", min=0, help="Price per million tokens that the judge reads.")] = 0.0,
     price_out: Annotated[
-        float, typer.Option("--price-out", min=0, help="Price of a million tokens that the judge writes.")
+        float, typer.Option("--price-out", min=0, help="Price per million tokens that the judge writes.")
     ] = 0.0,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Grade answers from 1 to 10, each by itself, as MT-Bench does. If interrupted, run the same command again to resume."""
+    """Grade answers from 1 to 10, each on its own, with a chat model. If interrupted, run the same command again to resume."""
     from medusa.evaluation.grading import default_folder, judge
 
     folder = output or default_folder(answers, judge_model)
@@ -64,7 +62,7 @@ def judge_command(
 
 
 def _table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Mean grades, a row per category and a column per decoder; in brackets the grades by turn and the number without one."""
+    """Mean grades, a row per category and a column per decoder; in brackets means by turn and the number of missing grades."""
     found = record["decoders"]
     categories = dict.fromkeys(category for parts in found.values() for category in parts)
     rows = [[category, *(_cell(parts.get(category)) for parts in found.values())] for category in categories]

@@ -10,7 +10,7 @@ from medusa.runs.files import read_text
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt given, the text of a file, or stdin if neither is named.
+    """The given prompt, the text of a file, or stdin if neither is given.
 
     Raises:
         InvalidInput: there is none, there are two, or it is not UTF-8.
@@ -29,15 +29,15 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         except UnicodeDecodeError as error:
             raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
     if not text.strip():
-        raise InvalidInput(f"{file or 'stdin'} holds no prompt; give one as an argument, with --prompt-file, or on stdin")
+        raise InvalidInput(f"{file or 'stdin'} is empty; give one as an argument, with --prompt-file, or on stdin")
     return text
 
 
 def refuse_prompt_as_model(model: str, remedy: str) -> None:
-    """Refuse a text where the model is expected.
+    """Refuse a text in place of the model.
 
     Args:
-        remedy: how a prompt is given.
+        remedy: how to give a prompt.
     """
     if any(character.isspace() for character in model.strip()) and not Path(model).exists():
-        raise InvalidInput(f"{model[:60]!r} is given as the model, and looks like a prompt; {remedy}")
+        raise InvalidInput(f"{model[:60]!r} is in the place of the model, but looks like a prompt; {remedy}")

@@ -1,4 +1,4 @@
-"""Output of the verbs: tables that fit the terminal, facts one per line, text that is streamed."""
+"""Output of the commands: tables that fit the terminal, facts one per line, streamed text."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 UNCUT = 1000  # columns of a file or pipe: nothing is wrapped there
 READABLE = 100  # columns of text: longer lines are hard to read
-WORTH = 1.2  # tokens a step; trees that accept less are seldom faster than plain decoding
-STEPS_TO_TELL = 8  # steps after which a low acceleration rate is more than chance
+WORTH = 1.2  # tokens per step; trees that accept less are seldom faster than plain decoding
+STEPS_TO_TELL = 8  # number of steps after which a low acceleration rate is not just chance
 
 
 def speed(tokens: int, steps: int, seconds: float) -> str:
     """The speed of an answer, in words.
 
     >>> speed(30, 12, 1.5)
-    '20.0 tokens/s, 2.50 tokens a step'
+    '20.0 tokens/s, 2.50 tokens per step'
     """
-    return f"{tokens / seconds:.1f} tokens/s, {tokens / steps:.2f} tokens a step"
+    return f"{tokens / seconds:.1f} tokens/s, {tokens / steps:.2f} tokens per step"
 
 
 def note_low_rate(nodes: int, tokens: int, steps: int) -> None:
-    """Note that a tree of several nodes is hardly ever right: its steps cost more than plain ones."""
+    """Warn if hardly any guesses of a tree are accepted: its steps cost more than plain ones."""
     if nodes > 1 and steps >= STEPS_TO_TELL and tokens / steps < WORTH:
-        note(f"a tree of {nodes} nodes that is right so seldom is likely slower than --tree root; train the heads for longer")
+        note(f"a tree of {nodes} nodes with so few accepted guesses is likely slower than --tree root; train the heads longer")
 
 
 def console(stderr: bool = False) -> Console:

@@ -1,4 +1,4 @@
-"""medusa simulate: whether Medusa pays off on a model, a machine, a batch size and a context length."""
+"""medusa simulate: whether Medusa pays off for a model, machine, batch size and context length."""
 
 from __future__ import annotations
 
@@ -34,15 +34,14 @@ def simulate_command(
         list[int] | None, typer.Option("--context", min=1, help="Context length in tokens; repeatable (default: 1024).")
     ] = None,
     nodes: Annotated[
-        list[int] | None,
-        typer.Option("--nodes", min=1, help="Tree size, the root included; repeatable (default: 1 to 128)."),
+        list[int] | None, typer.Option("--nodes", min=1, help="Tree size, the root included; repeatable (default: 1 to 128).")
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option("--dtype", help="Data type of weights and activations.")
     ] = "bfloat16",
     weight_bits: Annotated[
         int | None,
-        typer.Option("--weight-bits", help="Bits of quantised weights; unpacking costs nothing (default: the dtype's)."),
+        typer.Option("--weight-bits", help="Bits per quantised weight, assumed to unpack at no cost (default: the dtype's)."),
     ] = None,
     num_heads: Annotated[int, typer.Option("--num-heads", min=0, help="Number of Medusa heads that the trees use.")] = 5,
     shared_lm_head: Annotated[bool, typer.Option("--shared-lm-head", help="The heads share the backbone's LM head.")] = False,
@@ -53,7 +52,7 @@ def simulate_command(
         str | None,
         typer.Option(
             "--calibration",
-            help="Tokens a step from a calibration.json of medusa tune, or the folder with it (default: the paper's law).",
+            help="calibration.json of `medusa tune`, or its folder, for the tokens per step (default: the paper's law).",
         ),
     ] = None,
     tree: Annotated[
@@ -61,20 +60,20 @@ def simulate_command(
         typer.Option("--tree", help="Predict this tree only, with --calibration or the calibration.json beside it."),
     ] = None,
     paper_block: Annotated[
-        bool, typer.Option("--paper-block", help="Only what the paper simulates: eight operators of one layer, no heads.")
+        bool, typer.Option("--paper-block", help="Only simulate eight operators of one layer, no heads, as in the paper.")
     ] = False,
-    roofline: Annotated[bool, typer.Option("--roofline", help="The operators of a layer on the roofline, by phase.")] = False,
+    roofline: Annotated[bool, typer.Option("--roofline", help="Show a layer's operators on the roofline, by phase.")] = False,
     paper_table: Annotated[
-        int | None, typer.Option("--paper-table", min=6, max=8, help="Table 6, 7 or 8 of the paper, predicted.")
+        int | None, typer.Option("--paper-table", min=6, max=8, help="Predict Table 6, 7 or 8 of the paper.")
     ] = None,
     plots: Annotated[
         Path | None, typer.Option("--plots", help="Draw the paper's figures into this folder, as PNG and SVG.")
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine, instead of predicting.")] = False,
     name: Annotated[str, typer.Option("--name", help="Name of the measured machine.")] = "here",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File that --measure adds the machine to.")] = None,
     validate: Annotated[
-        bool, typer.Option("--validate", help="Run the operators on this machine and compare with their prediction.")
+        bool, typer.Option("--validate", help="Run the operators on this machine and compare their times with the prediction.")
     ] = False,
     device: common.DeviceOption = None,
     trust_remote_code: common.TrustOption = False,
@@ -123,10 +122,10 @@ class Grid:
 
 
 def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, acceleration: Acceleration, as_json: bool) -> None:
-    """Print the speedup of every setting, the best tree size of each, and the batch size at which trees stop paying.
+    """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off.
 
     Args:
-        names: of the model, of the hardware, and of the source of the acceleration rates.
+        names: names of the model, the hardware and the source of the acceleration rates.
     """
     from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
@@ -154,16 +153,17 @@ def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, accele
         speedups = [f"{p.speedup:.2f}" for p in points if (p.batch, p.length) == (top.batch, top.length)]
         plain = f"{1e3 * top.seconds / top.overhead:.2f}"
         rows.append([str(top.batch), str(top.length), plain, f"{top.candidates} ({top.speedup:.2f})", *speedups])
-    title = f"{names['model']} on {names['hardware']}: speedup by tree size; tokens a step: {names['acceleration']}"
+    title = f"{names['model']} on {names['hardware']}: speedup by tree size; tokens per step: {names['acceleration']}"
     showing.print_table(["batch", "length", "plain ms", "best size", *map(str, grid.sizes)], rows, title, keys=2)
     for s, stop in stops.items():
-        print(f"length {s}: " + ("trees pay at every batch tried" if stop is None else f"no tree pays from batch {stop} on"))
+        gain = "trees pay off at every batch size tried" if stop is None else f"no tree pays off from batch size {stop} on"
+        print(f"length {s}: {gain}")
 
 
 def acceleration_of(
     calibration: str | None, tree: Path | None, sizes: tuple[int, ...]
 ) -> tuple[Acceleration, tuple[int, ...], str]:
-    """Tokens a step by tree size, the sizes to predict, and the name of the source."""
+    """Tokens per step by tree size, the sizes to predict, and the name of the source."""
     from medusa.checkpoints.hub import local_model
     from medusa.simulation.prediction import calibrated, log_law
     from medusa.trees.calibration import Calibration
@@ -186,7 +186,7 @@ def acceleration_of(
 
 
 def show_paper_table(number: int, machine: Any, as_json: bool) -> None:
-    """Print the cells of a table of the paper, predicted."""
+    """Print the predicted cells of a table of the paper."""
     from medusa.simulation.roofline import paper_table
 
     show_rows(
@@ -204,7 +204,7 @@ def show_paper_table(number: int, machine: Any, as_json: bool) -> None:
 
 
 def show_roofline(setting: Setting, grid: Grid, as_json: bool) -> None:
-    """Print the operators of a layer on the roofline; those of several settings once."""
+    """Print the operators of a layer on the roofline; equal ones of several settings only once."""
     from medusa.simulation.roofline import points
 
     shape, machine, dtype = setting.shape, setting.hardware, setting.dtype
@@ -213,7 +213,7 @@ def show_roofline(setting: Setting, grid: Grid, as_json: bool) -> None:
 
 
 def measure_here(name: str, output: Path | None, device: str | None, dtype: str, as_json: bool) -> None:
-    """Measure this machine, print what it reaches, and add it to a file."""
+    """Measure this machine, print the results, and add it to a file."""
     from medusa.checkpoints.named import device_named
     from medusa.simulation.hardware import save_hardware
     from medusa.simulation.machine import measure_machine
@@ -227,7 +227,7 @@ def measure_here(name: str, output: Path | None, device: str | None, dtype: str,
         return
     print(f"{name}: {found.source}")
     print(f"copy {found.bandwidth / 1e9:.1f} GB/s, elementwise passes {(found.pointwise or 0) / 1e9:.1f} GB/s, launch ", end="")
-    print(f"{1e6 * found.launch:.1f} µs, besides {1e6 * found.layer:.0f} µs a layer and {1e6 * found.step:.0f} µs a step")
+    print(f"{1e6 * found.launch:.1f} µs, besides {1e6 * found.layer:.0f} µs per layer and {1e6 * found.step:.0f} µs per step")
     for width, rows, seconds in found.linear[dtype]:
         print(f"linear layers {width:g} wide, {rows:g} rows: {2 * rows / seconds / 1e9:.1f} GFLOP/s")
 

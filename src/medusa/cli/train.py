@@ -23,17 +23,17 @@ from medusa.training.config import METHOD, TrainingConfig, recipe_names, resolve
 if TYPE_CHECKING:
     from medusa.training.verbs import Trained
 
-METHOD_HELP = f"{', '.join(recipe_names())}: the recipe that sets the options further down."
+METHOD_HELP = f"Recipe that sets the training options below: {', '.join(recipe_names())}."
 # The training options in --help, in this order; options in no group go into the last.
 GROUPS = {
     "Heads": ("num_heads", "num_layers", "heads_kind", "shared_lm_head", "draft_vocabulary"),
-    "Their loss": ("lambda_base", "targets", "soft_top", "loss_chunk"),
+    "Loss of the heads": ("lambda_base", "targets", "soft_top", "loss_chunk"),
     "Data": ("max_length", "packing", "held_out"),
     "Steps": (
         ("epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_steps", "weight_decay")
         + ("optimizer", "seed")
     ),
-    "A backbone that is trained with them (Medusa-2)": (
+    "Backbone, if it is trained with the heads (Medusa-2)": (
         ("backbone", "quantization", "lm_loss", "lambda_0", "lambda_0_schedule", "heads_steps", "backbone_learning_rate")
         + ("lora_rank", "lora_alpha", "lora_dropout", "gradient_checkpointing")
     ),
@@ -44,7 +44,7 @@ HINTS = typing.get_type_hints(TrainingConfig)
 
 
 class COMMAND(TyperCommand):
-    """`medusa train`, whose --help ends with the training options, one per line, with the values of the method given."""
+    """`medusa train`, whose --help ends with the training options and their values for the given method."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined = next((each.partition("=")[2] for each in args if each.startswith("--method=")), None)
@@ -65,8 +65,8 @@ def print_training_options(method: str) -> None:
 
     values, out = resolve(method, {}), showing.console()
     out.print(
-        f" Training options, with the values of {method}; for those of another method: --method NAME --help. A flag turns a "
-        "`no` into `yes`, and --no-FLAG a `yes` into `no`."
+        f" Training options, with their values for {method}; for another method: --method NAME --help. A flag turns `no` into "
+        "`yes`, and --no-FLAG turns `yes` into `no`."
     )
     grouped = dict(GROUPS)
     *_, last = grouped
@@ -87,7 +87,6 @@ def print_training_options(method: str) -> None:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -98,7 +97,7 @@ def _shown(value: Any) -> str:
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each field of TrainingConfig; the ones that the user sets arrive as the dict `options`."""
+    """Give a command a flag for each field of TrainingConfig; those that the user sets arrive as the dict `options`."""
     parameters = []
     for name, kind in HINTS.items():
         flag = f"{flag_of(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag_of(name)
@@ -132,7 +131,7 @@ def train_command(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results.")] = None,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help=METHOD_HELP)] = METHOD,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="YAML training options; flags override them.")
+        Path | None, typer.Option("--config", metavar="FILE", help="YAML file of training options; flags override it.")
     ] = None,
     eval_data: Annotated[
         list[str] | None,
@@ -143,11 +142,11 @@ def train_command(
     ] = None,
     hidden_states: Annotated[
         Path | None,
-        typer.Option("--hidden-states", metavar="DIR", help="Save hidden states here and train from them."),
+        typer.Option("--hidden-states", metavar="DIR", help="Folder to save the backbone's hidden states in and train from."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")] = False,
     preview: Annotated[
-        int, typer.Option("--preview", metavar="N", min=0, help="Only show N rows, labelled tokens in colour.")
+        int, typer.Option("--preview", metavar="N", min=0, help="Only show N rows, with labelled tokens in colour.")
     ] = 0,
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
@@ -157,7 +156,7 @@ def train_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Train Medusa heads, and with medusa-2 the backbone too (paper 2.2). Runs under `accelerate launch` as well."""
+    """Train Medusa heads, and with --method medusa-2 the backbone too (paper 2.2). Also runs under `accelerate launch`."""
     from medusa.training.run import is_main_process
     from medusa.training.verbs import train
 
@@ -166,7 +165,7 @@ def train_command(
         show_rows(preview, model, data, method=method, config=config, trust_remote_code=trust_remote_code, **options)
         return
     if output is None:
-        raise typer.BadParameter("say where to: --output DIR", param_hint="--output")
+        raise typer.BadParameter("no folder for the results; pass --output DIR", param_hint="--output")
     trained = train(
         model,
         data,
@@ -198,11 +197,11 @@ def _show(trained: Trained, as_json: bool) -> None:
             tops = "  ".join(f"top-{i} {metrics[f'eval_head{k}_top{i}']:.3f}" for i in (1, 2, 3, 5))
             print(f"head {k}: {tops}")
     if "eval_acceleration_rate" in metrics:
-        print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens a step, {recipe.tree_nodes} nodes")
+        print(f"expected acceleration rate: {metrics['eval_acceleration_rate']:.2f} tokens per step, {recipe.tree_nodes} nodes")
 
 
 def show_rows(count: int, model: str, data: list[str], **options: Any) -> None:
-    """Print the first rows as the model will see them: the labelled tokens in colour, the others dim.
+    """Print the first rows as the model will see them, with the labelled tokens in colour and the others dim.
 
     Args:
         options: see `training_rows`.

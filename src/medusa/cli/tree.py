@@ -25,25 +25,26 @@ def tree_command(
     file: Annotated[str | None, typer.Argument(help="A tree file of any kind.", show_default=False)] = None,
     nodes: Annotated[
         int | None,
-        typer.Option("--nodes", min=1, help="Search the best tree of this size, the root included, by one of the files below."),
+        typer.Option(
+            "--nodes", min=1, help="Search for the best tree of this size, the root included, by the accuracies given."
+        ),
     ] = None,
     accuracies: Annotated[
         Path | None,
         typer.Option(
             "--accuracies",
-            help='JSON with "accuracies", a list of numbers per head; heads are taken to err independently (paper 2.3.3).',
+            help='JSON file with "accuracies", a list of numbers per head; assumes that heads err independently (paper 2.3.3).',
         ),
     ] = None,
     calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", help="A calibration.json of medusa tune: what heads get right together."),
+        Path | None, typer.Option("--calibration", help="calibration.json of `medusa tune`: how often rank paths come true.")
     ] = None,
     dense: Annotated[
         list[int] | None,
-        typer.Option("--dense", min=1, help="Build a dense tree; give it for each head: --dense 4 --dense 3 --dense 2."),
+        typer.Option("--dense", min=1, help="Build a dense tree; one number of guesses per head: --dense 4 --dense 3."),
     ] = None,
     random_dense: Annotated[
-        int | None, typer.Option("--random-dense", min=1, help="Draw a random dense tree of about this size.")
+        int | None, typer.Option("--random-dense", min=1, help="Choose a random dense tree of about this size.")
     ] = None,
     num_heads: Annotated[
         int, typer.Option("--num-heads", min=1, help="Greatest number of heads in a --random-dense tree.")
@@ -52,15 +53,15 @@ def tree_command(
     preset: Annotated[
         str | None, typer.Option("--preset", help="A tree for the public Vicuna and Zephyr heads; `list` names them.")
     ] = None,
-    draw: Annotated[Path | None, typer.Option("--draw", help="Draw it as the paper's Figure 6: FILE.svg or FILE.png.")] = None,
+    draw: Annotated[Path | None, typer.Option("--draw", help="Draw it as in the paper's Figure 6: FILE.svg or .png.")] = None,
     mark: Annotated[
         list[int] | None,
-        typer.Option("--mark", min=0, help="Rank along the path to mark; give it for each head (default: first guesses)."),
+        typer.Option("--mark", min=0, help="Path to mark in the drawing, one rank per head (default: first guesses)."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save it as a tree file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the tree in this file.")] = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Search, build or read a tree; show, draw and save it. --accuracies or --calibration says what it should gain."""
+    """Search for, build or read a tree; show, draw and save it. --accuracies or --calibration gives its expected gain."""
     if preset == "list":
         list_presets(as_json)
         return
@@ -76,7 +77,7 @@ def tree_command(
     tree: Tree
     if nodes is not None:
         if search is None:
-            raise InvalidInput("--nodes searches by --accuracies FILE or --calibration FILE; give one of them")
+            raise InvalidInput("--nodes needs --accuracies FILE or --calibration FILE to search with; give one of them")
         tree = search(nodes)
     elif dense:
         tree = MedusaTree.dense(dense)
@@ -88,23 +89,23 @@ def tree_command(
     if output is not None:
         files.save_tree(tree, output)
     if unknown := sum(not chance for chance in (chances or {}).values()):
-        note(f"{unknown} nodes count for nothing: their guesses were never right, or the file does not go so far")
+        note(f"{unknown} nodes count as 0: their guesses were never right, or the file has no figure for them")
     expected = None if chances is None else 1 + sum(chances.values())
     if as_json:
         print(json.dumps({**tree.to_dict(), "expected_acceptance_length": expected}))
         return
     show_tree(tree, chances, marked)
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures(tree).items() if value is not None)
-    print(shown if expected is None else f"{shown}: {expected:.3f} tokens a step expected")
+    print(shown if expected is None else f"{shown}: {expected:.3f} tokens per step expected")
 
 
 def draw_static(
     tree: Tree, chances_of: Callable[[MedusaTree], Chances] | None, draw: Path | None, mark: Sequence[int] | None
 ) -> tuple[tuple[int, ...], Chances | None]:
-    """Draw a static tree, if asked for; returns the marked path, and how often each path comes true.
+    """Draw a static tree if `draw` is given; returns the marked path, and how often each path comes true.
 
     Raises:
-        InvalidInput: a path that the tree lacks, or a tree that is not static and to be drawn.
+        InvalidInput: the tree lacks the path to mark, or is to be drawn but is not static.
     """
     from medusa.trees.draw import draw_tree
     from medusa.trees.static import MedusaTree
@@ -125,7 +126,7 @@ def draw_static(
 def statistics(
     accuracies: Path | None, calibration: Path | None
 ) -> tuple[Callable[[int], MedusaTree] | None, Callable[[MedusaTree], Chances] | None]:
-    """A function that searches a tree of a size, and one that says how often a tree's paths come true, by the file given."""
+    """Functions based on the given file: one searches for a tree of a size, one gives how often a tree's paths come true."""
     from medusa.metrics import path_chances
     from medusa.trees.search import search_tree
 
@@ -147,7 +148,7 @@ def read_accuracies(file: Path) -> list[list[float]]:
 
     found = read_json(file, InvalidInput)
     if not isinstance(found, dict) or "accuracies" not in found:
-        raise InvalidInput(f'{file} holds no accuracies, wanted {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
+        raise InvalidInput(f'{file} holds no accuracies, expected {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
     check_accuracies(found["accuracies"])
     return found["accuracies"]
 
@@ -178,7 +179,7 @@ def figures(tree: Tree) -> dict[str, Any]:
 
 
 def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] = ()) -> None:
-    """Print a tree: a level per head, nodes by rank, leaves of one parent on a line; of a dynamic tree its settings."""
+    """Print a tree, one level per head, with the leaves of a parent on one line; or the settings of a dynamic tree."""
     from medusa.trees.files import TreeChoice
     from medusa.trees.static import MedusaTree
 
@@ -188,7 +189,7 @@ def show_tree(tree: Tree, chances: Chances | None = None, marked: Sequence[int] 
         out.print(_drawn(tree, chances or {}, path, coloured=out.is_terminal))
     elif isinstance(tree, TreeChoice):
         for batch, inner in sorted(tree.trees.items()):
-            print(f"from batch {batch} on:")
+            print(f"from batch size {batch} on:")
             show_tree(inner)
     else:
         showing.print_facts("built anew at every step", tree.to_dict()["dynamic"])

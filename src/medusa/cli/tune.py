@@ -30,7 +30,7 @@ def tune_command(
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", help="Text like the model will see: a set, file or hub id (default for `embedded`: its own)."
+            "--prompts", help="Prompts like those the model will see: a set, file or hub id (default for `embedded`: its own)."
         ),
     ] = None,
     heads: common.HeadsOption = None,
@@ -52,20 +52,20 @@ def tune_command(
     ] = None,
     context: Annotated[
         list[int] | None,
-        typer.Option("--context", min=1, help="Context length to time steps at; repeatable (default: the prompts' median)."),
+        typer.Option("--context", min=1, help="Context length for timing steps; repeatable (default: the prompts' median)."),
     ] = None,
     always: Annotated[bool, typer.Option("--always", help="Choose a tree even if plain decoding is faster.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Number of prompts to use, spread evenly over the set.")] = 64,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Tokens to use of each text; conversations are not cut.")
+        int, typer.Option("--prompt-tokens", min=1, help="Number of tokens to use of each text; conversations are not cut.")
     ] = 256,
     max_new_tokens: common.MaxNewTokens = 128,
     temperature: common.Temperature = 0.0,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Guesses of each head that may become nodes.")] = 64,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Number of guesses of each head that may become nodes.")] = 64,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Number of prompts continued together while recording.")
     ] = 8,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of times to time each tree's steps, in turn.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of times each tree's steps are timed, in turn.")] = 5,
     quantization: common.QuantizationOption = "none",
     gguf_file: common.GgufOption = None,
     revision: common.RevisionOption = None,
@@ -76,8 +76,8 @@ def tune_command(
     trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Record what the backbone says and its heads guess, replay trees of all kinds, sizes and depths, time their steps here,
-    and choose the tree with the most tokens a second; plain decoding if no tree pays (paper 2.3.3, 2.2.3)."""
+    """Choose the tree with the most tokens per second on this machine, or plain decoding if no tree pays off: record answers
+    and the heads' guesses, replay trees of all kinds, sizes and depths on them, and time steps (paper 2.3.3, 2.2.3)."""
     from medusa.tuning.verbs import tune
 
     kinds = [str(each) for each in kind or ()]
@@ -125,11 +125,11 @@ def _show(tuned: Tuned) -> None:
     if static:
         expected, option = max(static, key=lambda each: each[0])
         error = 100 * (expected / option.acceleration_rate - 1)
-        print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens a step: {error:+.0f} %")
+        print(f"if heads erred independently, {option.name} would accept {expected:.2f} tokens per step: {error:+.0f} %")
     for batch, option in choices.chosen.items():
-        why = ": no tree pays here, so the heads are left unused; train them for longer" if option.kind == "plain" else ""
+        why = ": no tree pays off here, so the heads are not used; train them for longer" if option.kind == "plain" else ""
         print(f"batch {batch}: {option.name}, {option.speedup(choices.plain, batch):.2f} times plain decoding{why}")
-    print(f"heads worth having: {choices.recommended_heads}")
+    print(f"recommended number of heads: {choices.recommended_heads}")
 
 
 def _show_options(choices: Choices, title: str, options: list[Option]) -> None:
@@ -144,7 +144,7 @@ def _show_options(choices: Choices, title: str, options: list[Option]) -> None:
     ]
     picked = [option.tree for option in batches.values()]
     showing.print_table(
-        ["tree", "tokens a step", *figures],
+        ["tree", "tokens per step", *figures],
         [_cells(option, choices.plain) for option in options],
         title,
         bold={number for number, option in enumerate(options) if option.tree in picked},

@@ -1,7 +1,7 @@
 """Endpoints: chat models behind an OpenAI-compatible HTTP interface.
 
-Written by hand rather than with the `openai` SDK: there a server's Retry-After pauses one request, here every thread, and its
-sleep between tries cannot be interrupted.
+The `openai` SDK is not used: its sleep between tries cannot be interrupted, and a server's Retry-After pauses only one request
+there, but every thread here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from medusa.errors import InvalidInput, MedusaError
 from medusa.runs.extras import require
 from medusa.runs.files import is_unicode
 
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may go away at another try
-# Endpoints' words, in lower case, for an answer that ended by itself and for one that reached the limit of tokens. One that
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that another try may cure
+# Endpoints' terms, in lower case, for an answer that ended by itself and for one that reached the limit of tokens. Answers that
 # ended in another way (a filter, a tool call, an error, something new) cannot be used.
 BY_ITSELF = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "complete", "completed", "finished")
 AT_THE_LIMIT = ("length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "model_length", "token_limit")
@@ -45,7 +45,7 @@ class Answer:
     finished: bool | None  # True: ended by itself; False: at the limit of tokens; None: in another way, see `ended_by`
     prompt_tokens: int
     completion_tokens: int
-    ended_by: str | None = None  # the endpoint's own word
+    ended_by: str | None = None  # the endpoint's own term
 
 
 @dataclass
@@ -54,9 +54,9 @@ class Endpoint:
 
     Args:
         url: base address, such as http://localhost:8000/v1.
-        model: the name the server knows it by.
+        model: the server's name for the model.
         api_key: sent as a bearer token.
-        tries: number of times that a request is made before it counts as failed.
+        tries: number of tries before a request counts as failed.
         timeout: seconds allowed for one request.
         sleep: waits a number of seconds between tries; None: a wait that ends when `concurrently` is stopped.
     """
@@ -75,9 +75,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         httpx = require("httpx", "endpoint", "an endpoint")
         if not self.url.startswith(("http://", "https://")):
-            raise InvalidInput(f"endpoint is {self.url!r}, wanted an address such as http://localhost:8000/v1")
+            raise InvalidInput(f"endpoint is {self.url!r}, expected an address such as http://localhost:8000/v1")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise InvalidInput("the endpoint's key holds characters that are not allowed in keys; copy it again")
+            raise InvalidInput("the endpoint's key contains characters that are not allowed in keys; copy it again")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=None)  # the caller bounds its threads
         self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
@@ -128,7 +128,7 @@ class Endpoint:
         while (left := self._resume_at - time.monotonic()) > 0 and not self._stopped.is_set():
             self._sleep(left)
         if self._stopped.is_set():
-            raise EndpointError(f"stopped before {self.url} was asked")
+            raise EndpointError(f"stopped before the request to {self.url}")
 
     @property
     def _stopped(self) -> threading.Event:
@@ -188,7 +188,7 @@ def _read(response: Any, url: str, max_tokens: int | None) -> Answer:
 
 def _finished(ended_by: str | None, tokens: int, max_tokens: int | None) -> bool | None:
     """Whether an answer ended by itself; None if unknown."""
-    if ended_by is None:  # some never say
+    if ended_by is None:  # some endpoints never say
         return tokens < max_tokens if tokens and max_tokens else None
     word = ended_by.lower()
     return True if word in BY_ITSELF else False if word in AT_THE_LIMIT else None

@@ -87,7 +87,7 @@ def read_questions(source: str | Path, references: str | Path | None = None) -> 
         raise InvalidInput(f"{source} holds no prompts")
     twice = [identifier for identifier, times in Counter(q.id for q in questions).items() if times > 1]
     if twice:
-        raise InvalidInput(f"{source} has {twice[0]!r} as the id of more than one question; ids must differ")
+        raise InvalidInput(f"{source} has {twice[0]!r} as the id of several questions; ids must differ")
     return questions if references is None else _with_references(questions, references)
 
 
@@ -111,12 +111,12 @@ def select(questions: Sequence[Question], categories: Sequence[str] = (), limit:
     known = dict.fromkeys(question.category for question in questions)
     for category in categories:
         if category not in known:
-            raise InvalidInput(f"no question is of category {category!r}; there are {', '.join(known)}")
+            raise InvalidInput(f"there are no questions of category {category!r}; the categories are {', '.join(known)}")
     chosen = [question for question in questions if not categories or question.category in categories]
     if limit is None or limit >= len(chosen):
         return chosen
     if limit < 1:
-        raise InvalidInput(f"the limit of prompts is {limit}, wanted at least 1")
+        raise InvalidInput(f"the limit of prompts is {limit}, expected at least 1")
     return [chosen[n * len(chosen) // limit] for n in range(limit)]
 
 
@@ -127,14 +127,14 @@ def _question(number: int, asked: Asked) -> Question:
     if category is None:
         category = CODE if "task_id" in record else NO_CATEGORY
     if not isinstance(category, str) or not category.strip() or category == OVERALL:
-        raise InvalidInput(f"{where} has the category {category!r}, wanted a name; leave the key out if there is none")
+        raise InvalidInput(f"{where} has the category {category!r}, expected a name; leave the key out if there is none")
     references = record.get("reference") or (record.get("canonical_solution") if "task_id" in record else None) or ()
     if isinstance(references, str):
         references = [references]
     if not isinstance(references, list | tuple) or not all(isinstance(text, str) for text in references):
-        raise InvalidInput(f"{where}: its reference are {str(references)[:60]!r}, wanted a list of strings")
+        raise InvalidInput(f"{where}: its references are {str(references)[:60]!r}, expected a list of strings")
     if not all(map(is_unicode, references)):
-        raise InvalidInput(f"{where}: its reference are no valid Unicode: half of a surrogate pair is in them")
+        raise InvalidInput(f"{where}: its references are not valid Unicode: they contain half of a surrogate pair")
     return Question(str(given), category, asked.turns, asked.system, tuple(references), asked.ids)
 
 
@@ -146,14 +146,14 @@ def _with_references(questions: list[Question], source: str | Path) -> list[Ques
             turns = record["reference"] if "reference" in record else record["choices"][0]["turns"]
             found[str(record["question_id"])] = tuple([turns] if isinstance(turns, str) else turns)
         except (KeyError, IndexError, TypeError):
-            raise InvalidInput(f"{where} is no reference answer; wanted question_id and choices or reference") from None
+            raise InvalidInput(f"{where} is not a reference answer; expected question_id and choices or reference") from None
     if not any(question.id in found for question in questions):
-        raise InvalidInput(f"{source} answers none of these questions; their ids are {questions[0].id!r}, …")
+        raise InvalidInput(f"{source} has no answer to any of these questions, whose ids are {questions[0].id!r}, …")
     return [replace(question, references=found.get(question.id, question.references)) for question in questions]
 
 
 class Prompter:
-    """Questions as token ids: under the tokenizer's chat template, or one turn after another if it has none.
+    """Questions as token ids: formatted with the tokenizer's chat template, or simply concatenated if it has none.
 
     Args:
         stops: ids that end an answer; they are not part of its text.
@@ -199,7 +199,7 @@ class Prompter:
                 messages.append({"role": "assistant", "content": self.text(answers[number])})
         try:
             return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # jinja2's, which templates raise on roles they do not take
+        except Exception as error:  # from jinja2: templates raise errors for unsupported roles
             raise InvalidInput(f"the model's chat template refuses question {question.id}: {one_line(error)}") from None
 
     def _without_stop(self, tokens: Sequence[int]) -> list[int]:
@@ -213,8 +213,8 @@ def calibration_ids(
 
     Args:
         questions: None: the embedded model's calibration prompts.
-        limit: greatest number of prompts.
-        prompt_tokens: tokens kept of each text; conversations are not cut.
+        limit: maximum number of prompts.
+        prompt_tokens: number of tokens kept of each text; conversations are not cut.
         room: length of the longest prompt that can be used; None: any.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prompts as token ids: conversations under the chat template, texts as they stand, batches padded on the left."""
+"""Prompts as token ids: conversations formatted with the chat template, plain texts, batches padded on the left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_conversation(tokenizer: Any, text: str, chat: bool | None, model: str) ->
         model: the model's name, for the error.
 
     Raises:
-        InvalidInput: a chat template is asked for and there is none.
+        InvalidInput: a chat template is required but there is none.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
@@ -43,7 +43,7 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
     else:
         ids = opening_ids(tokenizer, prompt, "assistant")
     if not ids and tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id]  # an empty prompt starts a text
+        return [tokenizer.bos_token_id]  # an empty prompt begins a text
     return list(ids)
 
 

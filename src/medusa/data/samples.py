@@ -80,20 +80,20 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
         skips: counts conversations that are empty or whose turns do not alternate; None: they are errors.
 
     Raises:
-        InvalidInput: no such data, a broken file, or a record of an unknown or another format; file and line are named.
+        InvalidInput: no such data, a broken file, or a record of an unknown or different format; file and line are named.
     """
     first_format: str | None = None
     empty = True
     for where, record in read_records(source):
         empty = False
         if not isinstance(record, dict):
-            raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object")
+            raise InvalidInput(f"{where} is a {type(record).__name__}, expected an object")
         found = next((key for key in FORMATS if record.get(key) is not None), None)
         if found is None:
-            raise InvalidInput(f"{where} has keys {sorted(record)}, wanted one of {', '.join(FORMATS)}")
+            raise InvalidInput(f"{where} has keys {sorted(record)}, expected one of {', '.join(FORMATS)}")
         first_format = first_format or found
         if found != first_format:
-            raise InvalidInput(f"{where} holds {found!r} where the records before it hold {first_format!r}; split the file")
+            raise InvalidInput(f"{where} has {found!r}, but the records before it have {first_format!r}; split the file")
         try:
             yield _sample(where, record, found)
         except _Unusable as error:
@@ -113,7 +113,7 @@ class Asked:
         record: the complete record.
         turns: the user's turns, each to be answered before the next; a bare prompt is one turn.
         system: system message before the first turn.
-        text: the prompt as a text that may be continued as it stands; empty if it can only be answered.
+        text: the prompt as a text to continue; empty if it can only be answered.
         whole: whether nothing of the text may be cut off: it is a prompt, not the beginning of a document.
     """
 
@@ -160,7 +160,7 @@ def read_prompts(source: str | Path, skips: Skips | None = None) -> Iterator[Ask
 
 def _asked(where: str, record: Any) -> Asked:
     if not isinstance(record, dict):
-        raise InvalidInput(f"{where} is a {type(record).__name__}, wanted an object with {ASKED}")
+        raise InvalidInput(f"{where} is a {type(record).__name__}, expected an object with {ASKED}")
     if isinstance(talk := record.get("messages", record.get("conversations")), list):
         return _asked_in(where, record, talk)
     if isinstance(ids := record.get("input_ids"), list):
@@ -170,13 +170,13 @@ def _asked(where: str, record: Any) -> Asked:
         return Asked(where, record, ids=tuple(ids))
     key = next((key for key in ("turns", "instruction", "prompt", "text") if record.get(key) is not None), None)
     if key is None:
-        raise InvalidInput(f"{where} has keys {sorted(record)}, wanted {ASKED}")
+        raise InvalidInput(f"{where} has keys {sorted(record)}, expected {ASKED}")
     value = record[key]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # a prompt of messages
         return _asked_in(where, record, value)
     turns = [value] if isinstance(value, str) else value
     if not isinstance(turns, list | tuple) or not all(isinstance(text, str) for text in turns):
-        raise InvalidInput(f"{where}: its turns are {str(turns)[:60]!r}, wanted a list of strings")
+        raise InvalidInput(f"{where}: its turns are {str(turns)[:60]!r}, expected a list of strings")
     turns = tuple(_string(where, key, text) for text in turns)
     if key == "instruction" and record.get("input"):
         turns = (f"{value}\n\n{record['input']}",)
@@ -200,7 +200,7 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
             raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
         prompt_tokens = record.get("prompt_tokens", 0)
         if type(prompt_tokens) is not int or prompt_tokens < 0:
-            raise InvalidInput(f"{where}: 'prompt_tokens' is {prompt_tokens!r}, wanted a count")
+            raise InvalidInput(f"{where}: 'prompt_tokens' is {prompt_tokens!r}, expected a count")
         return Sample(where, input_ids=tuple(value), prompt_tokens=prompt_tokens)
     if found == "text":
         return Sample(where, text=_string(where, "text", value))
@@ -212,13 +212,13 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
             raise InvalidInput(f"{where} has a 'prompt' and no 'completion'; have the model answer it first: medusa distill")
         return Sample(where, text=_string(where, "completion", completion), prompt=_string(where, "prompt", value))
     if not isinstance(value, list):
-        raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, wanted a list of turns")
+        raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, expected a list of turns")
     return Sample(where, messages=_messages(where, value), cut=record.get("cut") is True)
 
 
 def _string(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, wanted a string")
+        raise InvalidInput(f"{where}: {key!r} is a {type(value).__name__}, expected a string")
     if not is_unicode(value):
         raise _Unusable("with text that is not valid Unicode")
     return value
@@ -229,10 +229,10 @@ def _messages(where: str, turns: list[Any]) -> tuple[Message, ...]:
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
-            raise InvalidInput(f"{where}: a turn is a {type(turn).__name__}, wanted an object")
+            raise InvalidInput(f"{where}: a turn is a {type(turn).__name__}, expected an object")
         name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(name, str) or name not in ROLES:
-            raise InvalidInput(f"{where}: a turn's role is {name!r}, wanted system, user or assistant")
+            raise InvalidInput(f"{where}: a turn's role is {name!r}, expected system, user or assistant")
         messages.append({"role": ROLES[name], "content": _string(where, "content", content)})
     if not messages:
         raise _Unusable("with an empty conversation")

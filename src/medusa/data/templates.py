@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as token ids, with the mask of those that the assistant says."""
+"""Chat templates: a conversation as token ids, with a mask of those that the assistant generates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> tuple[li
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation's text and the spans of characters in it that the assistant says."""
+    """A conversation's text and the spans of characters in it that the assistant generates."""
     text = _apply(tokenizer, messages)
     assistant = [message for message in messages if message["role"] == "assistant"]
     names = iter(map(_STAND_IN.format, range(len(assistant))))
@@ -58,7 +58,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
             "mark them with {% generation %} … {% endgeneration %} in the template"
         )
     special = sorted({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())} - {""}, key=len)
-    # Without a special token, the line that every turn of the assistant's ends with.
+    # Without a special token: the line that ends every turn of the assistant.
     line = pieces[-1].strip().partition("\n")[0]
     if line and not any(token in pieces[-1] for token in special) and all(p.lstrip().startswith(line) for p in pieces[1:]):
         special.append(line)
@@ -71,15 +71,15 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
         if end is None:  # changed by the template: it ends where what follows it begins
             end = len(text) - len(after) if last else text.find(after, at)
             matched = matched and end >= at and text.startswith(after, end)
-        # The turn's end is in the loss mask too, unless it belongs to the next turn: then a conversation would not end with it.
+        # The turn's end is in the loss mask too, unless it belongs to the next turn; then a conversation does not end with it.
         ending = closing.match(after) if closing else None
         final = closing.match(pieces[-1]) if closing else None
         closed = len(ending[0]) if ending and final and ending[1] == final[1] else 0
         spans.append((at, end + closed))
         at = end + len(after)
     if not matched or at != len(text):
-        # The last turn has its thinking, which the template sets apart: the mask takes everything after the generation prompt.
-        # Earlier turns have lost their thinking: what is left of them is not what was generated.
+        # The template separates the last turn's reasoning: the mask covers everything after the generation prompt. It removes
+        # the reasoning of earlier turns, whose remaining text is not what was generated.
         prompt = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
         if text.startswith(prompt) and text.endswith(pieces[-1]):
             ending = closing.match(pieces[-1]) if closing else None

@@ -54,7 +54,6 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """A hash of the questions."""
         return digest([dataclasses.asdict(question) for question in self.questions])
 
 
@@ -76,11 +75,11 @@ def answer_prompt_set(
     rounds: int,
     on_progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Measurement]:
-    """Have decoders answer a prompt set, and save every answer in a folder; answers that it holds already are not made again.
-    At the end all answers are written as text, for a judge.
+    """Have decoders answer a prompt set, and save every answer in a folder; answers found there are not made again. At the end
+    all answers are written as text, for a judge.
 
     Raises:
-        InvalidInput: the folder was made with something else.
+        InvalidInput: the folder was made with other models or settings.
     """
     journal = Journal(folder / RUNS_FILE, "run of a bench")
     claim(folder / BENCH_FILE, made_with)
@@ -101,7 +100,7 @@ def answer_questions(
     room: int | None,
     on_progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Have every decoder answer every question in every round, in turn within each; what the journal holds is not run again.
+    """Have every decoder answer every question in every round, in turn within each; runs found in the journal are not repeated.
 
     Each decoder answers the first question once beforehand, untimed.
 

@@ -1,4 +1,4 @@
-"""The paper's experiments: the decoders that each compares, the columns and plots that it shows, the paper's own figures."""
+"""The paper's experiments: the decoders that each compares, its columns and plots, and the paper's own figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Setup:
 
     Attributes:
         limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-        recorded: records texts of a model to search trees on, when it is called.
+        recorded: function that records texts of a model to search trees on.
         medusa_2: the same backbone trained together with its heads, if there is one.
         drafts: smaller models with the same tokens, by name.
         nodes, epsilons, gammas: values to sweep; empty: the experiment's own.
@@ -118,7 +118,7 @@ def best_dense_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Me
     """
 
     def settings(left: int, most: int, heads: int, above: int) -> list[tuple[int, ...]]:
-        """Top-s_k of the remaining heads if `above` nodes have children and `left` nodes may be added."""
+        """Possible s_k of the remaining heads if `above` nodes have children and `left` nodes may be added."""
         found: list[tuple[int, ...]] = [()]
         for size in range(1, min(most, left // above) + 1 if heads else 1):
             found += [(size, *rest) for rest in settings(left - above * size, size, heads - 1, above * size)]
@@ -204,7 +204,7 @@ class Experiment:
         return found
 
 
-QUALITY_COLUMNS = ("nats a token", "nats beyond plain", "repeated 8-grams", "distinct-2")
+QUALITY_COLUMNS = ("nats per token", "nats beyond plain", "repeated 8-grams", "distinct-2")
 
 EXPERIMENTS = {
     "figure-3": Experiment(
@@ -223,17 +223,17 @@ EXPERIMENTS = {
         paper.FIGURE_4,
         ("nodes", "calibration-prompts"),
         axis="nodes",
-        panels=("tokens a step", "tokens/s"),
+        panels=("tokens per step", "tokens/s"),
     ),
     "figure-5": Experiment(
         "Typical acceptance by its threshold at temperature 0.7",
         thresholds,
-        ("tokens a step", "tokens/s", "vs plain", *QUALITY_COLUMNS),
+        ("tokens per step", "tokens/s", "vs plain", *QUALITY_COLUMNS),
         paper.FIGURE_5,
         ("epsilon",),
         quality=True,
         axis="epsilon",
-        panels=("tokens a step", "nats a token", "repeated 8-grams", "distinct-2"),
+        panels=("tokens per step", "nats per token", "repeated 8-grams", "distinct-2"),
     ),
     "table-1": Experiment(
         "Acceleration, overhead, quality and speedup, beside speculative decoding",
@@ -259,6 +259,6 @@ EXPERIMENTS = {
         ("draft", "gamma"),
         ("draft",),
         axis="gamma",
-        panels=("tokens/s", "tokens a step"),
+        panels=("tokens/s", "tokens per step"),
     ),
 }

@@ -126,7 +126,7 @@ class TransformersDecoder:
 
     def __call__(self, ids: Tensor) -> Decoded:
         backbone, ids = self._model.backbone, ids.to(self._model.device)
-        if self._draft is not None:  # transformers asks the draft model's own configuration
+        if self._draft is not None:  # transformers reads the draft model's own configuration
             config = self._draft.generation_config
             config.num_assistant_tokens, config.num_assistant_tokens_schedule = self._guesses, "constant"
             config.assistant_confidence_threshold = 0.0

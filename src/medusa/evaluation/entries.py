@@ -13,7 +13,7 @@ from medusa.trees.static import MedusaTree
 
 DECODERS = ("generate", "plain", "medusa", "prompt-lookup", "assisted")
 ACCEPTANCES = ("exact", "typical")
-LOOKUP_TOKENS = 10  # that prompt lookup guesses at a time, as in transformers' documentation
+LOOKUP_TOKENS = 10  # guessed at a time by prompt lookup, as in transformers' documentation
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         series, at: its line in the figure, and its place on the axis; None: a baseline.
         tree: the tree that it was given.
-        exact: whether its answers should be those of plain decoding.
+        exact: whether its answers should equal those of plain decoding.
     """
 
     decoder: Decoder
@@ -45,8 +45,8 @@ class BenchConfig:
         trees: tree files, presets or `root`, for decoder medusa; empty: the heads' own tree.
         acceptances: exact, typical or both, for decoder medusa.
         epsilon, delta: thresholds of typical acceptance.
-        gammas: numbers of tokens that the draft model guesses at a time, for decoder assisted.
-        max_new_tokens: greatest number of new tokens in an answer.
+        gammas: numbers of tokens in a draft, for decoder assisted.
+        max_new_tokens: maximum number of new tokens in an answer.
         temperature: 0 is greedy.
         seed: seed of the draws.
         rounds: number of times each question is answered; the median time counts.
@@ -70,13 +70,13 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, known in (("decoders", DECODERS), ("acceptances", ACCEPTANCES)):
             if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise InvalidInput(f"{name} of a bench hold {unknown[0]!r}, wanted {', '.join(known)}")
+                raise InvalidInput(f"{name} of a bench contain {unknown[0]!r}, expected {', '.join(known)}")
         if min(self.rounds, self.max_new_tokens, *self.gammas) < 1 or not self.decoders or not self.acceptances:
             raise InvalidInput("a bench needs decoders, acceptances, and at least 1 round, new token and gamma")
         if self.temperature < 0:
-            raise InvalidInput(f"temperature is {self.temperature}, wanted 0 (greedy) or more")
+            raise InvalidInput(f"temperature is {self.temperature}, expected 0 (greedy) or more")
         if "typical" not in self.acceptances and (self.epsilon, self.delta) != (BenchConfig.epsilon, BenchConfig.delta):
-            raise InvalidInput("epsilon and delta are of typical acceptance; pass --acceptance typical or leave them out")
+            raise InvalidInput("epsilon and delta are for typical acceptance; pass --acceptance typical or leave them out")
         if "typical" in self.acceptances and not self.temperature:
             raise InvalidInput(
                 "typical acceptance needs a temperature: at 0 it is greedy decoding; pass --temperature 0.7, say"
@@ -89,11 +89,7 @@ class BenchConfig:
 
 
 def bench_entries(
-    config: BenchConfig,
-    model: MedusaModel,
-    limits: dict[str, Any],
-    trees: dict[str, Any],
-    draft: MedusaModel | None = None,
+    config: BenchConfig, model: MedusaModel, limits: dict[str, Any], trees: dict[str, Any], draft: MedusaModel | None = None
 ) -> Entries:
     """The decoders of a bench by the names that they have in its report.
 
@@ -103,9 +99,9 @@ def bench_entries(
     """
     ours: dict[str, Any] = {**limits, **config.sampling, "seed": config.seed, "compile": config.compile}
     theirs: dict[str, Any] = {**limits, "seed": config.seed}
-    if config.temperature:  # a top-k that nobody asked for is switched off, as in our loop
+    if config.temperature:  # transformers' default top-k is switched off, as in our loop
         theirs |= {**config.sampling, "top_k": model.backbone.generation_config.top_k or 0}
-    exact = not config.temperature  # sampled, transformers draws differently
+    exact = not config.temperature  # when sampling, transformers draws differently
     found: Entries = {}
     for kind in dict.fromkeys(config.decoders):
         if kind == "plain":

@@ -47,10 +47,10 @@ def measure_entries(
     rounds: int,
     scorer: Scorer | None = None,
 ) -> dict[str, Any]:
-    """Have all entries answer a prompt set, resuming from what the folder holds; the record is that of `results.json`.
+    """Have all entries answer a prompt set, resuming from the folder; the record is that of `results.json`.
 
     Raises:
-        InvalidInput: the folder was made with something else.
+        InvalidInput: the folder was made with other models or settings.
     """
     decoders = {name: entry.decoder for name, entry in entries.items()}
     with progress("measuring", len(decoders) * len(prompt_set.questions) * rounds, "answers") as bar:
@@ -107,7 +107,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
     questions = next(iter(found.values()))[OVERALL]["questions"]
     blocks: list[Block] = [
         f"{made['model']} on {made['prompts']}: {questions} questions, at most {made['max_new_tokens']} new "
-        f"tokens an answer, {circumstances(record)}",
+        f"tokens per answer, {circumstances(record)}",
         figures_table(found, OVERALL, experiment.columns),
     ]
     if categories := shown_categories(found)[1:]:
@@ -119,7 +119,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
     if record["missing"]:
         blocks += ["Rows left out:", "\n".join(f"- {row}" for row in record["missing"])]
     if record["left_out"]:
-        blocks.append(f"Questions left out, their prompts not fitting the context: {', '.join(record['left_out'])}.")
+        blocks.append(f"Questions left out, since their prompts do not fit the context: {', '.join(record['left_out'])}.")
     blocks += _beside(record["paper"], experiment, made)
     title = made["experiment"].replace("-", " ").capitalize()
     return Page(f"{title}: {experiment.title[0].lower()}{experiment.title[1:]}", blocks, {**made, "rounds": record["rounds"]})
@@ -135,5 +135,5 @@ def _beside(printed: dict[str, Any], experiment: Experiment, made: dict[str, Any
     here = made.get("gpu") or f"{made['cpu']}, {made['threads']} threads"
     differs = f"**What differs:** the model ({made['model']}), the prompts ({made['prompts']}) and the machine ({here})"
     if experiment.quality:
-        differs += "; quality is likelihood under the original backbone, where the paper asks a judge (`medusa judge`)"
+        differs += "; quality is likelihood under the original backbone, while the paper has a judge (`medusa judge`)"
     return [*blocks, f"{differs}."]

@@ -1,4 +1,4 @@
-"""`medusa.judge`: a strong chat model grades answers from 1 to 10, each by itself, as MT-Bench does (paper 3.2)."""
+"""`medusa.judge`: a strong chat model grades answers from 1 to 10, each on its own, as in MT-Bench (paper 3.2)."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def judge(
     Args:
         answers: `answers.jsonl` of a benchmark.
         endpoint: address of an OpenAI-compatible server, up to /v1.
-        judge_model: the judge's name there.
+        judge_model: name of the judge's model on that server.
         output: folder for the grades; None: `default_folder`.
         api_key_env: environment variable that holds the endpoint's API key.
         batch_size: number of requests at a time.
-        tries: number of times to ask the judge if its answer has no grade.
+        tries: maximum number of requests for an answer's grade.
         timeout: seconds allowed for one request.
-        price_in, price_out: prices of a million tokens that the judge reads and writes, for the record's `cost`.
+        price_in, price_out: prices per million tokens that the judge reads and writes, for the record's `cost`.
 
     Raises:
         MedusaError: broken answers, a folder with another judge's grades, or an endpoint that refuses any request.
@@ -115,7 +115,6 @@ class Spent:
     completion_tokens: int
 
     def cost(self, price_in: float, price_out: float) -> float:
-        """The cost at prices per million tokens."""
         return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
 
 
@@ -133,12 +132,12 @@ def read_tasks(source: str | Path) -> list[Task]:
             answers = {str(name): list(given) for name, given in record["answers"].items()}
         except (KeyError, TypeError, AttributeError):
             raise InvalidInput(
-                f"{where} is not an answer of `medusa bench`; wanted an object with id, turns and answers"
+                f"{where} is not an answer of `medusa bench`; expected an object with id, turns and answers"
             ) from None
         decoders_of: dict[tuple[str, ...], list[str]] = {}
         for name, given in answers.items():
             if len(given) > len(turns) or not all(isinstance(text, str) for text in (*given, *turns, *references)):
-                raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one a turn")
+                raise InvalidInput(f"{where}: the answers of {name!r} are not a list of strings, one per turn")
             for turn in range(len(given)):
                 decoders_of.setdefault(tuple(given[: turn + 1]), []).append(name)
         for shown, names in decoders_of.items():
@@ -157,7 +156,7 @@ def _is_checked(category: str) -> bool:
 
 
 def judge_messages(turns: Sequence[str], answers: Sequence[str], reference: str | None) -> tuple[dict[str, str], ...]:
-    """The conversation that asks the judge about the last of these answers."""
+    """The conversation that asks the judge for a grade of the last answer."""
     blocks = []
     for turn, answer in zip(turns, answers, strict=False):
         blocks += [f"[User]\n{turn.strip()}", f"[Assistant]\n{answer.strip() or '(said nothing)'}"]
@@ -187,11 +186,11 @@ def grade_tasks(
     tries: int = 3,
     on_progress: Callable[[], object] = lambda: None,
 ) -> Counter[str]:
-    """Grade every answer that has no grade yet; return the number of failures by reason. The next run tries these again.
+    """Grade every answer without a grade; return the number of failures by reason. The next run tries these again.
 
     Args:
         at_once: number of requests at a time.
-        tries: number of times to ask the judge if its answer has no grade.
+        tries: maximum number of requests for an answer's grade.
         on_progress: called after every answer.
 
     Raises:
@@ -203,7 +202,7 @@ def grade_tasks(
     def work(task: Task) -> str | None:
         record = _grade(task, endpoint, tries)
         with lock:  # written by the worker: a paid-for answer must survive a crash of the consumer
-            before = journal.records.get(task.id, {})  # a failed run has cost something too
+            before = journal.records.get(task.id, {})  # failed runs cost something too
             for name in ("prompt_tokens", "completion_tokens"):
                 record[name] += before.get(name, 0)
             journal.add(record)

@@ -114,7 +114,7 @@ def overhead(measured: Totals, plain: Totals) -> Tensor:
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval, which a single item does not have."""
+    """A figure and its 95 % interval; a single item has no interval."""
 
     value: float
     low: float | None
@@ -181,7 +181,7 @@ def _peak() -> int | None:
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:
-    """The names in their order, starting with a different one each time, so that none always follows the same other one."""
+    """The names in order, starting with a different one each time, so that none always follows the same other."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 

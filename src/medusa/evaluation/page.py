@@ -1,4 +1,4 @@
-"""Pages: a report as Markdown, and as one HTML file with the plots inside that needs nothing else."""
+"""Pages: a report as Markdown, and as one self-contained HTML file with the plots inside."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Plot:
 
     Attributes:
         svg: the plot as an SVG element, for HTML.
-        file: name of a file beside the page that shows the same, for Markdown; None: Markdown leaves the plot out.
+        file: name of the plot's file beside the page, for Markdown; None: Markdown omits the plot.
     """
 
     svg: str

@@ -1,4 +1,4 @@
-"""The figures that the paper prints for each experiment, to stand beside those measured here."""
+"""The figures that the paper prints for each experiment, to compare with those measured here."""
 
 from __future__ import annotations
 

@@ -120,7 +120,6 @@ def _draw_curves(axes: Any, record: dict[str, Any], column: Column) -> None:
 
 
 def _spread(column: Column, figures: dict[str, Any]) -> tuple[float, float, float]:
-    """A value, and how far its interval reaches below and above it."""
     figure = column.value(figures)
     if not isinstance(figure, dict):
         return figure, 0.0, 0.0

@@ -87,7 +87,7 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
 def code_compiles(prompt: str, answer: str, continues: bool) -> bool | None:
     """Whether the Python code in an answer compiles; None if it holds none.
 
-    The code is what stands between ``` fences, or prompt and answer together if the answer continues a prompt of at least two
+    The code is the text between ``` fences, or prompt and answer together if the answer continues a prompt of at least two
     lines of Python. Truncated code is not a failure; its incomplete last line is ignored.
 
     Args:

@@ -115,18 +115,18 @@ COLUMNS = {
     "decode tokens/s": Column(_at("decode_tokens_per_second"), ".1f"),
     "vs generate": Column(_at("speedup_vs_generate")),
     "vs plain": Column(_at("speedup_vs_plain")),
-    "tokens a step": Column(_at("acceleration_rate")),
+    "tokens per step": Column(_at("acceleration_rate")),
     "overhead": Column(_at("overhead")),
     "first token": Column(_at("time_to_first_token"), ".0f", 1000, " ms"),
     "peak": Column(_at("peak_bytes"), ".0f", 2**-20, " MiB"),
     "identical": Column(_at("identical_to_plain"), ".0%"),
     "repeated 8-grams": Column(_at("repeated_8grams"), ".0%"),
-    "nats a token": Column(_at("quality", LIKELIHOOD), ".3f"),
+    "nats per token": Column(_at("quality", LIKELIHOOD), ".3f"),
     "nats beyond plain": Column(_at("log_likelihood_vs_plain"), "+.3f"),
     "distinct-2": Column(_at("quality", "distinct_2")),
     "compiles": Column(_at("quality", "code_that_compiles"), ".0%"),
 }
-SPEED_COLUMNS = ("tokens/s", "vs generate", "vs plain", "tokens a step", "overhead", "identical")
+SPEED_COLUMNS = ("tokens/s", "vs generate", "vs plain", "tokens per step", "overhead", "identical")
 
 
 def interval_text(figure: dict[str, float | None] | Estimate, form: str = ".2f") -> str:
@@ -158,12 +158,12 @@ def circumstances(record: dict[str, Any]) -> str:
     return (
         f"batch 1, {made['dtype']}, {record['rounds']} round(s), {made['device']}, {made['threads']} threads"
         f"{', ours compiled' if made['compile'] else ''}. Intervals: 95 %, bootstrap over questions; ratios are paired.\n"
-        "Overhead and decode tokens/s leave the prefill out; tokens/s and speedup do not."
+        "Overhead and decode tokens/s exclude the prefill; tokens/s and speedup include it."
     )
 
 
 def bench_page(record: dict[str, Any]) -> Page:
-    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens a step.
+    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens per step.
 
     Args:
         record: the object of `results.json`.
@@ -171,7 +171,7 @@ def bench_page(record: dict[str, Any]) -> Page:
     made, found = record["made_with"], record["decoders"]
     first = next(iter(found.values()))
     blocks: list[Block] = [
-        f"{first[OVERALL]['questions']} questions, at most {made['max_new_tokens']} new tokens an answer, "
+        f"{first[OVERALL]['questions']} questions, at most {made['max_new_tokens']} new tokens per answer, "
         f"{'greedy' if not made['temperature'] else 'sampled at ' + str(made['temperature'])}, {circumstances(record)}"
     ]
     if can_plot():
@@ -182,19 +182,19 @@ def bench_page(record: dict[str, Any]) -> Page:
         if category != OVERALL:
             blocks.append(Heading(f"{category} ({first[category]['questions']} questions)"))
         blocks.append(figures_table(found, category))
-    blocks.append(Heading("Tokens a step"))
+    blocks.append(Heading("Tokens per step"))
     if can_plot():
         from medusa.evaluation.plots import lengths_plot
 
         blocks.append(Plot(lengths_plot(found)))
     blocks.append(_lengths_table(found))
     if record["left_out"]:
-        blocks.append(f"Left out, their prompts not fitting the context: {', '.join(record['left_out'])}.")
+        blocks.append(f"Left out, since their prompts do not fit the context: {', '.join(record['left_out'])}.")
     return Page(f"{made['model']} on {made['prompts']}", blocks, {**made, "rounds": record["rounds"]})
 
 
 def _lengths_table(found: ByDecoder) -> Table:
-    """The number of steps by the number of tokens that they emitted."""
+    """The number of steps by the number of tokens emitted."""
     counts = {name: categories[OVERALL]["acceptance_lengths"] for name, categories in found.items()}
     lengths = [str(length) for length in range(1, 1 + max(int(length) for each in counts.values() for length in each))]
     return Table(["decoder", *lengths], [[name, *(str(each.get(n, 0)) for n in lengths)] for name, each in counts.items()])

@@ -12,15 +12,7 @@ from medusa.checkpoints import named
 from medusa.checkpoints.adapter import has_adapter
 from medusa.checkpoints.hub import find_heads
 from medusa.config import from_mapping
-from medusa.data.prompt_sets import (
-    HELD_OUT,
-    Prompter,
-    Question,
-    calibration_ids,
-    default_prompts,
-    read_questions,
-    select,
-)
+from medusa.data.prompt_sets import HELD_OUT, Prompter, Question, calibration_ids, default_prompts, read_questions, select
 from medusa.errors import InvalidInput
 from medusa.evaluation.answers import BENCH_FILE, PromptSet
 from medusa.evaluation.catalog import Setup
@@ -41,8 +33,6 @@ PLOTS_REMEDY = "without matplotlib: pip install 'medusa-decoding[plots]' and run
 
 @dataclass(frozen=True)
 class _Loading:
-    """How models are loaded."""
-
     dtype: str | None
     device: str | None
     trust_remote_code: bool
@@ -60,7 +50,9 @@ class _Loading:
         """The model's tokenizer; the held-out prompts, which are token ids, are refused for a model with other tokens."""
         found = named.load_tokenizer(model, self.trust_remote_code)
         if prompts == HELD_OUT and model != "embedded" and found.get_vocab() != named.load_tokenizer("embedded").get_vocab():
-            raise InvalidInput("held-out is in the embedded model's tokens, and this model has others; pass other --prompts")
+            raise InvalidInput(
+                "held-out consists of the embedded model's tokens, and this model has others; pass other --prompts"
+            )
         return found
 
     def scorer(self, medusa: MedusaModel, model: str, heads: str | None, prompter: Prompter) -> Scorer:
@@ -90,7 +82,7 @@ def bench(
         found = medusa.bench("smollm2", prompts="mt-bench", output="results", limit=20, decoders=("generate", "medusa"))
         print(found["decoders"]["medusa"]["overall"]["speedup_vs_generate"])
 
-    Notes and progress go to stderr. If interrupted, the same call resumes. For loaded models and decoders of your own there is
+    Notes and progress go to stderr. If interrupted, the same call resumes. For loaded models and your own decoders there is
     `medusa.evaluation.measurement.compare_decoders`.
 
     Args:
@@ -110,7 +102,7 @@ def bench(
     """
     config = from_mapping(BenchConfig, _as_tuples(options), "bench options")
     if ("assisted" in config.decoders) != (draft is not None):
-        raise InvalidInput("speculative decoding takes both --decoder assisted and --draft MODEL")
+        raise InvalidInput("speculative decoding needs both --decoder assisted and --draft MODEL")
     prompts, folder = default_prompts(model, prompts), Path(output)
     questions = select(read_questions(prompts, references), categories, limit)
     trees = {short: named.find_tree(name) for short, name in _short_names(config.trees, "stem").items()}
@@ -143,16 +135,16 @@ def bench(
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """The options of an experiment; those that it lacks are refused.
+    """The options of an experiment; options that it does not take are refused.
 
     Attributes:
         medusa_2: folder of heads with the adapter of a backbone that was trained together with them.
         drafts: names of draft models.
         gammas: numbers of tokens that a draft model guesses at a time; empty: the experiment's own.
-        nodes: sizes of trees, the root included; empty: the experiment's own.
+        nodes: tree sizes, the root included; empty: the experiment's own.
         epsilons: thresholds of typical acceptance; empty: 0.01 to 0.25.
-        calibration_prompts: text to search trees on, other than the prompts; None: the embedded model's own.
-        max_new_tokens: greatest number of new tokens in an answer.
+        calibration_prompts: prompts to search trees on, other than those to measure on; None: the embedded model's own.
+        max_new_tokens: maximum number of new tokens in an answer.
         rounds: number of times each question is answered; the median time counts.
         compile: compile our decoders' steps.
     """
@@ -171,16 +163,16 @@ class ExperimentConfig:
         if min(self.rounds, self.max_new_tokens, *self.gammas) < 1:
             raise InvalidInput("an experiment needs at least 1 round, new token and gamma")
         if any(size < 2 for size in self.nodes):
-            raise InvalidInput(f"--nodes is {min(self.nodes)}, wanted at least 2: the root alone is plain decoding")
+            raise InvalidInput(f"--nodes is {min(self.nodes)}, expected at least 2: the root alone is plain decoding")
         for value in self.epsilons:
             if not 0 < value <= 1:
-                raise InvalidInput(f"--epsilon is {value}, wanted above 0 and at most 1")
+                raise InvalidInput(f"--epsilon is {value}, expected above 0 and at most 1")
 
     def check(self, name: str, prompts: str | None, model: str) -> None:
-        """Refuse options that an experiment lacks, and the lack of those that it needs.
+        """Check the options against those that an experiment takes and needs.
 
         Raises:
-            InvalidInput: there is one, or there is no such experiment.
+            InvalidInput: an option is not taken or is missing, or there is no such experiment.
         """
         chosen = find_experiment(name)
         given: dict[str, Any] = {"prompts": prompts, "medusa-2": self.medusa_2, "draft": self.drafts, "gamma": self.gammas}
@@ -195,9 +187,7 @@ class ExperimentConfig:
             raise InvalidInput(f"table-3 compares trees of one size, got --nodes {list(self.nodes)}; figure-4 takes several")
         default_prompts(model, prompts)
         if chosen.calibrates and self.calibration_prompts is None and model != "embedded":
-            raise InvalidInput(
-                f"{name} searches trees; pass --calibration-prompts FILE with text like the prompts, none of them"
-            )
+            raise InvalidInput(f"{name} searches trees; pass --calibration-prompts FILE with other prompts of the same kind")
 
 
 def experiment(
@@ -214,8 +204,8 @@ def experiment(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Repeat one of the paper's experiments: its decoders on the same prompts, its figures beside those measured here; returns
-    the object of `results.json`.
+    """Repeat one of the paper's experiments and show the paper's figures beside those measured here; returns the object of
+    `results.json`.
 
         found = medusa.experiment("figure-4", "smollm2", prompts="mt-bench", calibration_prompts="chats.jsonl", nodes=(8, 16))
 
@@ -229,7 +219,7 @@ def experiment(
         options: fields of `ExperimentConfig`.
 
     Raises:
-        MedusaError: an option that the experiment lacks, or a file, model or folder that cannot be used.
+        MedusaError: the experiment does not take an option, or a file, model or folder cannot be used.
     """
     config = from_mapping(ExperimentConfig, _as_tuples(options), "experiment options")
     config.check(name, prompts, model)
@@ -271,7 +261,7 @@ def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short_names(paths: Sequence[str], part: str) -> dict[str, str]:
-    """Paths by a part of each, `name` or `stem`; by the whole path if two share that part."""
+    """Paths by a part of each, `name` or `stem`, or by the whole path if two share that part."""
     shorts = [getattr(Path(path), part) for path in paths]
     return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
 
@@ -288,7 +278,7 @@ def _others(setup: Setup) -> dict[str, Any]:
 def _load_medusa_2(loading: _Loading, model: str, heads: str) -> MedusaModel:
     """The model with the adapter that was trained together with its heads."""
     if not has_adapter(find_heads(heads)):
-        raise InvalidInput(f"{heads} holds no adapter; --medusa-2 takes what training with a LoRA backbone wrote")
+        raise InvalidInput(f"{heads} holds no adapter; --medusa-2 takes the output of `medusa train --method medusa-2`")
     return loading.model(model, heads, heads_needed=True)
 
 
@@ -297,7 +287,7 @@ def _prompt_set(model: MedusaModel, tokenizer: Any, questions: Sequence[Question
     prompt_set = PromptSet.of(model, tokenizer, questions, max_new_tokens)
     if prompt_set.left_out:
         names = ", ".join(question.id for question in prompt_set.left_out)
-        note(f"left out, their prompts being empty or too long for the context: {names}")
+        note(f"left out, since their prompts are empty or too long for the context: {names}")
     return prompt_set
 
 

@@ -1,4 +1,4 @@
-"""What a run tells the person who waits for it: notes, spinners and progress bars, all on stderr."""
+"""Console: notes, spinners and progress bars, all on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, and named with the way to install them when they are missing."""
+"""Optional packages: imported when needed; an error says how to install a missing one."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def whole(path: Path) -> Iterator[Path]:
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(path.name + PARTIAL)
-    _remove(partial)  # left by a process that was killed
+    _remove(partial)  # left by a killed process
     try:
         yield partial
         for part in sorted(partial.rglob("*")) if partial.is_dir() else ():
@@ -68,7 +68,7 @@ def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
     except OSError as error:
         raise wrong(f"cannot read {path}: {error.strerror or one_line(error)}") from None
     except ValueError as error:  # UnicodeDecodeError is one, and what a name with a null byte raises
-        raise wrong(f"cannot read {path}: {one_line(error)}; wanted a text in UTF-8") from None
+        raise wrong(f"cannot read {path}: {one_line(error)}; expected a text in UTF-8") from None
 
 
 def read_json(path: str | Path, wrong: type[MedusaError]) -> Any:
@@ -90,7 +90,7 @@ def read_yaml(path: str | Path, wrong: type[MedusaError]) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text is valid Unicode: JSON and command lines let half of a surrogate pair through."""
+    """Whether a text is valid Unicode: JSON and command lines can contain half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

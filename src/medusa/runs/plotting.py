@@ -1,4 +1,4 @@
-"""Plots: the one door to matplotlib (the extra `plots`): figures without a screen, saved as PNG or SVG or kept as SVG text."""
+"""Plots: everything that needs matplotlib (the extra `plots`) directly: figures, saved as PNG or SVG or kept as SVG text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ PLOT_SUFFIXES = (".png", ".svg")
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -18,7 +18,7 @@ from medusa.placement import weights_of
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, as far as they affect speed."""
+    """The versions and the machine details that affect speed."""
     found = {
         "medusa": __version__,
         "torch": torch.__version__,
@@ -45,12 +45,12 @@ def _cpu() -> str:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """A hash of a module's weights, of each a sample and its dtype; of a transformers model with its config."""
+    """A hash of a module's weights (a sample and the dtype of each) and, for a transformers model, its config."""
     config = module.config.to_dict() if isinstance(module, PreTrainedModel) else {}
     lasting = {key: value for key, value in config.items() if not key.startswith(("_", "transformers_version"))}
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode())
     for name, tensor in module.state_dict().items():
-        if tensor.is_meta:  # offloaded: it is brought here for a moment
+        if tensor.is_meta:  # offloaded: loaded for a moment
             owner, _, own = name.rpartition(".")
             with weights_of(module.get_submodule(owner)):
                 tensor = getattr(module.get_submodule(owner), own)

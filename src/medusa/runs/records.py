@@ -30,7 +30,7 @@ def make_folder(folder: Path) -> None:
 
 
 def hold(path: Path) -> AbstractContextManager:
-    """Lock a file against other processes: inside `with`, or while the returned object lives. The folder is made if needed.
+    """Lock a file against other processes, inside `with` or while the returned object lives; makes the folder if needed.
 
     Raises:
         InvalidInput: another process holds the lock, or the lock cannot be written.
@@ -51,7 +51,7 @@ def hold(path: Path) -> AbstractContextManager:
 
 
 def claim(path: Path, made_by: dict[str, Any]) -> None:
-    """Note in a file what the folder's records are made with; the folder is made if needed.
+    """Note in a file what the folder's records are made with; makes the folder if needed.
 
     Raises:
         InvalidInput: the folder cannot be written, or its records are made with something else; the differences are named.
@@ -115,10 +115,10 @@ def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             records[record["id"]] = record
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InvalidInput(f"{path}:{number} holds no {what}; give another folder") from None
+            raise InvalidInput(f"{path}:{number} is not a {what}; give another folder") from None
     if whole < len(content):
         if not content.startswith(b"{", whole):
-            raise InvalidInput(f"the end of {path} holds no {what}; give another folder")
+            raise InvalidInput(f"the end of {path} is not a {what}; give another folder")
         with path.open("r+b") as file:
             file.truncate(whole)
     return records

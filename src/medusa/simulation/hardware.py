@@ -29,7 +29,7 @@ class Hardware:
         bandwidth: bytes per second of the memory.
         memory: size of the memory in bytes.
         compute_share, bandwidth_share: shares of both that operators reach.
-        launch: seconds that every operator takes in addition.
+        launch: additional seconds of every operator.
         layer, step: seconds per layer, and per step, that do not grow with size; measured machines only.
         pointwise: bytes per second of elementwise passes over activations; None: not counted.
         linear: by dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows
@@ -56,7 +56,7 @@ class Hardware:
             raise InvalidInput("hardware needs its bandwidth, memory, shares and peak of every dtype to be numbers above 0")
         for dtype, samples in self.linear.items():
             if not samples or any(len(sample) != 3 or min(sample) <= 0 for sample in samples):
-                raise InvalidInput(f"linear layers in {dtype} need samples [inputs, rows, seconds a weight], all above 0")
+                raise InvalidInput(f"linear layers in {dtype} need samples [inputs, rows, seconds per weight], all above 0")
 
     def flops(self, dtype: str) -> float:
         if dtype not in self.peak:
@@ -116,7 +116,7 @@ def read_hardware(path: Path) -> dict[str, Hardware]:
 
 def _mapping(entry: Any, name: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"hardware {name} is {entry!r}, wanted an object")
+        raise CheckpointError(f"hardware {name} is {entry!r}, expected an object")
     return entry
 
 

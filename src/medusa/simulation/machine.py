@@ -1,4 +1,4 @@
-"""This machine: its speed measured, and its operators run beside their prediction."""
+"""This machine: its measured speed, and the times of its operators compared with their prediction."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def validate(
     """
     kind = getattr(torch, setting.dtype)
     if setting.weight_bits is not None or setting.shape.experts:
-        raise InvalidInput("validation runs dense layers with weights of the dtype alone")
+        raise InvalidInput("validation supports only dense layers without quantised weights")
     prefill = layers(setting.shape, batch, length, length, setting.element, setting.weight_bytes)
     phases = [("prefill", length, prefill)]
     phases += [("medusa" if q > 1 else "decoding", q, setting.operators(batch, length, q)) for q in candidates]

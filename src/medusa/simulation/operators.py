@@ -161,7 +161,7 @@ def step_operators(
 
     Args:
         num_heads: number of Medusa heads, of one block each.
-        own_lm_heads: whether every Medusa head has an LM head of its own (v0.1), and not the backbone's.
+        own_lm_heads: whether every Medusa head has its own LM head (v0.1) instead of the backbone's.
         weight: bytes per weight of the layers; quantised models keep their LM head in the activations' type.
         heads_kind: what the heads read; path heads score RANKS guesses of each depth again along the BEAM likeliest paths.
     """

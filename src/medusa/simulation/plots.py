@@ -60,7 +60,7 @@ def _roof(axes: Any, hardware: Hardware, dtype: str, intensities: Sequence[float
     low, high = min(intensities) / 2, max(intensities) * 2
     steps = [low * (high / low) ** (k / 100) for k in range(101)]
     axes.loglog(steps, [hardware.attainable(x, dtype) / 1e12 for x in steps], "k--", linewidth=1, label="roofline")
-    axes.set_xlabel("operational intensity, FLOPs a byte")
+    axes.set_xlabel("operational intensity, FLOPs per byte")
     axes.set_ylabel("TFLOP/s")
 
 

@@ -1,4 +1,4 @@
-"""Prediction: step time from the operators, acceleration from a law or a calibration, and so the speedup (paper G.3)."""
+"""Prediction: step time from the operators, acceleration from a law or a calibration, and the resulting speedup (paper G.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medusa.trees.calibration import Calibration
 CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
 MOST_BATCH = 4096
 
-Acceleration = Callable[[int], float]  # candidates -> tokens a step
+Acceleration = Callable[[int], float]  # candidates -> tokens per step
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Setting:
 
     Attributes:
         num_heads: number of Medusa heads that trees use; plain decoding runs none.
-        own_lm_heads: whether each head has an LM head of its own.
+        own_lm_heads: whether each head has its own LM head.
         heads_kind: what the heads read besides the hidden state.
         weight_bits: bits of the backbone's quantised weights, which unpack at no cost; None: those of the dtype.
         paper_block: simulate only what the paper's G.3 does: eight operators of one layer, without heads.
@@ -42,9 +42,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.num_heads < 0:
-            raise InvalidInput(f"{self.num_heads} heads, wanted at least 0")
+            raise InvalidInput(f"{self.num_heads} heads, expected at least 0")
         if self.weight_bits is not None and not 1 <= self.weight_bits <= 8 * ELEMENT[self.dtype]:
-            raise InvalidInput(f"weights of {self.weight_bits} bits, wanted 1 to {8 * ELEMENT[self.dtype]} for {self.dtype}")
+            raise InvalidInput(f"weights of {self.weight_bits} bits, expected 1 to {8 * ELEMENT[self.dtype]} for {self.dtype}")
 
     @property
     def element(self) -> int:
@@ -65,7 +65,6 @@ class Setting:
         return step_operators(self.shape, batch, length, candidates, heads, self.own_lm_heads, element, weight, self.heads_kind)
 
     def seconds(self, batch: int, length: int, candidates: int) -> float:
-        """Predicted seconds of a step."""
         hardware = self.hardware
         operators = self.operators(batch, length, candidates)
         total = sum(operator.count * hardware.seconds(operator, self.dtype) for operator in operators)
@@ -134,11 +133,11 @@ def log_law(candidates: int, base: float = 2.0) -> float:
 
 
 def calibrated(calibration: Calibration) -> Acceleration:
-    """The acceleration of the best static tree of each size, by what heads got right."""
+    """The acceleration of the best static tree of each size, from a calibration."""
     return lambda candidates: calibration.expected_acceptance_length(calibration.search(candidates))
 
 
 def check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
-            raise InvalidInput(f"{name} is {value}, wanted at least 1")
+            raise InvalidInput(f"{name} is {value}, expected at least 1")

@@ -83,7 +83,7 @@ def paper_table(number: int, hardware: Hardware, shape: ModelShape = BUILT_IN["l
         InvalidInput: no such table.
     """
     if number not in PAPER_TABLES:
-        raise InvalidInput(f"paper table {number}, wanted one of {', '.join(map(str, PAPER_TABLES))}")
+        raise InvalidInput(f"paper table {number}, expected one of {', '.join(map(str, PAPER_TABLES))}")
     settings = [(16, s) for s in LENGTHS] if number == 6 else [(b, 1024) for b in BATCHES]
     found = []
     for b, s in settings:

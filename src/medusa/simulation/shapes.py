@@ -68,13 +68,13 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
         where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {"revision": revision or None}
         raw, _ = PreTrainedConfig.get_config_dict(source.folder, **where)
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **where)
-    except Exception as error:  # config classes, the hub and remote code raise whatever comes
+    except Exception as error:  # config classes, the hub and remote code raise errors of many kinds
         known = ", ".join(BUILT_IN)
         raise CheckpointError(f"no model config for {name!r} (built in: {known}): {one_line(error)}") from None
     text = config.get_text_config()
     absent = [field for field in NEEDED if field not in raw and text.attribute_map.get(field) not in raw]
     if absent and text is config:  # transformers would fill in the sizes of some other model
-        raise ConfigError(f"the config of {name} lacks {', '.join(absent)}; wanted those of a decoder with attention")
+        raise ConfigError(f"the config of {name} lacks {', '.join(absent)}; expected the sizes of a decoder with attention")
     return shape_of(text)
 
 
@@ -94,7 +94,7 @@ def shape_of(config: Any) -> ModelShape:
     for name in NEEDED:
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"the {kind} config has {name} = {value!r}, wanted a positive integer")
+            raise ConfigError(f"the {kind} config has {name} = {value!r}, expected a positive integer")
     hidden, heads = config.hidden_size, config.num_attention_heads
     experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0
     intermediate = _first(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden

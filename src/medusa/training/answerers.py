@@ -1,4 +1,4 @@
-"""Who answers the prompts of a distillation: our own engine, or a model behind an endpoint."""
+"""Answerers: our own engine, or a model behind an endpoint, answers the prompts of a distillation."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ModelAnswerer:
         return self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True).strip(), ended
 
     def _seed(self, job: _Conversation | _Continuation) -> int:
-        """The random seed of a turn: its own, and the same in every run."""
+        """The random seed of a turn, the same in every run."""
         digest = hashlib.sha256(json.dumps([self.options.seed, job.seed.id, job.number_of_turns]).encode()).digest()
         return int.from_bytes(digest[:6], "big")
 
@@ -199,7 +199,7 @@ class _Conversation:
     def fail(self, reason: str) -> None:
         """Note that the turn of `next_speaker` cannot be written."""
         if reason == DOES_NOT_FIT and any(message["role"] == "assistant" for message in self.messages):
-            self._over = True  # it outgrew the context: its complete rounds are good
+            self._over = True  # it outgrew the context; complete rounds are kept
         else:
             self._failure = reason
 
@@ -208,7 +208,7 @@ class _Conversation:
         speaker = self.next_speaker()
         self.tokens += tokens
         if not text and speaker == "assistant":
-            self._failure = "to which the model said nothing"
+            self._failure = "to which the model gave no answer"
             return
         if speaker == "user":
             self._rounds_left -= 1
@@ -226,7 +226,7 @@ class _Conversation:
         self.add(text, len(answer), ended)
 
     def outcome(self) -> dict[str, Any] | str:
-        """The record, or the reason why there is none: nothing of a failed conversation is kept."""
+        """The record, or the reason why there is none; failed conversations are not kept."""
         if self._failure is not None:
             return self._failure
         messages = self.messages if self.messages[-1]["role"] == "assistant" else self.messages[:-1]

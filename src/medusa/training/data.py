@@ -17,7 +17,7 @@ from medusa.data.templates import encode_conversation, overlaps
 from medusa.errors import InvalidInput
 from medusa.training.losses import IGNORED
 
-SHORTEST = 3  # head 1 guesses the token two places on: below this a sample teaches nothing
+SHORTEST = 3  # head 1 guesses the token two places ahead: shorter samples teach nothing
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Row:
     ids: Tensor  # (T,) int32
     loss_mask: Tensor  # (T,) bool: whether the token is labelled
     lengths: tuple[int, ...]  # of the samples in it; sums to T
-    source: str = ""  # where its first sample stands
-    hidden: Tensor | None = None  # (T, d): the frozen backbone's hidden states, where they are kept
+    source: str = ""  # place of its first sample
+    hidden: Tensor | None = None  # (T, d): stored hidden states of the frozen backbone
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set in memory; its rows, in order, with what was left out of it."""
+    """A data set in memory: its rows in order, and what was left out."""
 
     rows: list[Row]
     skips: Skips = field(default_factory=Skips)
@@ -83,11 +83,11 @@ def load_rows(
     Plain text is cut into several rows; a conversation or a prompt with its completion that is longer is cut at the end.
 
     Args:
-        packing: put short samples into one row, where they see nothing of one another.
+        packing: put several short samples into one row, where they cannot see each other.
         progress: show a bar on stderr.
 
     Raises:
-        InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or nothing to learn at all.
+        InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or no tokens to learn.
     """
     skips = Skips()
     sources = [source] if isinstance(source, str | Path) else source
@@ -119,7 +119,6 @@ def load_rows(
 
 
 def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids and their loss mask."""
     if sample.input_ids is not None:
         return list(sample.input_ids), [place >= sample.prompt_tokens for place in range(len(sample.input_ids))]
     if sample.messages is not None:
@@ -143,7 +142,7 @@ def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
         end = [tokenizer.eos_token_id]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
-    if end and ids[-1:] == end:  # a tokenizer that ends its texts by itself
+    if end and ids[-1:] == end:  # a tokenizer that adds the end of a text
         end = []
     loss_mask = overlaps(encoded["offset_mapping"], [(len(sample.prompt), len(text))])
     return ids + end, loss_mask + [True] * len(end)
@@ -158,7 +157,7 @@ def _why_unusable(ids: list[int], loss_mask: list[bool], cut: int) -> str:
 
 
 def pack(rows: list[Row], max_length: int) -> list[Row]:
-    """The rows put together, each in the fullest row that still has room, the longest first."""
+    """Rows packed together, the longest first, each into the fullest row with room for it."""
     bins: list[list[Row]] = []
     room: dict[int, list[int]] = {}  # free tokens -> bins with exactly that many
     for row in sorted(rows, key=len, reverse=True):
@@ -181,14 +180,14 @@ def pack(rows: list[Row], max_length: int) -> list[Row]:
     ]
 
 
-COVERED = 0.99  # of the tokens to be learnt that a draft vocabulary chosen by itself has
+COVERED = 0.99  # share of the tokens to be learnt that draft vocabulary `auto` covers
 
 
 def draft_vocabulary(rows: Rows, wanted: str, vocab_size: int) -> Tensor | None:  # (V',) long, rising
-    """The tokens that heads are to score: the commonest of those to be learnt, as many as are wanted.
+    """The tokens that heads score: the most frequent of those to be learnt.
 
     Args:
-        wanted: a number, `auto` for the fewest that make up 99 % of the text, or `all`, for which there is no list.
+        wanted: a number, `auto` for the fewest that make up 99 % of the text, or `all`, which returns None.
     """
     if wanted == "all":
         return None
@@ -206,8 +205,8 @@ def draft_vocabulary(rows: Rows, wanted: str, vocab_size: int) -> Tensor | None:
 def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
     """A batch, right-padded: `input_ids`, `labels` (IGNORED where nothing is to be learnt) and `segments`, all (B, T) long.
 
-    `segments` numbers the samples of a row from 1; padding is 0. With them come the rows' numbers, `rows` (B,), and
-    `hidden` (B, T, d) where the rows have it.
+    `segments` numbers the samples of a row from 1; padding is 0. Also returns the rows' numbers, `rows` (B,), and
+    `hidden` (B, T, d) if the rows have it.
     """
     rows = [row for _, row in numbered]
     shape = len(rows), max(map(len, rows))

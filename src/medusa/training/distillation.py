@@ -22,7 +22,7 @@ SAMPLES_PER_SHARD = 1000
 
 @dataclass(frozen=True)
 class Seed:
-    """The beginning of a sample: the user's turns of a conversation, perhaps after a system turn; plain text; or token ids.
+    """The beginning of a sample: a conversation's user turns, possibly after a system turn; plain text; or token ids.
 
     A bare prompt is both a turn and a text: a model with a chat template answers it, any other model continues it.
     """
@@ -50,10 +50,10 @@ class Distillation:
     def __post_init__(self):
         for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 1")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("temperature", "self_talk", "seed"):
             if getattr(self, name) < 0:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, wanted at least 0")
+                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.top_p is not None and not self.temperature:
             raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 
@@ -87,7 +87,7 @@ class Shards:
     """A folder of JSONL shards that one process appends to; each sample is durable or absent.
 
     Args:
-        made_by: the model and options, noted in the folder; a folder with samples made otherwise is refused.
+        made_by: model and options, noted in the folder; a folder made with others is refused.
         per_shard: number of samples in a shard.
     """
 
@@ -106,7 +106,7 @@ class Shards:
 
     @staticmethod
     def refuse_other(folder: Path, made_by: dict[str, Any]) -> None:
-        """Refuse a folder whose samples were made otherwise, before anything is loaded or written.
+        """Refuse a folder whose samples were made with another model or options, before anything is loaded or written.
 
         Raises:
             InvalidInput: model or options differ; the differences are named.

@@ -52,7 +52,7 @@ class RowsWithHiddenStates:
 def save_hidden_states(
     model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS
 ) -> RowsWithHiddenStates:
-    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Shards that are there already are kept.
+    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept.
 
     Args:
         batch_size: number of rows in a forward pass.
@@ -113,5 +113,5 @@ def _is_whole(path: Path, tokens: int) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_slice("hidden_states").get_shape()[0] == tokens
-    except (OSError, SafetensorError):  # it is written again
+    except (OSError, SafetensorError):  # broken: written again
         return False

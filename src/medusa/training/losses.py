@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from medusa.placement import is_offloaded
 
 IGNORED = -100
-LARGE = 1 << 25  # weights of an LM head whose gradient is not to wait beside those of other heads: 128 MiB
+LARGE = 1 << 25  # number of weights of an LM head above which gradients are made one head at a time: 128 MiB
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be said at each of n positions: m tokens with weights that sum to 1.
+    """The targets at each of n positions: m tokens with weights that sum to 1.
 
     A hard label is one token of weight 1; a soft one is the backbone's own distribution, cut to its m likeliest tokens.
     """
@@ -28,7 +28,7 @@ class Targets:
 
 
 def hard_targets(
-    labels: Tensor,  # (n,) long; negative where nothing can be said
+    labels: Tensor,  # (n,) long; negative where there is no target
 ) -> Targets:
     return Targets(labels[:, None].clamp(min=0), (labels[:, None] >= 0).float())
 
@@ -74,10 +74,10 @@ def _loss_and_gradients(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are made with the loss, since each needs logits that would otherwise have to be kept or made again.
+    """The gradients are computed with the loss, since both need the logits, which would otherwise be kept or recomputed.
 
-    Of a step cut into batches, all but the first find gradients of the LM head kept already: theirs would be another V·d a
-    head, all heads' at once. Large ones are made in the backward pass instead, one after another, from logits made again.
+    In an accumulated step, every batch but the first finds the LM head's gradient already allocated; its own would need another
+    V·d per head, for all heads at once. Large ones are therefore computed in the backward pass, one head after another.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         gradients = _loss_and_gradients(*ctx.saved_tensors, *ctx.later)[1] if ctx.later else ctx.saved_tensors
-        # In place: a copy of an LM head's gradient is gigabytes. A second pass through the same graph is an error of torch's.
+        # In place: a copy of an LM head's gradient is gigabytes. torch refuses a second pass through the same graph.
         scaled = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return (*scaled, None, None, None, None)
 
@@ -113,7 +113,7 @@ def linear_cross_entropy(
     """
     if type(lm_head) is torch.nn.Linear and not is_offloaded(lm_head):
         inputs: list[Tensor | None] = [states, lm_head.weight, lm_head.bias]
-        if not torch.is_grad_enabled():  # within the function nothing tells
+        if not torch.is_grad_enabled():  # inside the function this cannot be seen
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
         return _ChunkedCrossEntropy.apply(*inputs, targets.tokens, targets.weights, chunk, compute)
 
@@ -146,9 +146,9 @@ def in_chunks(
     *tensors: Tensor,  # each (n, ...)
     chunk: int = 1024,
 ) -> Tensor:  # () float32
-    """A sum over rows, chunk by chunk; what a chunk computes is not kept but made again for the gradient.
+    """A sum over rows, chunk by chunk; a chunk is computed again for the gradient, not kept.
 
-    For losses through an LM head whose inner workings we leave to the model: an adapter on it, a cap on its logits.
+    For losses through an LM head with an adapter on it or a cap on its logits.
     """
     total = torch.zeros((), device=tensors[0].device)
     for parts in zip(*(tensor.split(chunk) for tensor in tensors), strict=True):

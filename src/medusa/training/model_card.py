@@ -16,12 +16,12 @@ MEASURED = """\
 |---|---|{rule}|
 {accuracies}
 
-Accuracy on {asked:,} tokens {measured_on}. The tree here ({nodes} nodes) should accept {rate:.2f} tokens a step from them, if
-heads err independently. Trained on {tokens:,} tokens, {labelled:,} of them labelled. Options, log and fingerprint of the data:
+Accuracy on {asked:,} tokens {measured_on}. The tree here ({nodes} nodes) should accept {rate:.2f} tokens per step, if heads err
+independently. Trained on {tokens:,} tokens, {labelled:,} of them labelled. Options, log and fingerprint of the data:
 `training.json`.
 """
 BACKBONE_NOTES = {
-    "frozen": "The backbone was not changed: greedy output is its own, token for token.",
+    "frozen": "The backbone was not changed: greedy output equals its own, token for token.",
     "lora": "The backbone was trained with them: `adapter_model.safetensors` is its LoRA adapter, loaded with the heads.",
     "full": "The backbone was trained with them: this folder holds the whole model.",
 }
@@ -54,7 +54,7 @@ def write_card(
         rule="|".join("---" for _ in ranks),
         accuracies="\n".join(lines),
         asked=asked,
-        measured_on="held out" if held_out else "of rows that were learnt, which flatters the heads",
+        measured_on="held out" if held_out else "of training rows, which flatters the heads",
         nodes=nodes,
         rate=metrics.get("eval_acceleration_rate", 1.0),
         tokens=tokens,

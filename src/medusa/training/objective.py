@@ -1,4 +1,4 @@
-"""The objective: Eq. 1 for the heads and, where the backbone is trained too, Eq. 2 (paper 2.2)."""
+"""The objective: Eq. 1 for the heads and, if the backbone is trained too, Eq. 2 (paper 2.2)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from medusa.training.losses import (
     soft_targets,
 )
 
-ROOT_ALONE = 0.25  # of the positions at which a path head is trained, those where it reads the root alone
-MOST_LOGITS = 1 << 26  # of one chunk: 256 MiB in float32
+ROOT_ALONE = 0.25  # share of training positions at which a path head reads the root alone
+MOST_LOGITS = 1 << 26  # in one chunk: 256 MiB in float32
 
 
 def asked(
@@ -33,7 +33,7 @@ def asked(
     segments: Tensor,  # (B, T) long: the text each token belongs to
     shift: int,
 ) -> Tensor:  # (B, T - shift) bool
-    """Where the token `shift` places on is one to be learnt, and of the same text."""
+    """Where the token `shift` places later is to be learnt and belongs to the same text."""
     return (labels[:, shift:] != IGNORED) & (segments[:, shift:] == segments[:, : max(0, labels.shape[1] - shift)])
 
 
@@ -42,7 +42,7 @@ def count_asked(
     segments: Tensor,  # (B, T) long
     num_heads: int,
 ) -> Tensor:  # (1 + K,) long
-    """How many tokens the LM head, then each head, is asked for in a batch."""
+    """The number of tokens that the LM head, then each head, has to predict in a batch."""
     return torch.stack([asked(labels, segments, shift).sum() for shift in range(1, num_heads + 2)])
 
 
@@ -50,7 +50,7 @@ class Objective(nn.Module):
     """The losses of the heads and of the backbone, as the one module that is trained.
 
     Args:
-        model: the backbone; its parameters are trained as far as they require a gradient.
+        model: the backbone; its parameters that require a gradient are trained.
         heads: in float32.
     """
 
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         self.heads = heads
         self.backbone = model.backbone
         self._no_split_modules = model.backbone._no_split_modules  # what FSDP shards as a piece
-        self._model = (model,)  # in a tuple: it holds the modules above, and is none itself
+        self._model = (model,)  # in a tuple, so that it is not a submodule
         self.recipe = config
         self.compute = next(model.backbone.parameters()).dtype
         if not self.compute.is_floating_point:  # quantised
@@ -70,7 +70,7 @@ class Objective(nn.Module):
     def train(self, mode: bool = True) -> Objective:
         super().train(mode)
         if self.recipe.backbone != "full":
-            # No dropout of the backbone's own, in it or in the teacher that it is without its adapter.
+            # The backbone's own dropout stays off, also because it is the teacher when its adapter is off.
             self.backbone.eval()
             for name, module in self.backbone.named_modules():
                 if name.endswith("lora_dropout"):
@@ -82,7 +82,7 @@ class Objective(nn.Module):
         input_ids: Tensor,  # (B, T) long
         labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
         segments: Tensor,  # (B, T) long: the text each token belongs to, numbered from 1; 0 is padding
-        hidden: Tensor | None = None,  # (B, T, d): the backbone's hidden states, where they are known already
+        hidden: Tensor | None = None,  # (B, T, d): stored hidden states of the backbone
         counts: Tensor | None = None,  # (1 + K,): divisors of the losses; None: `count_asked` of this batch
         rows: Tensor | None = None,  # (B,) long: which rows these are, for messages
     ) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class Objective(nn.Module):
         labels: Tensor,
         segments: Tensor,
         following: Tensor,  # (B, T - 1) bool: positions whose next token counts, n of them
-        original: Tensor,  # (n, d): the hidden states there whose distribution soft targets are
+        original: Tensor,  # (n, d): the hidden states there, for soft targets
         distill: bool,
     ) -> Tensor:  # (K,) float32, summed over positions
         soft = None
@@ -136,7 +136,7 @@ class Objective(nn.Module):
         embedded = self.heads.embed(input_ids) if self.heads.kind != "medusa" else None
         losses = []
         for k in range(len(self.heads)):
-            # Head k + 1 at position t says token t + k + 2: what the backbone says at t + k + 1.
+            # Head k + 1 at position t predicts token t + k + 2, as the backbone does at t + k + 1.
             shift = k + 2
             counted = asked(labels, segments, shift)
             if soft is None:
@@ -159,7 +159,7 @@ class Objective(nn.Module):
     ) -> Tensor:  # (n, m E)
         """The embeddings that head k + 1 reads at each position: of the root, the token after it, then of the path.
 
-        In training some positions see the root alone, as heads do when they propose a shortlist.
+        In training some positions read the root alone, as heads do when they propose a shortlist.
         """
         read = [embedded[:, 1 + j : 1 + j + counted.shape[1]][counted] for j in range(self.heads.known(k))]
         if self.training and len(read) > 1:
@@ -168,7 +168,7 @@ class Objective(nn.Module):
         return torch.cat(read, -1)
 
     def _soft_targets(self, original: Tensor, distill: bool) -> Targets:
-        """What the backbone says, of the tokens that heads score."""
+        """The backbone's distribution over the tokens that heads score."""
         heads, model = self.heads, self._model[0]
         logits_of: Callable[[Tensor], Tensor] = model.logits
         if heads.config.medusa_draft_vocabulary is not None:

@@ -1,4 +1,4 @@
-"""Questions from nothing: the model writes user turns itself, after the header of its own template (Magpie, 2406.08464)."""
+"""Questions without data: the model writes user turns after the header of its own chat template (Magpie, 2406.08464)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEAST_DISTINCT = 0.4  # minimum share of distinct words, in questions of at leas
 SHINGLE = 5  # number of words in a shingle, a run of words
 MOST_SEEN = 0.4  # maximum share of a question's shingles that earlier questions have
 TEMPERATURE, MIN_P = 1.0, 0.05
-MOST_TRIES = 4  # number of questions written for each one wanted
+MOST_TRIES = 4  # maximum number of questions written for each one needed
 
 
 class Filter:
@@ -37,7 +37,7 @@ class Filter:
         self._seen: set[tuple[str, ...]] = set()
 
     def takes(self, text: str) -> bool:
-        """Whether a question is kept; the reasons why others are not are counted."""
+        """Whether a question is kept; rejected ones are counted by reason."""
         words = re.findall(r"\w+", text.lower())
         if len(words) < LEAST_WORDS or len(text) > MOST_CHARACTERS:
             return self._refuse("too short or too long")
@@ -97,20 +97,16 @@ def write_questions(
             if len(journal.records) >= count:
                 return journal.path
     reasons = "; ".join(f"{number} {reason}" for reason, number in keeps.refused.most_common())
-    raise InvalidInput(f"of {MOST_TRIES * count} questions {len(journal.records)} were kept, wanted {count}: {reasons}")
+    raise InvalidInput(f"of {MOST_TRIES * count} questions {len(journal.records)} were kept, expected {count}: {reasons}")
 
 
 def _written(
     model: MedusaModel, tokenizer: Any, prompt: list[int], numbers: Iterator[int], rows: int, seed: int, compiled: bool
 ) -> Iterator[tuple[int, str | None]]:
-    """Questions with their numbers, as they are finished; None for one that did not end."""
+    """Questions with their numbers, in the order in which they finish; None for one that did not end."""
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
     options = options_of_rows(
-        model,
-        "distill",
-        max_new_tokens=LONGEST,
-        eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)),
-        **sampling,
+        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)), **sampling
     )
 
     def take() -> Request | None:

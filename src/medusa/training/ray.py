@@ -13,7 +13,7 @@ from medusa.training.distillation import Answerer, Seed
 
 
 class RayAnswerer:
-    """Distributes seeds over workers, each with an answerer of its own; outcomes come back as they are made.
+    """Distributes seeds over workers, each with its own answerer; outcomes come back as they are made.
 
     Args:
         make: builds a worker's answerer, on the worker; it is pickled.

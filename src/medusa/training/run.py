@@ -65,8 +65,8 @@ def train_heads(
         model: the backbone; its heads, if any, are the starting point.
         eval_rows: rows to evaluate on; None: `config.held_out` of the rows are held out, and if that is none, some of the
             training rows are used, which flatters the heads.
-        resume: continue from the newest complete checkpoint in `output`, if there is one.
-        hidden_states: folder to keep the frozen backbone's hidden states in, and to train from (offline mode).
+        resume: continue from the newest complete checkpoint in `output`, if any.
+        hidden_states: folder to store the frozen backbone's hidden states in and to train from.
         callbacks: callbacks of transformers' Trainer; an error in one ends the run, which can be resumed.
 
     Returns:
@@ -79,7 +79,7 @@ def train_heads(
     output = Path(output)
     make_folder(output)
     if hidden_states is not None and config.joint:
-        raise InvalidInput("hidden states can be kept only of a frozen backbone; drop them, or train medusa-1")
+        raise InvalidInput("hidden states can be stored only for a frozen backbone; drop --hidden-states or train medusa-1")
     with hold(output / IDENTITY) if is_main_process() else nullcontext():
         _claim(output, model, rows, config, resume)
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
@@ -97,7 +97,7 @@ def _train(
 ) -> dict[str, float]:
     if eval_rows is None:
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
-        eval_rows = eval_rows or Rows(rows.rows[:FEWEST_TO_HOLD_OUT_OF])  # flatters the heads, and is noted
+        eval_rows = eval_rows or Rows(rows.rows[:FEWEST_TO_HOLD_OUT_OF])  # flatters the heads; the report says so
     if config.heads_steps and model.heads is None:
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
             raise InvalidInput("under FSDP the two stages are two runs: train medusa-1 first, then give its folder as --heads")
@@ -114,7 +114,7 @@ def _train(
     base_model = model.backbone.config._name_or_path or None
     heads = _new_heads(model, config, rows)
     model = _trainable(model, config)
-    # With the adapter that they may have now.
+    # Including a new adapter.
     heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
     objective = Objective(model, heads, config)
     arguments = _arguments(model, output, config)  # sets up the processes
@@ -123,18 +123,14 @@ def _train(
         with PartialState().main_process_first():
             data = {name: save_hidden_states(model, part, Path(hidden_states) / name) for name, part in data.items()}
     trainer = MedusaTrainer(
-        model=objective,
-        args=arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["eval"],
-        data_collator=collate,
+        model=objective, args=arguments, train_dataset=data["train"], eval_dataset=data["eval"], data_collator=collate
     )
     for callback in (ProgressCallback, PrinterCallback):  # both write to stdout
         trainer.remove_callback(callback)
     for callback in (Progress(), *callbacks):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
-    trained = trainer.trained()  # of all processes together
+    trained = trainer.trained()  # gathered from all processes
     if trainer.is_world_process_zero():
         _save(output, objective, trained, base_model)
     metrics = trainer.evaluate()
@@ -146,7 +142,7 @@ def _train(
 
 
 def is_main_process() -> bool:
-    """Whether this is the one of several processes that writes; known before they are set up."""
+    """Whether this process is the one that writes; known before the processes are set up."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -197,7 +193,7 @@ def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> Medusa
     lm_head = model.backbone.get_output_embeddings()
     tokens = draft_vocabulary(rows, config.draft_vocabulary, model.vocab_size)
     if model.heads is not None and model.heads.config.medusa_draft_vocabulary is not None:
-        tokens = model.heads.token_map  # those they know
+        tokens = model.heads.token_map  # those that the heads score
     reads = _reads(model, config, rows) if config.heads_kind != "medusa" else {}
     heads = MedusaHeads.for_lm_head(lm_head, config.num_heads, config.num_layers, config.shared_lm_head, tokens, **reads)
     if model.heads is not None:
@@ -206,24 +202,20 @@ def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> Medusa
 
 
 def _reads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> dict[str, Any]:
-    """What heads that read tokens are made with: the width of the embeddings, and the factor between their size and that of the
-    hidden states, both on the first rows."""
+    """Arguments of heads that read tokens: the width of the embeddings, and the factor from their size to that of the hidden
+    states, measured on the first rows."""
     embedding = model.backbone.get_input_embeddings()
     ids = torch.cat([row.ids.long() for row in rows.rows[:4]])[None, :512].to(model.device)
     with torch.no_grad():
         embedded, hidden = embedding(ids).float(), model.hidden_states(ids).float()
     scale = float(hidden.square().mean().sqrt() / embedded.square().mean().sqrt())
-    return {
-        "kind": config.heads_kind,
-        "embedding_size": embedded.shape[-1],
-        "embedding_scale": scale,
-    }
+    return {"kind": config.heads_kind, "embedding_size": embedded.shape[-1], "embedding_scale": scale}
 
 
 def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
-    """Load heads into others, of the same kind or of one that reads more, which begins at zero."""
+    """Load heads into others of the same kind or of one that reads more; the added weights start at zero."""
     found = given.state_dict()
-    if given.kind != "medusa":  # what was read was read at this size
+    if given.kind != "medusa":  # keep the scale that these heads were trained with
         heads.config = dataclasses.replace(heads.config, medusa_embedding_scale=given.config.medusa_embedding_scale)
     for name, tensor in heads.state_dict().items():
         start = found.pop(name, None)
@@ -231,16 +223,14 @@ def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
             read = start if start is not None else tensor[:, :0]
             start = torch.cat([read.to(tensor), torch.zeros_like(tensor[:, read.shape[1] :])], 1)
         if start is None or start.shape != tensor.shape:
-            raise InvalidInput("the heads given to start from have other sizes than the configuration asks for")
+            raise InvalidInput("the sizes of the heads to start from differ from the configuration's")
         tensor.copy_(start)
     if found:
-        raise InvalidInput(
-            f"the heads given to start from are of kind {given.kind}, wanted {heads.kind} or one that reads less"
-        )
+        raise InvalidInput(f"the heads to start from are of kind {given.kind}, expected {heads.kind} or one that reads less")
 
 
 def _trainable(model: MedusaModel, config: TrainingConfig) -> MedusaModel:
-    """The model with the part of its backbone that is trained requiring a gradient."""
+    """The model, in which only the trained part of the backbone requires a gradient."""
     backbone = model.backbone.requires_grad_(False)
     if config.backbone == "lora":
         make_differentiable(backbone)

@@ -1,4 +1,4 @@
-"""The trainer: transformers' Trainer on the objective, with what it does not do for heads."""
+"""The trainer: transformers' Trainer, extended for heads."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from medusa.trees.static import MedusaTree
 
 EVALUATED_RANKS = 10
 SHOWN_RANKS = 5
-EXPLODED = 4.0  # times the loss of heads that know nothing
+EXPLODED = 4.0  # in multiples of the loss of a uniform guess
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the last evaluation counted: hits[k - 1][i] of asked[k - 1]."""
+    """Counts of the last evaluation: of asked[k - 1] guesses of head k, hits[k - 1][i] were right at rank i."""
 
     hits: list[list[int]]
     asked: list[int]
@@ -50,11 +50,11 @@ class Evaluated:
 
 
 class MedusaTrainer(Trainer):
-    """transformers' Trainer on the objective.
+    """transformers' Trainer for an `Objective`.
 
-    Losses are divided by the tokens asked for in the whole step, over all accumulated batches and processes, so that how a
-    batch is cut up changes nothing. Checkpoints hold what is trained and no frozen weight. Evaluation measures each head's
-    accuracy at each rank, and the acceleration rate that the best tree should get from it.
+    Losses are divided by the number of predicted tokens in the whole step, over all accumulated batches and processes, so
+    it does not matter how a batch is split. Checkpoints hold only trained weights. Evaluation measures each head's accuracy
+    at each rank, and the acceleration rate to expect from the best tree.
     """
 
     model: Objective
@@ -63,8 +63,8 @@ class MedusaTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluated: Evaluated | None = None
-        self._right: dict[str, float] = {}  # the share of tokens that each head's first guess is right on, of a batch
-        self._measured_at = -1  # the step that this batch is of
+        self._right: dict[str, float] = {}  # accuracy of each head's first guess on a batch
+        self._measured_at = -1  # the step of this batch
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `_get_num_items_in_batch` gives
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -83,7 +83,7 @@ class MedusaTrainer(Trainer):
         if self.state.global_step != self._measured_at and logs_at(self.state.global_step + 1, self.args.logging_steps):
             self._measured_at = self.state.global_step
             self._right = self._accuracies(inputs, output["hidden"])
-        # Of a step cut into batches each has its share of the loss.
+        # Each batch of an accumulated step has a share of the loss.
         shares = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps * self.accelerator.num_processes
         self._check(loss.item() * shares, inputs)
         if num_items_in_batch is not None:
@@ -91,7 +91,7 @@ class MedusaTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _accuracies(self, inputs: dict[str, Tensor], hidden: Tensor) -> dict[str, float]:
-        """How often each head's first guess is right on a batch; not told of sharded heads, which are whole in a step alone."""
+        """Accuracy of each head's first guess on a batch; empty for sharded heads, which are whole only within a step."""
         if self.is_fsdp_enabled:
             return {}
         heads, counted = self.model.heads, inputs["labels"] != IGNORED
@@ -103,12 +103,12 @@ class MedusaTrainer(Trainer):
         super().log(logs | self._right if "loss" in logs else logs, *args, **kwargs)
 
     def _check(self, loss: float, inputs: dict[str, Tensor]) -> None:
-        """Stop when the loss is no number or explodes: going on would only overwrite good checkpoints."""
+        """Stop if the loss is not finite or explodes: further training would only overwrite good checkpoints."""
         config = self.model.recipe
         vocab_size = self.model.heads.config.vocab_size
         weight = sum(config.lambdas(len(self.model.heads)))
         ignorant = math.log(vocab_size) * (1 + config.lambda_0 * weight if config.joint else weight)
-        untrained = self.state.global_step < config.warmup_steps  # new heads say what the LM head says, and are far off
+        untrained = self.state.global_step < config.warmup_steps  # new heads predict what the LM head does, which is far off
         if math.isfinite(loss) and (untrained or loss < EXPLODED * ignorant):
             return
         rows = self.train_dataset
@@ -119,7 +119,7 @@ class MedusaTrainer(Trainer):
         )
 
     def create_optimizer(self, model=None):
-        """Heads and backbone at learning rates of their own (paper 2.2.2), biases and vectors without decay."""
+        """Separate learning rates for heads and backbone (paper 2.2.2); no decay for biases and vectors."""
         if self.optimizer is None:
             config, objective = self.model.recipe, model or self.model
             backbone_rate = config.backbone_learning_rate
@@ -173,7 +173,7 @@ class MedusaTrainer(Trainer):
         return metrics
 
     def _eval_batches(self, rows: Any) -> Iterator[dict[str, Tensor]]:
-        """This process's share of the batches; every process gets as many, some perhaps one that asks for nothing."""
+        """This process's share of the batches; all processes get equally many, some perhaps one without labels."""
         size, processes = self.args.per_device_eval_batch_size, self.args.world_size
         for first in range(0, len(rows), size * processes):
             mine = range(first + self.args.process_index * size, min(first + (self.args.process_index + 1) * size, len(rows)))
@@ -183,7 +183,7 @@ class MedusaTrainer(Trainer):
             yield batch
 
     def trained(self) -> dict[str, Tensor]:
-        """The trained parameters whole and on the CPU, gathered from all processes where they are sharded."""
+        """The complete trained parameters on the CPU, gathered from all processes if they are sharded."""
         named = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for name, p in named.items()}
 
@@ -192,7 +192,6 @@ class MedusaTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Of a checkpoint, what is trained."""
         super()._save(output_dir, self.trained())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -202,22 +201,21 @@ class MedusaTrainer(Trainer):
         tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         parameters = {name: p for name, p in (model or self.model).named_parameters() if p.requires_grad}
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
-            raise CheckpointError(f"{resume_from_checkpoint} is of a run with other parameters; give another --output")
+            raise CheckpointError(f"{resume_from_checkpoint} belongs to a run with other parameters; give another --output")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
 
 
-FIRST_STEPS = (1, 2, 5, 10)  # that are logged besides those asked for: whether a run goes well shows early
+FIRST_STEPS = (1, 2, 5, 10)  # always logged, so that a bad run shows early
 
 
 def logs_at(step: int, every: int) -> bool:
-    """Whether a step is logged."""
     return step in FIRST_STEPS or step % every == 0
 
 
 class Progress(ProgressCallback):
-    """A bar on stderr with the newest figures beside it, above it a line a log; stdout is for results."""
+    """A progress bar on stderr with the newest figures, and a line above it for each log; stdout is for results."""
 
     SHOWN = ("loss", "eval_loss", "eval_head1_top1", "eval_acceleration_rate")
 
@@ -229,11 +227,11 @@ class Progress(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         self.training_bar.set_postfix({key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs})
-        for loss, head, what in (("loss", "head", ""), ("eval_loss", "eval_head", ", measured")):
+        for loss, head, what in (("loss", "head", ""), ("eval_loss", "eval_head", ", evaluation")):
             if loss in logs:
                 right = [
                     f"{100 * value:.0f}" for name, value in logs.items() if name.startswith(head) and name.endswith("_top1")
                 ]
-                told = f", heads right {' '.join(right)} %" if right else ""
+                told = f", head accuracies {' '.join(right)} %" if right else ""
                 line = f"step {state.global_step} of {state.max_steps}{what}: loss {logs[loss]:.3f}{told}"
                 self.training_bar.write(line, file=sys.stderr)

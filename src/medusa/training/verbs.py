@@ -69,7 +69,7 @@ def train(
         trained = medusa.train("smollm2", data=["chats.jsonl"], output="heads", shared_lm_head=True)
         model = MedusaModel.from_pretrained("smollm2", heads="heads")
 
-    Notes and progress go to stderr. Of several processes (`accelerate launch`), one writes. For a backbone and rows that are
+    Notes and progress go to stderr. With several processes (`accelerate launch`), one writes. For a backbone and rows that are
     loaded already there is `medusa.training.run.train_heads`.
 
     Args:
@@ -98,7 +98,7 @@ def train(
     for source in (*_sources(data), *_sources(eval_data)):
         next(read_samples(source, Skips()), None)
     if heads is not None and not has_heads(find_heads(heads)):
-        raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads, or give a folder of some")
+        raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads or give a folder with heads")
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     backbone = named.load_backbone(model, dtype, device, trust_remote_code, recipe.quantization)
     medusa = MedusaModel(backbone, load_heads(find_heads(heads)) if heads is not None else None)
@@ -155,8 +155,8 @@ def note_rows(rows: Rows) -> None:
 def _note_no_held_out_rows(rows: Rows, eval_rows: Rows | None, recipe: TrainingConfig) -> None:
     if eval_rows is not None or number_to_hold_out(rows, recipe.held_out):
         return
-    why = f"fewer than {FEWEST_TO_HOLD_OUT_OF} rows are too few to hold any out" if recipe.held_out else "none are held out"
-    note(f"{why}: the heads are measured on rows they learn, which flatters them; better give --eval-data")
+    why = f"fewer than {FEWEST_TO_HOLD_OUT_OF} rows are too few to hold any out" if recipe.held_out else "no rows are held out"
+    note(f"{why}: the heads are evaluated on training rows, which flatters them; --eval-data is better")
 
 
 def _sources(data: Data | None) -> list[str | Path]:
@@ -207,9 +207,9 @@ def distill(
         MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
     """
     if samples < 1 or (limit is not None and limit < 1) or ray < 0:
-        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}: wanted at least 1, and at least 0 for ray")
+        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}; expected at least 1, and at least 0 for ray")
     if data == "self" and (endpoint is not None or ray):
-        raise InvalidInput("--data self runs here, on one machine; drop --endpoint and --ray")
+        raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
     how = from_mapping(Distillation, options, "distillation options")
     made_by = {"model": model, "heads": heads, "endpoint": endpoint, **dataclasses.asdict(how)}
     for name in ("batch_size", "compile"):  # they do not change the answers

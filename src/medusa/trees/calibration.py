@@ -36,13 +36,12 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the heads got right.
+    """How often the heads' guesses were right.
 
     Attributes:
         hits: [k - 1][i]: number of places at which exactly guess i (0-based) of head k was right.
-        positions: number of places at which the heads were asked.
-        paths: the rank paths that came true most often, each with how often: what heads get right together, without the
-            assumption that they err independently.
+        positions: number of places at which the heads guessed.
+        paths: the rank paths that came true most often, each with its count; no independence of the heads is assumed.
     """
 
     hits: list[list[int]]
@@ -84,7 +83,7 @@ class Calibration:
                 raise ValueError("no positions")
             return cls(found.get("hits", []), positions, paths)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no calibration as medusa tune writes it: {one_line(error)}") from None
+            raise CheckpointError(f"{path} is not a calibration written by medusa tune: {one_line(error)}") from None
 
     def save(self, path: Path, made_with: dict[str, Any]) -> None:
         """Write a `calibration.json`.
@@ -104,8 +103,8 @@ class Calibration:
         return [[wilson(hit, self.positions) for hit in row] for row in self.hits]
 
     def conditional(self, path: Path_) -> list[float]:
-        """How often each guess of head k + 1 was right at places where the ranks of `path`, of heads 1 to k, were: what the
-        assumption that heads err independently leaves out."""
+        """How often each guess of head k + 1 was right where the guesses of heads 1 to k at the ranks of `path` were right;
+        independent of `path` if heads erred independently."""
         counts = dict(self.paths)
         above = counts.get(path, 0) if path else self.positions
         ranks = len(self.hits[0])
@@ -121,7 +120,7 @@ class Calibration:
         return {path: counts.get(path, 0) / self.positions for path in tree.paths}
 
     def expected_acceptance_length(self, tree: MedusaTree) -> float:
-        """Tokens a step, the root included, averaged over all places."""
+        """Tokens per step, the root included, averaged over all places."""
         return 1 + sum(self.path_chances(tree).values())
 
     def to_dict(self) -> dict[str, Any]:

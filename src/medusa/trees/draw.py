@@ -21,12 +21,7 @@ Path_ = tuple[int, ...]
 Places = dict[Path_, tuple[float, float]]
 
 
-def draw_tree(
-    tree: MedusaTree,
-    file: Path,
-    chances: Mapping[Path_, float] | None = None,
-    mark: Sequence[int] = (),
-) -> None:
+def draw_tree(tree: MedusaTree, file: Path, chances: Mapping[Path_, float] | None = None, mark: Sequence[int] = ()) -> None:
     """Write a drawing of a tree in the format of the file's suffix; see `tree_figure`.
 
     Raises:
@@ -69,7 +64,7 @@ def tree_figure(tree: MedusaTree, chances: Mapping[Path_, float] | None = None, 
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    expected = "" if chances is None else f", {1 + sum(chances.get(p, 0.0) for p in tree.paths):.2f} tokens a step expected"
+    expected = "" if chances is None else f", {1 + sum(chances.get(p, 0.0) for p in tree.paths):.2f} tokens per step expected"
     axes.set_title(f"{len(tree)} nodes{expected}", fontsize="medium")
     return figure
 

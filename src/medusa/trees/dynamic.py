@@ -1,8 +1,8 @@
-"""Dynamic trees: at every step the nodes that are likeliest in this very context (beyond the paper).
+"""Dynamic trees: at every step the nodes that are likeliest in the current context (beyond the paper).
 
-A static tree spends its nodes where heads are right on average. A dynamic one asks how sure the heads are now: it takes the N
-nodes with the greatest product of head probabilities along their path, and counts a guess more that continues its path as the
-context has before, which heads, each guessing on its own, cannot know. Any tree is exact, so it only has to be good.
+A static tree has its nodes where heads are right on average. A dynamic tree takes the N nodes with the greatest product of head
+probabilities at this step. It favours a guess that followed the same tokens earlier in the context, which heads cannot know,
+since each guesses without the others' guesses. Decoding is exact with any tree.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from medusa.errors import InvalidTree
 from medusa.trees.history import History, pair_end, pair_start, triple_end, triple_start
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
-LEAST_COST = 1e-5  # of a node, in nats, however sure: children stay behind their parents
-BEAM = 8  # paths of each depth, the likeliest, along which path heads score their guesses
+LEAST_COST = 1e-5  # minimum cost of a node in nats, so that children rank behind their parents
+BEAM = 8  # number of likeliest paths of each depth along which path heads score their guesses
 
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """The N likeliest nodes at every step, static in shape.
+    """A tree of the N likeliest nodes, rebuilt at every step; its shapes are static.
 
     Args:
         num_nodes: N, the root included.
-        copied: so many of them are a path of what followed the last time the text came to the root in the same way.
-        depth: heads used.
-        ranks: guesses of each head that may become nodes.
-        temperatures: per head, what the logarithms of its probabilities are divided by (`tempered`); () is 1 for all.
-        pair_bonus, triple_bonus: what the log-odds of a guess gain where the context has had it after the same token, and after
-            the same two; 0 looks at the heads alone.
+        copied: number of nodes that form a path copied from what followed the previous occurrence of the current suffix.
+        depth: number of heads used.
+        ranks: number of guesses of each head that may become nodes.
+        temperatures: divisor of each head's log-probabilities (`tempered`); () is 1 for all heads.
+        pair_bonus, triple_bonus: increase in the log-odds of a guess if it followed the same token, or the same two tokens,
+            earlier in the context.
 
     Raises:
-        InvalidTree: a number out of its range.
+        InvalidTree: a number is out of range.
 
     >>> tree = DynamicTree(num_nodes=16, depth=5)
     >>> len(tree), tree.depth
@@ -59,18 +59,18 @@ class DynamicTree:
             value = getattr(self, name)
             least = 2 if name == "num_nodes" else 1
             if type(value) is not int or value < least:
-                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted an integer of at least {least}")
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, expected an integer of at least {least}")
         object.__setattr__(self, "temperatures", tuple(self.temperatures) or (1.0,) * self.depth)
         if len(self.temperatures) < self.depth or not all(
             isinstance(value, int | float) and 0 < value < float("inf") for value in self.temperatures
         ):
-            raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, wanted {self.depth} above 0")
+            raise InvalidTree(f"temperatures of a dynamic tree are {self.temperatures}, expected {self.depth} above 0")
         if type(self.copied) is not int or not 0 <= self.copied <= self.num_nodes - 2:
-            raise InvalidTree(f"copied is {self.copied!r}, wanted 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
+            raise InvalidTree(f"copied is {self.copied!r}, expected 0 to {self.num_nodes - 2} of {self.num_nodes} nodes")
         for name in ("pair_bonus", "triple_bonus"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, wanted at least 0")
+                raise InvalidTree(f"{name} of a dynamic tree is {value!r}, expected at least 0")
             object.__setattr__(self, name, float(value))
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class DynamicTree:
         return self
 
     def drafter(self, device: torch.device | str | None = None) -> DynamicDrafter:
-        """What fills the tree with tokens in a decoding request on a device."""
+        """The drafter that fills the tree during a request on this device."""
         temperatures = None
         if any(temperature != 1 for temperature in self.temperatures[: self.depth]):
             temperatures = torch.tensor(self.temperatures[: self.depth], dtype=torch.float32, device=device)
@@ -121,7 +121,7 @@ def tempered(
     rest: Tensor,  # (..., 1): of all other tokens together, up to the same
     temperatures: Tensor | float,  # (...), or one for all
 ) -> Tensor:  # (..., R)
-    """The log-probabilities where heads are too sure, or not sure enough: all other tokens count as one."""
+    """Log-probabilities after a temperature, which corrects over- or underconfident heads; all other tokens count as one."""
     scaled = torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperatures).unsqueeze(-1).to(log_p)
     return scaled.log_softmax(-1)[..., :-1]
 
@@ -211,7 +211,7 @@ class DynamicDrafter:
             parents.append(parent)
         own, above = self._tree(root, torch.cat(values, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
         if self.copied and history is not None:
-            # A path that some of the others may have as well: twice the same is as right as once.
+            # Other nodes may repeat this path: a repeated node wastes its place but does no harm.
             path = torch.arange(above.shape[1] - 1, above.shape[1] - 1 + self.copied, device=root.device)
             above = torch.cat([above, (path * (path >= above.shape[1])).expand(len(root), -1)], dim=1)
             own = torch.cat([own, history.continuation(self.copied)], dim=1)
@@ -238,7 +238,6 @@ class DynamicDrafter:
 
 
 def _odds(log_p: Tensor) -> Tensor:
-    """Log-odds of log-probabilities."""
     log_p = log_p.clamp(max=-LEAST_COST)
     return log_p - torch.log(-torch.expm1(log_p))
 

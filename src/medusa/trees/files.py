@@ -58,7 +58,7 @@ Tree = MedusaTree | DynamicTree | TreeChoice
 
 
 def save_tree(tree: Tree, path: str | Path) -> None:
-    """Write a tree file, complete or not at all.
+    """Write a tree file; it is complete or absent.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -107,7 +107,7 @@ def load_tree(path: str | Path) -> Tree:
     if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
         return preset(str(path))
     if not Path(path).is_file():
-        what = f"cannot read the tree file {path}: it is no file" if Path(path).exists() else f"no tree file {path}"
+        what = f"cannot read the tree file {path}: not a file" if Path(path).exists() else f"no tree file {path}"
         raise CheckpointError(what)
     return _tree(read_json(Path(path), CheckpointError), str(path))
 

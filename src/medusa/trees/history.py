@@ -1,4 +1,4 @@
-"""The history of a request: which pairs and triples of tokens it has had, and what followed them. Drafters look them up."""
+"""The history of a request: which pairs and triples of tokens occurred, and what followed them, for drafters to look up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class History:
     It only proposes drafts: a collision may waste a node, and never changes the output.
     """
 
-    table: Tensor  # (B, slots + 1) int32: index of the token after a run, 0 if it has not occurred; the last slot is a dump
+    table: Tensor  # (B, slots + 1) int32: index of the token after a run, 0 if it has not occurred; the last slot is ignored
     tokens: Tensor  # (B, capacity + 1) long: the padded prompt, then the tokens decided, the root last
     length: Tensor  # (B,) long: number of these tokens
     last: Tensor  # (B,) long: the token before the root
@@ -29,7 +29,7 @@ class History:
         """The history of rows without tokens.
 
         Args:
-            capacity: the most tokens of a row, padding and root included.
+            capacity: maximum number of tokens in a row, padding and root included.
         """
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         table = zeros.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)

@@ -11,7 +11,7 @@ from medusa.errors import InvalidInput
 from medusa.trees.static import MedusaTree
 
 USUAL_RANKS = 10  # guesses of each head in a random tree, as in the reference project's trees
-ROUNDING = 0.01  # by how much the written accuracies of a head may exceed 1 in total
+ROUNDING = 0.01  # by how much the accuracies of a head may exceed 1 in total
 
 
 def search_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> MedusaTree:
@@ -77,17 +77,17 @@ def check_accuracies(accuracies: Any) -> None:
     """Raise InvalidInput unless every head, and there is at least one, has accuracies in [0, 1] that add up to at most 1, since
     at most one guess of a head is right."""
     if not _filled_list(accuracies):
-        raise InvalidInput(f"accuracies are {_short(accuracies)}, wanted a list for every head: [[a_1, a_2, …], …]")
+        raise InvalidInput(f"accuracies are {_short(accuracies)}, expected a list for every head: [[a_1, a_2, …], …]")
     for head, row in enumerate(accuracies, 1):
         if not _filled_list(row):
-            raise InvalidInput(f"accuracies of head {head} are {_short(row)}, wanted a list of numbers, best guess first")
+            raise InvalidInput(f"accuracies of head {head} are {_short(row)}, expected a list of numbers, best guess first")
         for a in row:
             if not isinstance(a, int | float) or isinstance(a, bool) or not 0 <= a <= 1:
-                raise InvalidInput(f"an accuracy of head {head} is {_short(a)}, wanted a number from 0 to 1")
+                raise InvalidInput(f"an accuracy of head {head} is {_short(a)}, expected a number from 0 to 1")
         if sum(row) > 1 + ROUNDING:
             raise InvalidInput(
-                f"accuracies of head {head} add up to {sum(row):.3g}, wanted at most 1: the i-th is how often exactly guess i "
-                "is right, not how often one of the first i is"
+                f"accuracies of head {head} add up to {sum(row):.3g}, expected at most 1: the i-th is how often exactly "
+                "guess i is right, not how often one of the first i is"
             )
 
 

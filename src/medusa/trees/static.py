@@ -109,7 +109,7 @@ class MedusaTree:
         """The tree in a saved mapping or a bare list of paths; CheckpointError if it holds none."""
         paths = found.get("paths") if isinstance(found, dict) else found
         if not isinstance(paths, list) or not all(isinstance(item, list) for item in paths):
-            raise CheckpointError(f"{source} holds no tree; wanted {{'paths': [[0], [0, 0], ...]}}")
+            raise CheckpointError(f"{source} holds no tree; expected {{'paths': [[0], [0, 0], ...]}}")
         return cls(paths)
 
     def tensors(self, device: torch.device | str | None = None) -> TreeTensors:

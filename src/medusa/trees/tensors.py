@@ -1,4 +1,4 @@
-"""Trees as index tensors, what fills them, and where they stand in the cache."""
+"""Trees as index tensors, their drafters, and their place in the cache."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Choice: the kind, size and depth of tree with the most tokens a second on this machine.
+"""Choice: the kind, size and depth of tree with the most tokens per second on this machine.
 
-Tokens a step are replayed on recorded texts, seconds a step are measured here, and the quotient decides. If no tree pays, plain
-decoding, the root alone, is chosen.
+Tokens per step come from replaying trees on recorded texts, seconds per step from timing; the quotient decides. If no tree pays
+off, plain decoding (a tree of the root alone) is chosen.
 
-Replay is cheap, timing is not. So trees of every kind, size and depth are replayed, and few are timed: of each kind three
-sizes, with one head and with all. The time of a step is nearly linear in nodes and in heads, so a plane fitted to these times
-predicts the most promising depth of every kind and size. Then the tree of that depth is timed, and the fastest at all depths.
+Replay is cheap, timing is not. So trees of every kind, size and depth are replayed, but only a few are timed: three sizes of
+each kind, each with one head and with all heads. The time of a step is nearly linear in nodes and heads, so a plane fitted to
+these times predicts the best depth of every kind and size. That tree is then timed, and so is the fastest one at all depths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
 from medusa.tuning.options import PLAIN, SIZES, USUAL_KINDS, Option, Trees, different
 
-LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that its promise is wrong
+LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that the prediction is wrong
 
 # Seconds of a step with each tree, for a batch size.
 StepTimer = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]
@@ -41,7 +41,7 @@ class Choices:
 
     @property
     def recommended_heads(self) -> int:
-        """The number of heads with the most tokens a second (paper 2.2.3); 0 if plain decoding was chosen."""
+        """The number of heads with the most tokens per second (paper 2.2.3); 0 if plain decoding was chosen."""
         return self.chosen[min(self.chosen)].tree.depth
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def choose_trees(
 
 
 def choose(options: Sequence[Option], plain: Option, batch: int, always: bool = False) -> Option:
-    """The option with the most tokens a second; plain decoding if none is clearly faster, unless `always`.
+    """The option with the most tokens per second; plain decoding if none is clearly faster, unless `always`.
 
     >>> fast = Option("static", MedusaTree.dense([2]), 1.5, (1.4, 1.6), None, {1: 0.011})
     >>> slow = Option("static", MedusaTree.dense([8]), 1.9, (1.8, 2.0), None, {1: 0.02})
@@ -116,10 +116,10 @@ def choose(options: Sequence[Option], plain: Option, batch: int, always: bool = 
 
 
 def promising(trees: Trees, timer: StepTimer, kind: str, sizes: Sequence[int], batches: Sequence[int]) -> list[Option]:
-    """For every size of this kind the depth that should give the most tokens a second, by a plane of step times.
+    """For every size of this kind, the depth with the most tokens per second according to a plane of step times.
 
-    The plane is fitted to the smallest, the middle and the largest size, each with one head and with all. Batch sizes may
-    differ in the best depth; then a size has several options.
+    The plane is fitted to the smallest, the middle and the largest size, each with one head and with all. The best
+    depth may differ between batch sizes; a size then has several options.
     """
     ordered = sorted(sizes)
     corners = [
@@ -164,5 +164,5 @@ def _timed(options: Sequence[Option], timer: StepTimer, batches: Sequence[int]) 
 
 
 def _rescaled(option: Option, its_plain: Option, plain: Option, batch: int) -> Option:
-    """An option timed next to another plain step, on the scale of this one."""
+    """An option timed in another run, rescaled so that its plain step takes as long as this one."""
     return dataclasses.replace(option, step_seconds={batch: option.overhead(its_plain, batch) * plain.step_seconds[batch]})

@@ -1,4 +1,4 @@
-"""Options: the best tree of every kind, size and depth for recorded texts, and the tokens a step of each."""
+"""Options: the best tree of every kind, size and depth for recorded texts, and the tokens per step of each."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A tree that may be chosen, and what it promises.
+    """A tree that may be chosen, and its expected speed.
 
     Attributes:
         kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
-        acceleration_rate: tokens a step, cross-validated: each half of the texts with a tree fitted to the other half.
-        interval: its 95 % interval over texts.
-        if_independent: tokens a step expected of a static tree if heads erred independently, as in the paper (2.3.3).
+        acceleration_rate: tokens per step, cross-validated: each half of the texts with a tree fitted to the other half.
+        interval: 95 % interval of the acceleration rate over texts.
+        if_independent: tokens per step expected of a static tree if heads erred independently, as in the paper (2.3.3).
         step_seconds: seconds of a decoding step on this machine, by batch size.
     """
 
@@ -50,7 +50,6 @@ class Option:
         return batch * self.acceleration_rate / self.step_seconds[batch]
 
     def overhead(self, plain: Option, batch: int) -> float:
-        """Seconds of a step over those of a plain one."""
         return self.step_seconds[batch] / plain.step_seconds[batch]
 
     def speedup(self, plain: Option, batch: int) -> float:
@@ -62,12 +61,11 @@ PLAIN = Option("plain", MedusaTree([]), 1.0, (1.0, 1.0))
 
 
 def copied_nodes(kind: str, size: int) -> int:
-    """The number of copied nodes in a tree of this kind and size."""
     return size // 2 if kind == "copying" and size > 3 else 0
 
 
 class Trees:
-    """The best trees for recorded texts; each is searched when it is first asked for.
+    """The best trees for recorded texts; each is searched for when first needed.
 
     Raises:
         InvalidInput: there is only one text.
@@ -75,7 +73,7 @@ class Trees:
 
     def __init__(self, texts: Sequence[Recorded]):
         if len(texts) < 2:
-            raise InvalidInput("one text cannot both choose trees and judge them; give more prompts")
+            raise InvalidInput("there is one text, expected at least two: one to choose trees, one to evaluate them")
         self._halves = [list(texts), list(texts[::2]), list(texts[1::2])]  # the first is all of them
         self._calibrations = [Calibration.of(half) for half in self._halves]
         self._options: dict[tuple[str, int, int], Option] = {}
@@ -105,7 +103,7 @@ class Trees:
                 on_progress()
 
     def option(self, kind: str, size: int, depth: int | None = None) -> Option:
-        """The best tree of this kind, size and depth, fitted to all texts, with the tokens a step of trees fitted to halves.
+        """The best tree of this kind, size and depth, fitted to all texts; its rate is that of trees fitted to halves.
 
         Args:
             depth: number of heads; None is all that a tree of this size can use.

@@ -22,9 +22,9 @@ def draw_choices(choices: Choices, path: Path) -> None:
 
 
 def _draw_batch(row: Sequence[Any], choices: Choices, batch: int) -> None:
-    """Draw tokens a step, overhead and speedup against nodes, a line for each kind."""
+    """Draw tokens per step, overhead and speedup against nodes, a line for each kind."""
     panels: dict[str, Callable[[Option], float]] = {
-        "tokens a step": lambda option: option.acceleration_rate,
+        "tokens per step": lambda option: option.acceleration_rate,
         "overhead": lambda option: option.overhead(choices.plain, batch),
         f"speedup, batch {batch}": lambda option: option.speedup(choices.plain, batch),
     }
@@ -34,7 +34,7 @@ def _draw_batch(row: Sequence[Any], choices: Choices, batch: int) -> None:
             options = sorted((o for o in choices.options if o.kind == kind), key=lambda option: len(option.tree))
             sizes = [len(option.tree) for option in options]
             axes.plot(sizes, list(map(value, options)), marker="o", markersize=3, label=kind)
-            if label == "tokens a step":
+            if label == "tokens per step":
                 low, high = zip(*(option.interval for option in options), strict=True)
                 axes.fill_between(sizes, low, high, alpha=0.15)
         axes.axhline(1.0, color="grey", linewidth=0.8)
@@ -45,8 +45,8 @@ def _draw_batch(row: Sequence[Any], choices: Choices, batch: int) -> None:
 
 
 def draw_calibration(calibration: Calibration, path: Path) -> None:
-    """Draw how often each guess of each head is right, with its interval, and how often the first guess is right after right
-    first guesses of the heads before: what the assumption that heads err independently leaves out."""
+    """Draw how often each guess of each head is right, with its interval, and how often first guesses are right if those of all
+    earlier heads were: the two would agree if heads erred independently."""
     figure = new_figure(9, 3.6)
     guesses, firsts = figure.subplots(1, 2)
     rows = list(zip(calibration.accuracies, calibration.intervals(), strict=True))

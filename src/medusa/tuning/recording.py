@@ -37,7 +37,7 @@ class Recorded:
     guesses: Tensor  # (T, K, R) int32: the likeliest tokens of each head, best first
     log_p: Tensor  # (T, K, R) float32
     hidden: Tensor | None = None  # (T, d): at the last committed token, for heads that read paths
-    heads: MedusaHeads | None = None  # which these are
+    heads: MedusaHeads | None = None  # the heads that guessed
 
     def __len__(self) -> int:
         return self.guesses.shape[0]
@@ -67,11 +67,11 @@ def record(
         ranks: number of guesses recorded for each head.
         temperature: 0 is greedy; above 0 continuations are drawn from the backbone's distribution.
         batch_size: number of prompts continued together; greedy texts depend on it only through rounding.
-        folder: saves what is recorded, batch by batch; batches that it holds are not recorded again.
+        folder: folder to save recordings in, batch by batch; batches found there are not recorded again.
         on_progress: called after every batch with its number of prompts.
 
     Raises:
-        InvalidInput: no heads, no text long enough, or a folder with recordings of something else.
+        InvalidInput: there are no heads, no text is long enough, or the folder has recordings of something else.
     """
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
@@ -99,7 +99,7 @@ def record(
             texts += found
         on_progress(len(batch))
     if not texts:
-        raise InvalidInput(f"no text went on for more than {model.num_heads + 1} tokens; give other prompts or more tokens")
+        raise InvalidInput(f"no text is longer than {model.num_heads + 1} new tokens; give other prompts or more tokens")
     return texts
 
 

@@ -1,8 +1,8 @@
-"""Replay: what a tree would accept on recorded texts, step by step as in decoding, without the backbone.
+"""Replay: the tokens that a tree would accept on recorded texts, step by step as in decoding, without the backbone.
 
-A text is what the backbone said, greedily or by one draw, whatever the tree; so walking it with the very drafter and the very
-acceptance of the decoding loop gives the steps that decoding takes (but where runs share a slot of a hashed table). Averages
-over all places would not: a step begins where the one before ended, and long paths skip the easy places.
+The backbone's text does not depend on the tree. Walking it with the drafter and acceptance of the decoding loop therefore gives
+the steps that decoding takes (except where runs share a slot of a hashed table). Averages over all places would not: a step
+begins where the previous one ended, and long paths skip the easy places.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Replayed:
 
     @property
     def acceleration_rate(self) -> float:
-        """Tokens a step (paper B.1)."""
+        """Tokens per step (paper B.1)."""
         return float(self.tokens.sum() / self.steps.sum())
 
     def interval(self) -> tuple[float, float]:
-        """Its 95 % interval, by bootstrap over texts."""
+        """The 95 % interval of the acceleration rate, by bootstrap over texts."""
         drawn = torch.randint(len(self.tokens), (1000, len(self.tokens)), generator=torch.Generator().manual_seed(0))
         rates = self.tokens[drawn].sum(1) / self.steps[drawn].sum(1)
         low, high = torch.quantile(rates.double(), torch.tensor([0.025, 0.975]).double()).tolist()
@@ -57,14 +57,16 @@ def replay_texts(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> R
     """Walk recorded texts with a tree.
 
     Raises:
-        InvalidInput: the tree asks for heads or ranks that were not recorded.
+        InvalidInput: the tree needs heads or ranks that were not recorded.
     """
     _, num_heads, ranks = texts[0].guesses.shape
     heads = texts[0].heads if isinstance(tree, DynamicTree) else None
     drafter = tree.drafter()
     asked = drafter.ranks
     if tree.depth > num_heads or asked > ranks:
-        raise InvalidInput(f"the tree asks {tree.depth} heads for {asked} guesses, recorded were {num_heads} and {ranks}")
+        raise InvalidInput(
+            f"the tree needs {tree.depth} heads with {asked} guesses each, recorded were {num_heads} with {ranks}"
+        )
     # Texts as rows, so that each prompt ends in column `width - 1`.
     width, places = max(text.start for text in texts) + 1, torch.tensor([len(text) for text in texts])
     ids = torch.zeros(len(texts), width + int(places.max()) + drafter.depth + num_heads + 2, dtype=torch.long)
@@ -95,7 +97,7 @@ def replay_texts(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> R
         accepted = accept_exact(tensors, tokens, said)
         if history is not None:
             history.extend(tokens.gather(1, accepted.path.clamp(min=0)), accepted.length, accepted.bonus)
-        done = torch.where(active, done + accepted.length, done).clamp(max=places)  # as decoding cuts its last step
+        done = torch.where(active, done + accepted.length, done).clamp(max=places)  # decoding cuts its last step too
         steps += active
     return Replayed(done, steps, [row[: len(text)] for row, text in zip(began, texts, strict=True)])
 
@@ -115,8 +117,8 @@ def _along(
     return lambda depth, paths: scores(depth, paths.to(device)).cpu()
 
 
-def _along_what_was_said(text: Recorded) -> Tensor:  # (T, K, R) float32
-    """The scores of the guesses of each head along the path that came true: `log_p` where heads read no path."""
+def _along_recorded(text: Recorded) -> Tensor:  # (T, K, R) float32
+    """The scores of the guesses of each head along the path that came true: `log_p` if heads read no path."""
     if text.heads is None or text.hidden is None:
         return text.log_p
     places = text.start + 1 + torch.arange(len(text))
@@ -131,9 +133,8 @@ def _along_what_was_said(text: Recorded) -> Tensor:  # (T, K, R) float32
 
 
 def fit_static_tree(texts: Sequence[Recorded], num_nodes: int, depth: int | None = None) -> MedusaTree:
-    """The tree of the rank paths that came true most often where its own steps begin: not at all places, since a step that
-    accepts a long path skips the easy places after it. Which places those are depends on the tree, so it is searched again
-    on those of the last one while that accepts more."""
+    """The tree of the rank paths that came true most often where its own steps begin. The places in between are easier: a long
+    path skips them. Where steps begin depends on the tree, so the search is repeated while the rate rises."""
     best, rate, places = MedusaTree([]), 0.0, None
     while True:
         paths = Calibration.of(texts, places).paths
@@ -146,11 +147,11 @@ def fit_static_tree(texts: Sequence[Recorded], num_nodes: int, depth: int | None
 
 @torch.inference_mode()
 def fit_temperatures(texts: Sequence[Recorded]) -> tuple[float, ...]:
-    """Per head the temperature under which what was said is likeliest: temperature scaling, which leaves the order of guesses
-    alone and makes their probabilities honest."""
+    """The temperature of each head under which the recorded text is likeliest (temperature scaling): guesses keep their order,
+    and their probabilities become calibrated."""
     right = torch.cat([text.right() for text in texts])
     rest = rest_of(torch.cat([text.log_p for text in texts]))
-    scores = torch.cat([_along_what_was_said(text) for text in texts])
+    scores = torch.cat([_along_recorded(text) for text in texts])
     return tuple(
         round(max((_likelihood(right[:, k], scores[:, k], rest[:, k], t), t) for t in TEMPERATURES)[1], 4)
         for k in range(right.shape[1])
@@ -158,7 +159,7 @@ def fit_temperatures(texts: Sequence[Recorded]) -> tuple[float, ...]:
 
 
 def _likelihood(right: Tensor, scores: Tensor, rest: Tensor, temperature: float) -> float:
-    """Mean log-probability of what was said, (T,) ranks or -1, under tempered guesses (T, R) and the rest (T, 1)."""
+    """Mean log-probability of the recorded tokens, (T,) ranks or -1, under tempered guesses (T, R) and the rest (T, 1)."""
     scaled = tempered(scores, rest, temperature)
     missed = torch.log1p(-scaled.exp().sum(-1).clamp(max=1 - 1e-6))
     hit = scaled.gather(1, right[:, None].clamp(min=0))[:, 0]
@@ -173,6 +174,6 @@ def fit_dynamic_tree(texts: Sequence[Recorded], num_nodes: int = 16) -> DynamicT
     for pair, triple in itertools.product((0.0, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 4.0, 6.0)):
         tree = dataclasses.replace(best, pair_bonus=pair, triple_bonus=triple)
         found = replay_texts(texts, tree).acceleration_rate if pair or triple else 0.0
-        if found > rate * 1.002:  # no bonus for nothing
+        if found > rate * 1.002:  # a bonus must gain something
             best, rate = tree, found
     return best

@@ -36,14 +36,14 @@ class TuningConfig:
     """What is recorded, tried and timed.
 
     Attributes:
-        nodes: sizes of trees, the root included; plain decoding is always tried.
+        nodes: tree sizes to try, the root included; plain decoding is always tried.
         kinds: of `medusa.tuning.options.TREE_KINDS`.
         batches: batch sizes to choose a tree for.
         contexts: context lengths at which steps are timed, in tokens; empty: the median of the prompts.
         always: choose a tree even if plain decoding is faster.
-        max_new_tokens: places recorded after each prompt.
+        max_new_tokens: number of places recorded after each prompt.
         temperature: 0 records greedy continuations; above 0 they are drawn.
-        ranks: guesses of each head that may become nodes.
+        ranks: number of guesses of each head that may become nodes.
         batch_size: number of prompts continued together while recording.
         rounds: number of times that the steps of each tree are timed, in turn.
         compile: time compiled steps.
@@ -64,12 +64,12 @@ class TuningConfig:
     def __post_init__(self) -> None:
         for name, least in (("nodes", 2), ("batches", 1), ("contexts", 1)):
             if any(value < least for value in getattr(self, name)):
-                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, wanted at least {least}")
+                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, expected at least {least}")
         if unknown := [kind for kind in self.kinds if kind not in TREE_KINDS]:
-            raise InvalidInput(f"kinds of tuning hold {unknown[0]!r}, wanted {', '.join(TREE_KINDS)}")
+            raise InvalidInput(f"kinds of tuning contain {unknown[0]!r}, expected {', '.join(TREE_KINDS)}")
         for name in ("max_new_tokens", "ranks", "batch_size", "rounds"):
             if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, wanted at least 1")
+                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, expected at least 1")
         if self.temperature < 0 or not self.nodes or not self.kinds or not self.batches:
             raise InvalidInput(f"tuning needs nodes, kinds, batches and a temperature of at least 0, got {self}")
 
@@ -81,7 +81,7 @@ class Tuned:
     Attributes:
         tree: the chosen tree, or one for each batch size; the root alone if no tree pays.
         choices: all options that were timed.
-        calibration: what the heads got right.
+        calibration: how often the heads' guesses were right.
         texts: number of recorded texts.
         made_with: model, machine and settings.
     """
@@ -131,7 +131,7 @@ def tune(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Tuned:
-    """Choose the tree with the most tokens a second on this machine: record, replay, time (paper 2.3.3, 2.2.3).
+    """Choose the tree with the most tokens per second on this machine: record, replay, time (paper 2.3.3, 2.2.3).
 
         tuned = medusa.tune("smollm2", prompts="chats.jsonl", output="heads/medusa_tree.json", nodes=(8, 16, 32))
         print(tuned.tree, tuned.choices.chosen[1].name)
@@ -140,7 +140,7 @@ def tune(
 
     Args:
         model: a folder, GGUF file, hub id, `smollm2` or `embedded`.
-        prompts: text like the model will see: a set, file, folder or hub id; None: the embedded model's calibration prompts.
+        prompts: prompts like those to come: a set, file, folder or hub id; None: the embedded model's calibration prompts.
         output: tree file to write; `calibration.json`, `tuning.json` and `recorded/` go beside it. If interrupted, call
             it again to resume.
         heads: folder or hub id of the heads; None: those beside the backbone.
@@ -155,12 +155,12 @@ def tune(
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     config = from_mapping(TuningConfig, given, "tuning options")
     if limit < 1 or prompt_tokens < 1:
-        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, wanted at least 1")
+        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, expected at least 1")
     source = default_prompts(model, prompts)
     named.require_heads(model, heads)
     questions = None if prompts is None else read_questions(source)
     if questions is not None and len(questions) == 1:
-        raise InvalidInput(f"{prompts} holds one prompt, which cannot both choose trees and judge them; give more prompts")
+        raise InvalidInput(f"{prompts} holds one prompt, expected at least two: one to choose trees, one to evaluate them")
     medusa = named.load_model(model, heads, None, dtype, device, trust_remote_code, quantization)
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     room = None if medusa.max_length is None else medusa.max_length - config.max_new_tokens - medusa.num_heads
@@ -239,13 +239,13 @@ class _Timer:
 
 
 def _check_room(model: MedusaModel, config: TuningConfig) -> int:
-    """The number of tokens that timing adds to a context, refused if there is no room for them."""
+    """The number of tokens that timing adds to a context; refuses contexts without room for them."""
     copied = max(copied_nodes(kind, size) for kind in config.kinds for size in config.nodes)
     room = room_to_time(model.num_heads, max(model.num_heads, copied))
     asked = max(config.contexts, default=1)
     if model.max_length is not None and asked + room > model.max_length:
         longest = model.max_length - room
-        raise InvalidInput(f"--context is {asked}, wanted at most {longest}: timing adds {room} tokens to it")
+        raise InvalidInput(f"--context is {asked}, expected at most {longest}: timing adds {room} tokens to it")
     return room
 
 
