@@ -68,7 +68,7 @@ def test_a_static_tree_is_as_deep_as_was_asked_for(recorded):
 def test_what_was_not_recorded_is_refused(model):
     texts = record(model, [random_prompt(5)[0]], 4, ranks=3)
     for tree in (MedusaTree([(3,)]), MedusaTree.dense([1, 1, 1, 1]), DynamicTree(4, 3, ranks=4)):
-        with pytest.raises(InvalidInput, match="recorded were 3 and 3"):
+        with pytest.raises(InvalidInput, match="recorded were 3 with 3"):
             replay_texts(texts, tree)
 
 
