@@ -66,9 +66,9 @@ def inspect_command(
         return
     for part, facts in record.items():
         known = {name: value for name, value in facts.items() if value is not False}
-        if part == "heads":
-            known["format"] = FORMATS.get(known["format"], known["format"])
-        showing.print_facts(part, known)
+        showing.print_facts(
+            part, known | ({"format": FORMATS.get(known["format"], known["format"])} if part == "heads" else {})
+        )
     if "heads" not in record and tree is None:
         note("no heads here: train some with medusa train, and name their folder with --heads")
     elif tree is None:
