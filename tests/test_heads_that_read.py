@@ -161,6 +161,7 @@ def test_files_keep_what_heads_read(backbone, kind, to, tmp_path):
     write_checkpoint(heads, tmp_path / "out", to, backbone=tmp_path / "backbone")
     found = load_heads(tmp_path / "out")
     assert found.kind == kind and found.config == heads.config
+    assert open_checkpoint(tmp_path / "out").format == to and "version" not in found.config.to_dict()  # TGI's mark of v2
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), heads.parameters(), strict=True))
     for refused in ("v0.1", "v2", "vllm"):
         with pytest.raises(CheckpointError, match=f"these read the {kind}"):

@@ -54,7 +54,7 @@ class MedusaConfig:
         """
         fields = dataclasses.asdict(self)
         legacy = {"model_type": "medusa", "num_medusa_heads": self.medusa_num_heads, "medusa_fc_bias": True}
-        if self.medusa_shared_lm_head:
+        if self.medusa_shared_lm_head and self.medusa_heads_kind == "medusa":  # TGI reads no other kind
             legacy["version"] = "2"
         return {**legacy, **fields}
 

@@ -187,7 +187,7 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
             notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
     return Checkpoint(
         source=source,
-        format=_format(style, source, not own, num_layers),
+        format=_format(style, source, not own and not reads, num_layers),
         tensors=held,
         num_heads=num_heads,
         num_layers=num_layers,

@@ -119,7 +119,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
             grid.add_row(Text(name.replace("_", " "), style="dim"), Text(fact(value)))
     out = console()
     out.print(Text(title, style="bold"))
-    out.print(Padding(grid, (0, 0, 0, 2)))
+    out.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def fact(value: Any) -> str:
