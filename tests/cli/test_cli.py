@@ -74,6 +74,7 @@ def test_inspect_says_what_is_there(medusa):
     assert record["heads"]["num_heads"] == 5 and record["heads"]["hidden_size"] == 384
     assert record["tree"]["nodes"] > 1
     shown = medusa("inspect", "embedded").stdout
+    assert max(map(len, shown.splitlines())) < 200  # nothing pads it where there is no terminal
     assert "num nodes" in shown and "num heads" in shown and "context" in shown and "None" not in shown
 
 
