@@ -51,14 +51,13 @@ class ResidualBlock(nn.Module):
         return x + F.silu(inner)
 
 
-def _plain(linear: nn.Module) -> nn.Linear:
-    """A linear map as a plain frozen nn.Linear; shares its memory with the original if that is a plain matrix."""
-    weight, bias = linear_map(linear)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+def _frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear that holds these tensors, without copying them."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        plain.bias = nn.Parameter(bias, requires_grad=False)
-    return plain
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 class DraftLMHead(nn.Module):
@@ -232,7 +231,7 @@ class MedusaHeads(nn.ModuleList):
         bound.load_state_dict(held, assign=True)
         rows = self.config.medusa_draft_vocabulary is not None and is_plain(lm_head)
         if self.config.medusa_shared_lm_head and (rows or self.kind == "path"):
-            lm_head = _plain(lm_head)  # some of its rows are taken, of one that is not trained here
+            lm_head = _frozen_linear(*linear_map(lm_head))  # some of its rows are taken, of one that is not trained here
         bound.share(lm_head, embedding)
         return bound.requires_grad_(False).eval()
 
@@ -260,11 +259,8 @@ class MedusaHeads(nn.ModuleList):
         tokens = self.token_map.to(device_of(lm_head))
         if not is_plain(lm_head) or lm_head.weight.requires_grad:
             return DraftLMHead(lm_head, tokens)
-        rows = nn.Linear(lm_head.in_features, len(tokens), lm_head.bias is not None, device="meta")
-        rows.weight = nn.Parameter(lm_head.weight.detach()[tokens], requires_grad=False)
-        if lm_head.bias is not None:
-            rows.bias = nn.Parameter(lm_head.bias.detach()[tokens], requires_grad=False)
-        return rows
+        weight, bias = linear_map(lm_head)
+        return _frozen_linear(weight[tokens], bias[tokens] if bias is not None else None)
 
     @property
     def kind(self) -> HeadsKind:

@@ -11,6 +11,16 @@ from medusa.heads import MedusaHeads
 from medusa.trees.static import MedusaTree
 
 
+def predicted(
+    counted: Tensor,  # (B, T) bool: whether the token there is one to be predicted
+    segments: Tensor | None,  # (B, T) long: the text each token belongs to; None: one text per row
+    shift: int,
+) -> Tensor:  # (B, max(0, T - shift)) bool
+    """The positions from which the token `shift` places on is one to be predicted, and of the same text."""
+    later = counted[:, shift:]
+    return later if segments is None else later & (segments[:, shift:] == segments[:, : later.shape[1]])
+
+
 @torch.no_grad()
 def rank_hits(
     heads: MedusaHeads,
@@ -27,9 +37,7 @@ def rank_hits(
         shift = k + 2  # head k + 1 at position t guesses token t + k + 2
         if ids.shape[1] <= shift:
             break
-        chosen = counted[:, shift:]
-        if segments is not None:
-            chosen = chosen & (segments[:, shift:] == segments[:, :-shift])
+        chosen = predicted(counted, segments, shift)
         state, root, wanted = (t[chosen] for t in (hidden[:, :-shift], ids[:, 1 : 1 - shift], ids[:, shift:]))
         for part, first, token in zip(state.split(1024), root.split(1024), wanted.split(1024)):  # logits of a chunk at a time
             hits[k] += (_guesses(heads, part, k, ranks, first) == token[:, None]).sum(0).cpu()

@@ -121,9 +121,10 @@ class DecodingState:
 
     def frame(self, static_shapes: bool) -> Frame:
         """Where the next trees stand in the cache."""
-        base = torch.full((), self.base, device=self.root.device)  # filled on the device: no copy from the host
-        visible = self.cache.capacity if static_shapes else self.base + self.drafter.num_nodes
-        return Frame(base, self.lengths, self.pads, visible)
+        base = self.base
+        visible = self.cache.capacity if static_shapes else base + self.drafter.num_nodes
+        slot = torch.full((), base, device=self.root.device)  # filled on the device: no copy from the host
+        return Frame(slot, self.lengths, self.pads, visible)
 
     def grow(self, capacity: int) -> None:
         """Make room for rows of `capacity` slots."""

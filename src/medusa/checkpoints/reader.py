@@ -67,6 +67,7 @@ class Checkpoint:
                     self.shared_lm_head,
                     self.lm_head_bias,
                     self.draft_vocabulary,
+                    base_model_name_or_path=self.base_model,
                     **self.reads,
                 )
             )
@@ -75,7 +76,6 @@ class Checkpoint:
         dtype = dtype or functools.reduce(torch.promote_types, floats)
         held = {name: tensor.to(torch.long if name == TOKEN_MAP else dtype) for name, tensor in self.tensors.items()}
         heads.load_state_dict(held, assign=True)
-        heads.config = dataclasses.replace(heads.config, base_model_name_or_path=self.base_model)
         return heads
 
 

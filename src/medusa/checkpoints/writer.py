@@ -135,18 +135,16 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
         own = {name.removeprefix(place): held.pop(name) for name in list(held) if name.startswith(place)}
         if own.keys() != theirs.keys() or not all(torch.equal(own[name], theirs[name]) for name in own):
             raise CheckpointError(f"v2 heads predict through the backbone's LM head; head {k + 1} has another; write v0.1")
-    config = heads.config
     with torch.device("meta"):
-        fitted = MedusaHeads(config.hidden_size, config.vocab_size, len(heads), heads.num_layers, to == "v2")
+        fitted = MedusaHeads.of(dataclasses.replace(heads.config, medusa_shared_lm_head=to == "v2"))
     fitted.load_state_dict(held, assign=True)
     return fitted
 
 
 def _without_draft_vocabulary(heads: MedusaHeads) -> MedusaHeads:
     """A copy of heads that share the LM head, without their draft vocabulary: they score all tokens."""
-    config = heads.config
     with torch.device("meta"):
-        whole = MedusaHeads(config.hidden_size, config.vocab_size, len(heads), heads.num_layers, True)
+        whole = MedusaHeads.of(dataclasses.replace(heads.config, medusa_draft_vocabulary=None))
     held = {name: tensor for name, tensor in heads.state_dict().items() if name != TOKEN_MAP}
     whole.load_state_dict(held, assign=True)
     return whole

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import threading
@@ -18,7 +16,7 @@ from medusa.data.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.data.samples import read_records
 from medusa.errors import InvalidInput
 from medusa.runs.console import progress
-from medusa.runs.files import write_json
+from medusa.runs.files import digest, write_json
 from medusa.runs.records import Journal, claim
 
 CLAIM, GRADES = "judge.yaml", "grades.jsonl"
@@ -144,8 +142,7 @@ def read_tasks(source: str | Path) -> list[Task]:
             turn = len(shown) - 1
             reference = references[turn] if turn < len(references) and _is_checked(category) else None
             messages = judge_messages(turns, shown, reference)
-            digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-            tasks.append(Task(f"{question}/{turn}/{digest}", category, turn, messages, tuple(names)))
+            tasks.append(Task(f"{question}/{turn}/{digest(messages)[:12]}", category, turn, messages, tuple(names)))
     if not tasks:
         raise InvalidInput(f"{source} holds no answers")
     return tasks

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from medusa.config import HeadsKind
 from medusa.simulation.shapes import ModelShape
+from medusa.trees.dynamic import BEAM, RANKS
 
 PAPER_BLOCK = ("q", "k", "v", "qk", "pv", "up", "gate", "down")  # the operators of a layer that the paper's G.3 simulates
-BEAM, RANKS = 8, 64  # of dynamic trees: paths of each depth along which path heads score, and guesses of each head
 
 
 @dataclass(frozen=True)

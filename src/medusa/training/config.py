@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from medusa.config import from_mapping
+from medusa.config import HeadsKind, from_mapping
 from medusa.errors import ConfigError, InvalidInput
 from medusa.runs.files import read_yaml
 
@@ -32,7 +32,7 @@ class TrainingConfig:
     num_heads: int = _option(5, "number of heads, K")
     num_layers: int = _option(1, "residual blocks per head")
     shared_lm_head: bool = _option(False, "train only the residual blocks; the heads predict through the backbone's LM head")
-    heads_kind: Literal["medusa", "root", "path"] = _option(
+    heads_kind: HeadsKind = _option(  # noqa: RUF009
         "medusa", "what heads also read: nothing, the root, or the path from the root"
     )
     draft_vocabulary: str = _option("all", "tokens that heads score: all, a number, or auto: the fewest for 99 % of the text")

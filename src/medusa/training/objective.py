@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medusa.checkpoints.adapter import without_adapter
 from medusa.heads import MedusaHeads
+from medusa.metrics import predicted
 from medusa.model import MedusaModel
 from medusa.training.config import TrainingConfig
 from medusa.training.losses import (
@@ -28,22 +29,13 @@ ROOT_ALONE = 0.25  # share of training positions at which a path head reads the 
 MOST_LOGITS = 1 << 26  # in one chunk: 256 MiB in float32
 
 
-def asked(
-    labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
-    segments: Tensor,  # (B, T) long: the text each token belongs to
-    shift: int,
-) -> Tensor:  # (B, T - shift) bool
-    """Where the token `shift` places later is to be learnt and belongs to the same text."""
-    return (labels[:, shift:] != IGNORED) & (segments[:, shift:] == segments[:, : max(0, labels.shape[1] - shift)])
-
-
 def count_asked(
     labels: Tensor,  # (B, T) long
     segments: Tensor,  # (B, T) long
     num_heads: int,
 ) -> Tensor:  # (1 + K,) long
     """The number of tokens that the LM head, then each head, has to predict in a batch."""
-    return torch.stack([asked(labels, segments, shift).sum() for shift in range(1, num_heads + 2)])
+    return torch.stack([predicted(labels != IGNORED, segments, shift).sum() for shift in range(1, num_heads + 2)])
 
 
 class Objective(nn.Module):
@@ -95,7 +87,7 @@ class Objective(nn.Module):
         if hidden is None:
             with torch.set_grad_enabled(config.joint and torch.is_grad_enabled()):
                 hidden = model.hidden_states(input_ids, packed)
-        following = asked(labels, segments, 1)  # positions whose next token counts
+        following = predicted(labels != IGNORED, segments, 1)  # positions whose next token counts
         original = hidden.detach()[:, :-1][following]
         distill = config.joint and config.lm_loss == "distill"
         if distill:
@@ -138,7 +130,7 @@ class Objective(nn.Module):
         for k in range(len(self.heads)):
             # Head k + 1 at position t predicts token t + k + 2, as the backbone does at t + k + 1.
             shift = k + 2
-            counted = asked(labels, segments, shift)
+            counted = predicted(labels != IGNORED, segments, shift)
             if soft is None:
                 targets = hard_targets(self.heads.places(labels[:, shift:][counted]))
             else:

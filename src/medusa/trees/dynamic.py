@@ -22,6 +22,7 @@ from medusa.trees.history import History, pair_end, pair_start, triple_end, trip
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # minimum cost of a node in nats, so that children rank behind their parents
+RANKS = 64  # default number of guesses of each head that may become nodes
 BEAM = 8  # number of likeliest paths of each depth along which path heads score their guesses
 
 
@@ -48,7 +49,7 @@ class DynamicTree:
 
     num_nodes: int
     depth: int
-    ranks: int = 64
+    ranks: int = RANKS
     temperatures: tuple[float, ...] = ()
     pair_bonus: float = 3.0
     triple_bonus: float = 4.0
