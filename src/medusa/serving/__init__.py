@@ -1,0 +1,1 @@
+"""Serving: an engine that requests join and leave, and OpenAI's API in front of it."""
