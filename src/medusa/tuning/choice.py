@@ -18,7 +18,8 @@ import numpy as np
 
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
-from medusa.tuning.options import PLAIN, SIZES, USUAL_KINDS, Option, Trees, different
+from medusa.tuning.config import SIZES, USUAL_KINDS
+from medusa.tuning.options import PLAIN, Option, Trees, different
 
 LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that the prediction is wrong
 

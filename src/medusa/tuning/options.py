@@ -17,10 +17,6 @@ from medusa.trees.static import MedusaTree
 from medusa.tuning.recording import Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, replay_texts
 
-TREE_KINDS = ("static", "dynamic", "copying", "independent")
-USUAL_KINDS = TREE_KINDS[:3]
-SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-
 
 @dataclasses.dataclass(frozen=True)
 class Option:

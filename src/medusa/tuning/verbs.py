@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medusa.checkpoints import named
-from medusa.config import from_mapping
+from medusa.config import from_mapping, integer
 from medusa.data.prompt_sets import Prompter, calibration_ids, default_prompts, read_questions
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
@@ -23,55 +23,13 @@ from medusa.runs.provenance import environment, fingerprint
 from medusa.trees.calibration import CALIBRATION_FILE, Calibration
 from medusa.trees.files import Tree, TreeChoice, save_tree
 from medusa.tuning.choice import Choices, choose_trees
-from medusa.tuning.options import SIZES, TREE_KINDS, USUAL_KINDS, Trees, copied_nodes
+from medusa.tuning.config import TuningConfig
+from medusa.tuning.options import Trees, copied_nodes
 from medusa.tuning.plots import draw_calibration, draw_choices
 from medusa.tuning.recording import Recorded, record
 from medusa.tuning.timing import room_to_time, time_steps
 
 TUNING_FILE = "tuning.json"
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """What is recorded, tried and timed.
-
-    Attributes:
-        nodes: tree sizes to try, the root included; plain decoding is always tried.
-        kinds: of `medusa.tuning.options.TREE_KINDS`.
-        batches: batch sizes to choose a tree for.
-        contexts: context lengths at which steps are timed, in tokens; empty: the median of the prompts.
-        always: choose a tree even if plain decoding is faster.
-        max_new_tokens: number of places recorded after each prompt.
-        temperature: 0 records greedy continuations; above 0 they are drawn.
-        ranks: number of guesses of each head that may become nodes.
-        batch_size: number of prompts continued together while recording.
-        rounds: number of times that the steps of each tree are timed, in turn.
-        compile: time compiled steps.
-    """
-
-    nodes: tuple[int, ...] = SIZES
-    kinds: tuple[str, ...] = USUAL_KINDS
-    batches: tuple[int, ...] = (1,)
-    contexts: tuple[int, ...] = ()
-    always: bool = False
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    ranks: int = 64
-    batch_size: int = 8
-    rounds: int = 5
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("nodes", 2), ("batches", 1), ("contexts", 1)):
-            if any(value < least for value in getattr(self, name)):
-                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, expected at least {least}")
-        if unknown := [kind for kind in self.kinds if kind not in TREE_KINDS]:
-            raise InvalidInput(f"kinds of tuning contain {unknown[0]!r}, expected {', '.join(TREE_KINDS)}")
-        for name in ("max_new_tokens", "ranks", "batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, expected at least 1")
-        if self.temperature < 0 or not self.nodes or not self.kinds or not self.batches:
-            raise InvalidInput(f"tuning needs nodes, kinds, batches and a temperature of at least 0, got {self}")
 
 
 @dataclass(frozen=True)
@@ -152,10 +110,8 @@ def tune(
     Raises:
         MedusaError: an option, file or model cannot be used, before anything is loaded where that can be known.
     """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    config = from_mapping(TuningConfig, given, "tuning options")
-    if limit < 1 or prompt_tokens < 1:
-        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, expected at least 1")
+    config = from_mapping(TuningConfig, options, "tuning options")
+    limit, prompt_tokens = integer("limit", limit, 1), integer("prompt_tokens", prompt_tokens, 1)
     source = default_prompts(model, prompts)
     named.require_heads(model, heads)
     questions = None if prompts is None else read_questions(source)
