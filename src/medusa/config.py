@@ -48,6 +48,28 @@ class MedusaConfig:
     medusa_embedding_scale: float | None = None  # which brings the embeddings to the size of the hidden states
     base_model_name_or_path: str | None = None
 
+    def __post_init__(self) -> None:
+        kind, reads = self.medusa_heads_kind, self.medusa_heads_kind != "medusa"
+        least = {"hidden_size": 1, "vocab_size": 1, "medusa_num_heads": 1, "medusa_num_layers": int(reads)}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                why = f": heads that read the {kind} read it in a residual block" if number and "layers" in name else ""
+                raise InvalidInput(f"{name.removeprefix('medusa_')} is {getattr(self, name)}, expected at least {number}{why}")
+        if not 1 <= self.scored <= self.vocab_size:
+            raise InvalidInput(f"a draft vocabulary has 1 to {self.vocab_size} tokens, the vocabulary's, got {self.scored}")
+        settled = {
+            "medusa_lm_head_bias": self.medusa_lm_head_bias and not self.medusa_shared_lm_head,
+            "medusa_embedding_size": (self.medusa_embedding_size or self.hidden_size) if reads else None,
+            "medusa_embedding_scale": (self.medusa_embedding_scale or 1.0) if reads else None,
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens that each head scores."""
+        return self.vocab_size if self.medusa_draft_vocabulary is None else self.medusa_draft_vocabulary
+
     def to_dict(self) -> dict[str, Any]:
         """The mapping written to `config.json`, which engines that know Medusa's older formats can read too.
 

@@ -117,7 +117,10 @@ def with_options(*groups: type, unset: bool = False, **defaults: Any) -> Callabl
         @functools.wraps(command)
         def wrapped(**arguments: Any) -> None:
             given = {name: value for name, value in arguments.items() if name not in may_lack or value not in (None, [])}
-            command(**{name: list(map(_plain, value)) if type(value) is list else value for name, value in given.items()})
+            plain = {
+                name: [getattr(each, "value", each) for each in found] for name, found in given.items() if type(found) is list
+            }
+            command(**given | plain)
 
         wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -143,20 +146,15 @@ def _parameter(field: Field, kind: Any, default: Any, unset: bool) -> inspect.Pa
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None if unset else default, annotation=kind)
 
 
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, StrEnum) else value
-
-
 def take(kind: type[T], options: dict[str, Any]) -> T:
     """Take a dataclass of options out of a command's options."""
-    return from_mapping(
-        kind, {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}, "options"
-    )
+    names = {field.name for field in fields(kind)} & options.keys()  # type: ignore[arg-type]
+    return from_mapping(kind, {name: options.pop(name) for name in names}, "options")
 
 
 def sampling_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of `Sampling` out of a command's; returns the keyword arguments of `MedusaModel.generate` for them."""
-    found = vars(take(Sampling, options)).copy()
+    found = {field.name: options.pop(field.name) for field in fields(Sampling)}
     temperature = found["temperature"]
     if found["acceptance"] == "typical" and not temperature:
         raise InvalidInput("typical acceptance needs a temperature: at 0 it is greedy decoding; pass --temperature 0.7, say")

@@ -50,7 +50,7 @@ def convert_command(
         "output": str(output),
         "format": to,
         "num_heads": written.num_heads,
-        "num_layers": written.num_layers,
+        "num_layers": written.config.medusa_num_layers,
         "base_model": written.base_model,
     }
     if push_to_hub is not None:
@@ -59,6 +59,8 @@ def convert_command(
         print(json.dumps(record))
         return
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, {size / 1e6:.1f} MB, read back and identical")
+    print(
+        f"{written.num_heads} heads of {record['num_layers']} layers in {output}, {size / 1e6:.1f} MB, read back and identical"
+    )
     if push_to_hub is not None:
         print(record["published"])

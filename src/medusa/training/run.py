@@ -209,7 +209,7 @@ def _reads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> dict[str, 
     with torch.no_grad():
         embedded, hidden = embedding(ids).float(), model.hidden_states(ids).float()
     scale = float(hidden.square().mean().sqrt() / embedded.square().mean().sqrt())
-    return {"kind": config.heads_kind, "embedding_size": embedded.shape[-1], "embedding_scale": scale}
+    return {"heads_kind": config.heads_kind, "embedding_size": embedded.shape[-1], "embedding_scale": scale}
 
 
 def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
@@ -326,7 +326,8 @@ def _report(
     tree = evaluated.tree(config.tree_nodes)
     save_tree(tree, output / TREE_FILE)
     asked = max(evaluated.asked)
-    write_card(output, config, base_model, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
+    heads = dataclasses.replace(trainer.model.heads.config, base_model_name_or_path=base_model)
+    write_card(output, config, heads, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
     record = {
         "config": dataclasses.asdict(config),
         "base_model": base_model,
