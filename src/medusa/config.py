@@ -141,11 +141,7 @@ def check_options(options: Any, of: str = "") -> None:
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """Convert an argument of any integer type, including numpy's, to int.
-
-    Raises:
-        InvalidInput: the value is not an integer, or less than `least`.
-    """
+    """Convert an argument of any integer type, including numpy's, to int; InvalidInput if it is none, or less than `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:

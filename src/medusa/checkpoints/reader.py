@@ -126,11 +126,8 @@ def heads_from_tensors(
 
 
 def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> Checkpoint:
-    """The heads that a set of named tensors forms; the config is used only for what the tensors do not determine.
-
-    Raises:
-        CheckpointError: a tensor is unknown, missing or of the wrong shape, or there are none.
-    """
+    """The heads that named tensors form, CheckpointError if they form none; the config gives only what tensors do not
+    determine."""
     tensors = dict(tensors)
     token_map = _token_map(tensors, source)
     parts = _parsed(tensors, source)

@@ -107,11 +107,8 @@ def tree_command(
 def draw_static(
     tree: Tree, chances_of: Callable[[MedusaTree], Chances] | None, draw: Path | None, mark: Sequence[int] | None
 ) -> tuple[tuple[int, ...], Chances | None]:
-    """Draw a static tree if `draw` is given; returns the marked path, and how often each path comes true.
-
-    Raises:
-        InvalidInput: the tree lacks the path to mark, or is to be drawn but is not static.
-    """
+    """Draw a static tree if `draw` is given; returns the marked path, and how often each path comes true. InvalidInput if the
+    tree lacks the path to mark, or is to be drawn but is not static."""
     from medusa.trees.draw import draw_tree
     from medusa.trees.static import MedusaTree
 

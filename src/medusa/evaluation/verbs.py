@@ -22,9 +22,9 @@ from medusa.evaluation.experiments import find_experiment, measure_entries, meas
 from medusa.evaluation.quality import Scorer
 from medusa.evaluation.report import bench_page, save_report
 from medusa.model import MedusaModel
-from medusa.runs.console import note, progress
+from medusa.runs.console import note
 from medusa.runs.plotting import can_plot
-from medusa.runs.provenance import environment, fingerprint
+from medusa.runs.provenance import fingerprint, made_by
 from medusa.runs.records import refuse_claimed
 from medusa.tuning.recording import Recorded, record
 
@@ -43,9 +43,6 @@ class _Loading:
         return named.load_model(
             name, heads, None, self.dtype, self.device, self.trust_remote_code, self.quantization, heads_wanted=heads_needed
         )
-
-    def draft(self, name: str) -> MedusaModel:
-        return dataclasses.replace(self, quantization="none").model(name)
 
     def tokenizer(self, model: str, prompts: str) -> Any:
         """The model's tokenizer; the held-out prompts, which are token ids, are refused for a model with other tokens."""
@@ -105,7 +102,7 @@ def bench(
     loading = _Loading(dtype, device, trust_remote_code, quantization)
     tokenizer = loading.tokenizer(model, prompts)
     medusa = loading.model(model, heads, "medusa" in config.decoders)
-    drafting = loading.draft(config.draft) if config.draft is not None else None
+    drafting = dataclasses.replace(loading, quantization="none").model(config.draft) if config.draft is not None else None
     if not trees:
         named.note_advice_on_tree(medusa, model, heads, None)
     prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
@@ -168,16 +165,18 @@ def experiment(
         prompter = Prompter(tokenizer, which.eos_token_ids)
         texts = calibration_ids(calibrating, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
         kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")
-        with progress("recording", len(texts), "prompts") as bar:
-            return record(which, texts, config.max_new_tokens, folder=kept, on_progress=bar.update)
+        return record(which, texts, config.max_new_tokens, folder=kept)
 
-    medusa_2 = None if config.medusa_2 is None else _load_medusa_2(loading, model, config.medusa_2)
-    drafts = {short: loading.draft(draft) for short, draft in _short_names(config.drafts, "name").items()}
+    medusa_2 = None if config.medusa_2 is None else loading.model(model, config.medusa_2, heads_needed=True)
+    drafts = {short: loading.model(draft) for short, draft in _short_names(config.drafts, "name").items()}
     swept = config.nodes, config.epsilons, config.gammas
     setup = Setup(medusa, prompt_set.limits, recorded, medusa_2, drafts, *swept, config.compile)
     for row in chosen.missing(setup):
         note(f"left out: {row}")
-    models = {"tree": medusa.tree.to_dict(), **_others(setup)}
+    models: dict[str, Any] = {"tree": medusa.tree.to_dict(), "medusa_2": None}
+    if medusa_2 is not None and medusa_2.heads is not None:
+        models["medusa_2"] = [fingerprint(medusa_2.backbone), fingerprint(medusa_2.heads)]
+    models["drafts"] = {title: fingerprint(each.backbone) for title, each in drafts.items()}
     made_with = _made_with(medusa, model, prompt_set, prompts, config.compile, models)
     scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if chosen.quality else None
     found = measure_experiment(name, setup, prompt_set, scorer, folder, made_with, config.rounds)
@@ -198,6 +197,10 @@ def _check_options(config: ExperimentConfig, name: str, prompts: str | None, mod
         if value and option not in (*chosen.options, "prompts"):
             takes = ", ".join(f"--{taken}" for taken in ("prompts", *chosen.options))
             raise InvalidInput(f"{name} takes no --{option}; it takes {takes}")
+    if config.medusa_2 is not None and not has_adapter(find_heads(config.medusa_2)):
+        raise InvalidInput(
+            f"{config.medusa_2} holds no adapter; --medusa-2 takes the output of `medusa train --method medusa-2`"
+        )
     if name == "table-3" and len(config.nodes) > 1:
         raise InvalidInput(f"table-3 compares trees of one size, got --nodes {list(config.nodes)}; figure-4 takes several")
     default_prompts(model, prompts)
@@ -210,22 +213,6 @@ def _short_names(paths: Sequence[str], part: str) -> dict[str, str]:
     """Paths by a part of each, `name` or `stem`, or by the whole path if two share that part."""
     shorts = [getattr(Path(path), part) for path in paths]
     return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
-
-
-def _others(setup: Setup) -> dict[str, Any]:
-    """Hashes of the other models of an experiment."""
-    other = setup.medusa_2
-    return {
-        "medusa_2": None if other is None or other.heads is None else [fingerprint(other.backbone), fingerprint(other.heads)],
-        "drafts": {title: fingerprint(each.backbone) for title, each in setup.drafts.items()},
-    }
-
-
-def _load_medusa_2(loading: _Loading, model: str, heads: str) -> MedusaModel:
-    """The model with the adapter that was trained together with its heads."""
-    if not has_adapter(find_heads(heads)):
-        raise InvalidInput(f"{heads} holds no adapter; --medusa-2 takes the output of `medusa train --method medusa-2`")
-    return loading.model(model, heads, heads_needed=True)
 
 
 def _prompt_set(model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
@@ -241,15 +228,5 @@ def _made_with(
     medusa: MedusaModel, model: str, prompt_set: PromptSet, prompts: str, compile: bool, more: dict[str, Any]
 ) -> dict[str, Any]:
     """Model, machine and settings of answers; a folder holds only answers with the same ones."""
-    return {
-        "model": model,
-        "backbone": fingerprint(medusa.backbone),
-        "heads": fingerprint(medusa.heads) if medusa.heads is not None else None,
-        **more,
-        "prompts": prompts,
-        "questions": prompt_set.digest,
-        "max_new_tokens": prompt_set.limits["max_new_tokens"],
-        "dtype": str(medusa.backbone.dtype).removeprefix("torch."),
-        "compile": compile,
-        **environment(medusa.device),
-    }
+    known = {"model": model, "prompts": prompts, "questions": prompt_set.digest, "compile": compile}
+    return known | {"max_new_tokens": prompt_set.limits["max_new_tokens"], **more, **made_by(medusa)}

@@ -99,11 +99,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The options that a named method sets.
-
-    Raises:
-        ConfigError: no such recipe.
-    """
+    """The options that a named method sets; ConfigError if there is no such method."""
     path = RECIPES / f"{name}.yaml"
     if name not in recipe_names():
         raise ConfigError(f"no method {name!r}; there are {', '.join(recipe_names())}")
@@ -111,11 +107,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The `option: value` lines of a user's YAML file.
-
-    Raises:
-        InvalidInput: the file cannot be read, or holds something else.
-    """
+    """The `option: value` lines of a user's YAML file; InvalidInput if it cannot be read or holds something else."""
     found = read_yaml(path, InvalidInput) or {}
     if not isinstance(found, dict):
         raise InvalidInput(f"{path} holds a {type(found).__name__}, expected `option: value` lines")
@@ -124,9 +116,5 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def resolve(method: str, options: dict[str, Any], source: str = "training options") -> TrainingConfig:
-    """The configuration of a run: the defaults, then the method's recipe, then the user's options.
-
-    Raises:
-        ConfigError, InvalidInput: an unknown or nonsensical option.
-    """
+    """The configuration of a run: the defaults, then the method's recipe, then the user's options, which are checked."""
     return from_mapping(TrainingConfig, recipe(method) | options, source)

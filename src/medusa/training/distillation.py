@@ -102,20 +102,13 @@ class Shards:
 
     @staticmethod
     def refuse_other(folder: Path, made_by: dict[str, Any]) -> None:
-        """Refuse a folder whose samples were made with another model or options, before anything is loaded or written.
-
-        Raises:
-            InvalidInput: model or options differ; the differences are named.
-        """
+        """Refuse a folder of samples made with another model or options, which are named, before anything is loaded or
+        written."""
         if any(folder.rglob("*.jsonl")):
             refuse_claimed(folder / MADE_BY, made_by)
 
     def add(self, identifier: str, record: dict[str, Any]) -> None:
-        """Write one sample; it is on the disk when this returns.
-
-        Raises:
-            InvalidInput: it cannot be written (the disk is full); earlier samples are kept.
-        """
+        """Write a sample; it is on the disk when this returns. InvalidInput if it cannot be written; earlier ones are kept."""
         if identifier in self.done:
             return
         if self._in_shard >= self._per_shard:

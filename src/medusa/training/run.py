@@ -162,11 +162,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
 
 
 def refuse_begun(output: Path, resume: bool) -> None:
-    """Refuse a folder in which a run would be restarted unintentionally.
-
-    Raises:
-        InvalidInput: it holds checkpoints of a run, and `resume` is false.
-    """
+    """Refuse a folder with checkpoints of a run, which would be restarted unintentionally."""
     if not resume and (output / IDENTITY).is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise InvalidInput(f"{output} holds checkpoints of a run; continue it with --resume, or give another --output")
 

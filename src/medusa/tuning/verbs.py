@@ -16,10 +16,9 @@ from medusa.config import from_mapping, integer
 from medusa.data.prompt_sets import Prompter, calibration_ids, default_prompts, read_questions
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
-from medusa.runs.console import progress
 from medusa.runs.files import write_json
 from medusa.runs.plotting import can_plot
-from medusa.runs.provenance import environment, fingerprint
+from medusa.runs.provenance import made_by
 from medusa.trees.calibration import CALIBRATION_FILE, Calibration
 from medusa.trees.files import Tree, TreeChoice, save_tree
 from medusa.tuning.choice import Choices, choose_trees
@@ -34,22 +33,14 @@ TUNING_FILE = "tuning.json"
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of a tuning.
+    """The result of a tuning."""
 
-    Attributes:
-        tree: the chosen tree, or one for each batch size; the root alone if no tree pays.
-        choices: all options that were timed.
-        calibration: how often the heads' guesses were right.
-        texts: number of recorded texts.
-        made_with: model, machine and settings.
-    """
-
-    tree: Tree
-    choices: Choices
-    calibration: Calibration
-    texts: int
+    tree: Tree  # the chosen one, or one for each batch size; the root alone if no tree pays
+    choices: Choices  # all options that were timed
+    calibration: Calibration  # how often the heads' guesses were right
+    texts: int  # number of recorded texts
     temperature: float
-    made_with: dict[str, Any] = field(repr=False)
+    made_with: dict[str, Any] = field(repr=False)  # model, machine and settings
 
     def to_dict(self) -> dict[str, Any]:
         """The object of `tuning.json`."""
@@ -142,25 +133,19 @@ def tune_model(
     config = config or TuningConfig()
     path = None if output is None else Path(output)
     room = _check_room(model, config)
-    with progress("recording", len(prompts), "prompts") as bar:
-        texts = record(
-            model,
-            prompts,
-            config.max_new_tokens,
-            config.ranks,
-            config.temperature,
-            batch_size=config.batch_size,
-            folder=None if path is None else path.parent / "recorded",
-            on_progress=bar.update,
-        )
+    asked = config.max_new_tokens, config.ranks, config.temperature
+    folder = None if path is None else path.parent / "recorded"
+    texts = record(model, prompts, *asked, batch_size=config.batch_size, folder=folder)
     trees = Trees(texts)
-    with progress("searching trees", len(config.kinds) * len(config.nodes), "sizes") as bar:
-        trees.search(config.kinds, config.nodes, bar.update)
-    timer = _Timer(model, texts, config, config.contexts or (_usual_length(texts, model, room),))
+    trees.search(config.kinds, config.nodes)
+    usual = int(statistics.median(text.start + 1 for text in texts))  # or less, if timing needs the room
+    if model.max_length is not None:
+        usual = max(1, min(usual, model.max_length - room))
+    timer = _Timer(model, texts, config, config.contexts or (usual,))
     choices = choose_trees(trees, timer, config.kinds, config.nodes, sorted(config.batches), config.always)
     picked = {batch: option.tree for batch, option in choices.chosen.items()}
     tree: Tree = picked[min(picked)] if len(set(picked.values())) == 1 else TreeChoice(picked)
-    made_with = _made_with(model, source, timer.contexts, config.compile)
+    made_with = {"prompts": source, "contexts": list(timer.contexts), "compile": config.compile, **made_by(model)}
     tuned = Tuned(tree, choices, Calibration.of(texts), len(texts), config.temperature, made_with)
     if path is not None:
         tuned.save(path)
@@ -177,15 +162,11 @@ class _Timer:
     contexts: tuple[int, ...]
 
     def __call__(self, trees: Sequence[Any], batch: int) -> list[float]:
-        temperature, rounds = self.config.temperature, self.config.rounds
-        sampling = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
-        options: dict[str, Any] = {"rounds": rounds, "compile": self.config.compile, **sampling}
-        total = len(trees) * (rounds + 1) * len(self.contexts)
-        with progress(f"timing steps, batch {batch}", total, "trees") as bar:
-            seconds = [
-                time_steps(self.model, trees, self._rows(batch, length), on_progress=bar.update, **options)
-                for length in self.contexts
-            ]
+        temperature = self.config.temperature
+        options: dict[str, Any] = {"rounds": self.config.rounds, "compile": self.config.compile}
+        if temperature:
+            options |= {"do_sample": True, "temperature": temperature, "seed": 0}
+        seconds = [time_steps(self.model, trees, self._rows(batch, length), **options) for length in self.contexts]
         return [statistics.fmean(each) for each in zip(*seconds, strict=True)]
 
     def _rows(self, batch: int, length: int) -> Tensor:
@@ -203,22 +184,3 @@ def _check_room(model: MedusaModel, config: TuningConfig) -> int:
         longest = model.max_length - room
         raise InvalidInput(f"--context is {asked}, expected at most {longest}: timing adds {room} tokens to it")
     return room
-
-
-def _usual_length(texts: Sequence[Recorded], model: MedusaModel, room: int) -> int:
-    """The median length of the prompts, or less if timing needs the room."""
-    usual = int(statistics.median(text.start + 1 for text in texts))
-    return usual if model.max_length is None else max(1, min(usual, model.max_length - room))
-
-
-def _made_with(model: MedusaModel, source: str, contexts: Sequence[int], compile: bool) -> dict[str, Any]:
-    assert model.heads is not None
-    return {
-        "prompts": source,
-        "contexts": list(contexts),
-        "compile": compile,
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "backbone": fingerprint(model.backbone),
-        "heads": fingerprint(model.heads),
-        **environment(model.device),
-    }
