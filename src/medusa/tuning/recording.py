@@ -152,8 +152,10 @@ def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:
         tensors = load_file(path)
         numbers = sorted({int(name.partition(".")[0]) for name in tensors})
         reading = heads if heads.kind == "path" else None
-        texts = ({name: tensors[f"{n}.{name}"] for name in ("ids", "start", "guesses", "log_p")} for n in numbers)
-        rest = ({"hidden": tensors.get(f"{n}.hidden"), "heads": reading} for n in numbers)
-        return [Recorded(**text | {"start": int(text["start"])} | more) for text, more in zip(texts, rest, strict=True)]
+        held = [[tensors[f"{n}.{name}"] for name in ("ids", "start", "guesses", "log_p")] for n in numbers]
+        return [
+            Recorded(ids, int(start), guesses, log_p, tensors.get(f"{n}.hidden"), reading)
+            for n, (ids, start, guesses, log_p) in zip(numbers, held, strict=True)
+        ]
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise InvalidInput(f"{path} is broken: {one_line(error)}; remove it and run the same command again") from None
