@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,3 @@ class AnswerText:
             if any(stop.startswith(self.text[start:]) for stop in self._stops):
                 return start
         return len(self.text)
-
-    def kept(self) -> Iterable[Piece]:
-        """The tokens whose text is part of the answer."""
-        return self.pieces if self.stopped is None else (piece for piece in self.pieces if piece.start < len(self.text))

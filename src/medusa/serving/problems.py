@@ -22,6 +22,7 @@ TYPES = {
     500: "server_error",
     503: "overloaded_error",
 }
+AS_JSON = "send a JSON object with Content-Type application/json"
 LONGEST = 400  # characters of a message
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|(?<![\w.])/(?:[\w.-]+/)+[\w.-]*")  # of objects in memory, and paths of this machine
 
@@ -90,9 +91,9 @@ def problem_of_fields(errors: Sequence[Any]) -> Problem:
     if first["type"] == "json_invalid":
         text, param = "the body is not JSON: " + str(first.get("ctx", {}).get("error", "")), None
     elif first["type"] == "missing":
-        text = "this field is required" if param else "the body is missing; send a JSON object with Content-Type application/json"
+        text = "this field is required" if param else f"the body is missing; {AS_JSON}"
     elif first["type"] == "model_attributes_type":
-        text = "expected a JSON object with Content-Type application/json"
+        text = AS_JSON
     if len(errors) > 1 and len({error["loc"][:2] for error in errors}) > 1:
         text += f" (and {len(errors) - 1} more)"
     text = text[:1].lower() + text[1:] if first["type"] != "value_error" else text

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from medusa.data.templates import encode_conversation
+from medusa.data.templates import end_of_turn
 from medusa.errors import InvalidInput, one_line
 from medusa.serving.problems import Problem
 from medusa.serving.schemas import Message, Tool
@@ -82,7 +81,11 @@ def _turn(message: Message) -> dict[str, Any]:
         turn["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         turn["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _arguments(call.function)}}
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function)},
+            }
             for call in message.tool_calls
         ]
     return turn
@@ -126,14 +129,9 @@ def call_style(tokenizer: Any) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=8)
 def ends_of_turns(tokenizer: Any) -> tuple[int, ...]:
-    """The ids with which the template ends an assistant's turn, beside those that end a text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ()
-    asked, answered = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    """The ids with which the template ends an assistant's turn, beside those that end a text; empty if that cannot be told."""
     try:
-        ids, own = encode_conversation(tokenizer, [asked, answered])
+        return tuple(end_of_turn(tokenizer)) if getattr(tokenizer, "chat_template", None) else ()
     except InvalidInput:  # a template that rewrites the turns: the model's own eos must do
         return ()
-    return tuple(token for token, said in zip(ids, own, strict=True) if said and token in tokenizer.added_tokens_decoder)[-1:]

@@ -1,15 +1,16 @@
-"""Schemas: the bodies of OpenAI's interface, with vLLM's fields and our own; fields that are not here are ignored, or refused."""
+"""Schemas: the bodies of OpenAI's interface, with vLLM's fields and our own; other fields are ignored, or refused."""
 
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from medusa.runs.files import is_unicode
 
 log = logging.getLogger("medusa.serve")
+T = TypeVar("T")
 _warned: set[str] = set()  # names of unknown fields that the log has
 
 # Fields that would change the output if they were followed, so a call with one is refused: a value that switches it off is not.
@@ -60,6 +61,8 @@ def _text(value: Any) -> Any:
 
 Text = Annotated[str, BeforeValidator(_text)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[Text, Field(min_length=1)]
+NotEmpty = Annotated[list[T], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -148,7 +151,7 @@ class Sampling(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -290,7 +293,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1)] | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    prompt: Text | NotEmpty[Text] | NotEmpty[TokenId] | NotEmpty[NotEmpty[TokenId]]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
