@@ -23,6 +23,7 @@ TYPES = {
     503: "overloaded_error",
 }
 AS_JSON = "send a JSON object with Content-Type application/json"
+BRANCHES = ("str", "int", "float", "bool")
 LONGEST = 400  # characters of a message
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|(?<![\w.])/(?:[\w.-]+/)+[\w.-]*")  # of objects in memory, and paths of this machine
 
@@ -83,18 +84,20 @@ def problem_of_fields(errors: Sequence[Any]) -> Problem:
     >>> problem_of_fields([{"loc": ("body", "n"), "msg": "Input should be greater than 0", "type": "greater_than"}]).message
     'n: input should be greater than 0'
     """
-    first = errors[0]
+    # Of the branches of a union, the one that has something of its own to say.
+    first = next((error for error in errors if error["type"] == "value_error"), errors[0])
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     # Names of pydantic's own branches ("function-after[...]", "list[int]") say nothing to a caller.
-    param = ".".join(part for part in place if re.fullmatch(r"[\w-]{1,64}", part)) or None
+    param = ".".join(part for part in place if re.fullmatch(r"[a-z0-9_-]{1,64}", part) and part not in BRANCHES) or None
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         text, param = "the body is not JSON: " + str(first.get("ctx", {}).get("error", "")), None
     elif first["type"] == "missing":
         text = "this field is required" if param else f"the body is missing; {AS_JSON}"
     elif first["type"] == "model_attributes_type":
-        text = AS_JSON
-    if len(errors) > 1 and len({error["loc"][:2] for error in errors}) > 1:
-        text += f" (and {len(errors) - 1} more)"
-    text = text[:1].lower() + text[1:] if first["type"] != "value_error" else text
+        text = AS_JSON if param is None else "expected an object"
+    if first["type"] != "value_error":
+        same = [error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2] and error["type"] != "missing"]
+        text = " or ".join(dict.fromkeys([text, *same[1:4]]))
+        text = text[:1].lower() + text[1:]
     return Problem(clean(ValueError(f"{param}: {text}" if param else text)), 400, param, "invalid_value")

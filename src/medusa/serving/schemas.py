@@ -221,10 +221,10 @@ class TextPart(Body):
     text: Text
 
 
-class OtherPart(Body):
+class OtherPart(BaseModel):
     """Any part of a message that is not text; it is refused with its name."""
 
-    type: Text
+    type: str
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
