@@ -1,4 +1,4 @@
-"""Claims about bad input: every call of this table is refused with a status of 4xx, in OpenAI's shape, and says what is wrong."""
+"""Claims about bad input: each call of this table is refused, in OpenAI's shape, with a message that names what is wrong."""
 
 import json
 
@@ -221,7 +221,13 @@ def test_a_body_that_is_no_json_object_is_refused(served, path, body, kind):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", CHAT, 405), ("PUT", TEXT, 405), ("POST", "/v1/models", 405), ("GET", "/v1/nothing", 404), ("GET", "/v1/models/x", 404)],
+    [
+        ("GET", CHAT, 405),
+        ("PUT", TEXT, 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/models/x", 404),
+    ],
 )
 def test_wrong_paths_and_methods(served, method, path, status):
     import httpx

@@ -24,6 +24,7 @@ from medusa.serving.completions import CompletionAnswer, prepare_completion
 from medusa.serving.gate import OPEN, Gate, answer
 from medusa.serving.problems import Problem, problem_of, problem_of_fields
 from medusa.serving.prompts import chat_ids
+from medusa.serving.responses import ResponseAnswer, ResponsesRequest, prepare_response
 from medusa.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from medusa.serving.streams import EventStream, unless_gone
 
@@ -151,6 +152,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=streamed, response_class=JSONResponse)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _answered(service, request, body, prepare_completion, CompletionAnswer)
+
+    @app.post("/v1/responses", responses=streamed, response_class=JSONResponse)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await _answered(service, request, body, prepare_response, ResponseAnswer)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -77,7 +77,7 @@ class Gate:
                 size, more = size + len(chunks[-1]), message.get("more_body", False)
                 if size > self._max_body:
                     break
-        if more:
+        if more or size > self._max_body:
             raise Problem(f"the body has more than {self._max_body} bytes", 413, code="body_too_large")
         return _replay([{"type": "http.request", "body": b"".join(chunks), "more_body": False}], receive)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -9,9 +10,15 @@ from typing import Any
 
 import uvicorn
 
+from medusa.errors import InvalidInput
+from medusa.model import MedusaModel
 from medusa.runs.console import note
 from medusa.serving.app import create_app
 from medusa.serving.calls import Service
+from medusa.serving.engine import Engine
+from medusa.serving.memory import pool_size
+from medusa.serving.metrics import Metrics
+from medusa.serving.settings import ServerSettings
 
 LOG = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%H:%M:%S"}
 
@@ -56,7 +63,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         # What has not finished is cancelled, and its clients are told, before their connections are closed.
-        self._service.engine.close(drain=False, timeout=5.0)
+        await asyncio.to_thread(self._service.engine.close, False)
         await super().shutdown(sockets)
 
 
@@ -76,6 +83,44 @@ def make_server(service: Service) -> Server:
         timeout_graceful_shutdown=5,
     )
     return Server(service, config)
+
+
+def make_service(
+    model: MedusaModel,
+    tokenizer: Any,
+    name: str,
+    settings: ServerSettings,
+    slots: int | None = None,
+    capacity: int | None = None,
+) -> Service:
+    """An engine for a model, with what the endpoints need.
+
+    Args:
+        name: the model's name for clients.
+        slots, capacity: see `pool_size`.
+
+    Raises:
+        InvalidInput: the pool does not fit the memory.
+    """
+    size = pool_size(model, slots, capacity)
+    note(f"{size.slots} slots of {size.capacity} tokens: {size.bytes / 2**20:.0f} MiB of keys and values")
+    engine = Engine(model, size.slots, size.capacity, queue=settings.max_queue)
+    return Service(engine, model, tokenizer, name, settings, Metrics(name, engine))
+
+
+def run(service: Service) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        InvalidInput: the address cannot be listened on.
+    """
+    server = make_server(service)
+    try:
+        server.run()
+    finally:
+        service.engine.close(drain=False, timeout=10.0)
+    if not server.started:
+        raise InvalidInput(f"cannot listen on {service.settings.host}:{service.settings.port}; choose another --port or --host")
 
 
 def log_to_stderr() -> None:

@@ -32,15 +32,14 @@ class EventStream(Response):
         events: the events, as bytes. A failure among them becomes an event with the error, since the status is out by then.
         keep_alive: seconds of silence before a comment is sent.
         closing: called when the stream is over, however it ended.
-        done: whether the stream ends with OpenAI's [DONE].
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], keep_alive: float, closing: Callable[[], None], done: bool = True):
+    def __init__(self, events: AsyncIterator[bytes], keep_alive: float, closing: Callable[[], None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._keep_alive, self._closing, self._done = events, keep_alive, closing, done
+        self._events, self._keep_alive, self._closing = events, keep_alive, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
@@ -65,7 +64,7 @@ class EventStream(Response):
                 raise
             except Exception as error:
                 await send({"type": "http.response.body", "body": event(problem_of(error).body()), "more_body": True})
-        await send({"type": "http.response.body", "body": DONE if self._done else b"", "more_body": False})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
 async def _with_pauses(events: AsyncIterator[bytes], pause: float) -> AsyncIterator[bytes]:

@@ -58,25 +58,29 @@ class Reading:
 def _hermes(text: str, complete: bool) -> Parsed:
     content, *blocks = text.split(OPENING)
     calls: list[Called] = []
+    if not blocks:
+        return Parsed(content if complete else _certain(content).rstrip())
     for place, block in enumerate(blocks):
-        inside, closed, behind = block.partition(CLOSING)
         last = place == len(blocks) - 1
+        inside, closed, behind = block.partition(CLOSING)
         if not closed and not (complete and last):
             break
-        found = _calls(inside)
-        if not found:  # not a call: the text as it stands
-            content += OPENING + block
-            continue
-        calls += found
-        content += behind if behind.strip() else ""
-    if not complete and not blocks:
-        # What may become the tag or the space before it is held back.
-        for length in range(min(len(content), len(OPENING) - 1), 0, -1):
-            if OPENING.startswith(content[-length:]):
-                content = content[:-length]
-                break
-        return Parsed(content.rstrip())
+        if last and not complete:
+            behind = _certain(behind)
+        if found := _calls(inside):
+            calls += found
+            content += behind if behind.strip() else ""
+        else:  # not a call: the text as it stands
+            content += OPENING + inside + closed + behind
     return Parsed(content.rstrip() if calls or not complete else content, tuple(calls))
+
+
+def _certain(text: str) -> str:
+    """A text without an end that may become the opening tag."""
+    for length in range(min(len(text), len(OPENING) - 1), 0, -1):
+        if OPENING.startswith(text[-length:]):
+            return text[:-length]
+    return text
 
 
 def _calls(text: str) -> tuple[Called, ...]:
