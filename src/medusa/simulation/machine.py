@@ -82,11 +82,8 @@ class Validation:
 def validate(
     setting: Setting, device: str, batch: int, length: int, candidates: list[int], megabytes: int = 256, rounds: int = 3
 ) -> list[Validation]:
-    """Run each operator: in a prefill of `length` tokens, and in a step at every number of candidates.
-
-    Raises:
-        InvalidInput: quantised weights or experts, which are not supported.
-    """
+    """Run each operator in a prefill of `length` tokens and in a step at every number of candidates; InvalidInput for quantised
+    weights and experts."""
     kind = getattr(torch, setting.dtype)
     if setting.weight_bits is not None or setting.shape.experts:
         raise InvalidInput("validation supports only dense layers without quantised weights")
