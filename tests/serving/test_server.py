@@ -83,7 +83,7 @@ def test_a_client_that_goes_away_frees_its_slot(served, stream):
 
 
 def test_a_full_queue_says_when_to_come_back(model, tokenizer):
-    with serve(model, tokenizer, engine={"slots": 1, "max_queue": 2}) as served:
+    with serve(model, tokenizer, engine={"slots": 1, "queue": 2}) as served:
         answers: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: answers.append(served.post(CHAT, LONG))) for _ in range(8)]
         for thread in threads:
@@ -99,7 +99,7 @@ def test_a_full_queue_says_when_to_come_back(model, tokenizer):
 
 
 def test_answers_to_a_call_are_all_queued_or_none(model, tokenizer):
-    with serve(model, tokenizer, engine={"slots": 1, "max_queue": 3}) as served:
+    with serve(model, tokenizer, engine={"slots": 1, "queue": 3}) as served:
         assert served.post(CHAT, {**LONG, "n": 30}).status_code == 503
         assert served.idle(10) and served.post(CHAT, {**SHORT, "n": 2}).status_code == 200
 

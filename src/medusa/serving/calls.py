@@ -63,8 +63,8 @@ class Service:
     @property
     def longest(self) -> int:
         """The most tokens of a prompt and its answer."""
-        capacity = self.engine.load().capacity
-        return capacity if self.model.max_length is None else min(capacity, self.model.max_length)
+        room = self.engine.room()
+        return room if self.model.max_length is None else min(room, self.model.max_length)
 
     def card(self) -> dict[str, Any]:
         """The model for clients."""
@@ -123,7 +123,8 @@ def make_call(service: Service, body: ChatRequest | CompletionRequest, ids: list
         check_prompts(service.model, tensor, None)
     except InvalidInput as error:
         raise Problem(f"prompt: {clean(error)}", param="prompt") from None
-    limit = _limit(service, body, len(ids))
+    tree = _tree(service, body)
+    limit = _limit(service, body, len(ids), tree)
     options = _prepared(service, body, tensor, limit, grammar)
     logprobs = body.logprobs if isinstance(body, CompletionRequest) else (body.top_logprobs or 0) if body.logprobs else None
     echo = isinstance(body, CompletionRequest) and bool(body.echo)
@@ -140,7 +141,6 @@ def make_call(service: Service, body: ChatRequest | CompletionRequest, ids: list
         trace=body.medusa.trace,
         drops_answer=body.limit == 0,
     )
-    tree = _tree(service, body)
     for number in range(body.n or 1):
         request = Request(
             ids,
@@ -157,9 +157,10 @@ def make_call(service: Service, body: ChatRequest | CompletionRequest, ids: list
     return call
 
 
-def _limit(service: Service, body: ChatRequest | CompletionRequest, prompt: int) -> int:
+def _limit(service: Service, body: ChatRequest | CompletionRequest, prompt: int, tree: Tree | None) -> int:
     """The greatest number of new tokens."""
-    room = service.longest - prompt
+    # Without a tree of the request's own the same as for any other, so that plain decoding has the same limits.
+    room = min(service.longest, service.engine.room(tree)) - prompt
     asked = body.limit
     if room < (asked or 1):
         most = room + prompt
