@@ -133,13 +133,19 @@ async def _answered(service: Service, request: Request, body: Any, prepare: Call
         raise Problem(f"n: {body.n} is more than {service.settings.max_answers} answers", param="n")
     if service.draining:
         raise Problem("the server is shutting down", 503, code="shutting_down", retry_after=5)
-    calls = await _in_pool(service, request, prepare, service, body)
-    answers = Answers(service, calls, request.state.request_id, request.url.path)
-    answers.submit()
-    found = kind(service, body, answers, request.state.request_id)
-    if body.stream:
-        return EventStream(found.chunks(), service.settings.keep_alive, closing=answers.cancel)
-    return JSONResponse(await unless_gone(request, found.whole()))
+    try:
+        calls = await _in_pool(service, request, prepare, service, body)
+        answers = Answers(service, calls, request.state.request_id, request.url.path)
+        answers.submit()
+        found = kind(service, body, answers, request.state.request_id)
+        if body.stream:
+            return EventStream(found.chunks(), service.settings.keep_alive, closing=answers.cancel)
+        return JSONResponse(await unless_gone(request, found.whole()))
+    except (Problem, ClientDisconnect):
+        raise
+    except Exception as error:  # a fault of ours: the caller gets an answer, and its connection stays open
+        log.exception("%s %s failed", request.state.request_id, request.url.path)
+        raise problem_of(error) from error
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -196,12 +202,12 @@ def _ids(service: Service, body: TokenizeRequest) -> list[int]:
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """Whether the engine works."""
         return Response(status_code=200 if service.engine.alive() else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", response_class=Response)
     async def ready() -> Response:
         """Whether new requests are taken."""
         return Response(status_code=200 if service.engine.alive() and not service.draining else 503)
