@@ -1,7 +1,7 @@
 """Structured output: a grammar (JSON schema, regex, choice, Lark) that every token of a continuation follows, by llguidance.
 
-A grammar reads a row's tree on the host: it walks down the paths and back, and says for every node which tokens may follow. Before
-a step drafts, it also says what must follow the root (`medusa.trees.guidance`).
+A grammar reads a row's tree on the host: it walks down the paths and back, and says for every node which tokens may follow.
+Before a step drafts, it also says what must follow the root (`medusa.trees.guidance`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def _vocabulary(tokenizer: Any) -> Any:
     try:
         made = bridge.from_tokenizer(tokenizer, eos_token=0 if tokenizer.eos_token_id is None else None)
     except (AttributeError, ValueError) as error:
-        raise InvalidInput(f"structured output needs a fast tokenizer, got {type(tokenizer).__name__}: {one_line(error)}") from error
+        raise InvalidInput(
+            f"structured output needs a fast tokenizer, got {type(tokenizer).__name__}: {one_line(error)}"
+        ) from error
     _vocabularies[tokenizer] = made
     return made
 
@@ -182,7 +184,9 @@ class _Place:
             if self._ended or token in self._eos:
                 self._ended = True
             elif not self._down(token):
-                raise InvalidInput(f"token {token} does not follow the grammar: {self._error() or 'another processor chose it'}")
+                raise InvalidInput(
+                    f"token {token} does not follow the grammar: {self._error() or 'another processor chose it'}"
+                )
 
     def mask(self) -> Tensor:  # (W,) int32
         """A bit for each token that may come next, eos among them where the text may end; all bits after an eos."""

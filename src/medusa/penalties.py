@@ -1,4 +1,4 @@
-"""Penalties on tokens that have occurred, for all nodes of a row's tree at once: each node counts the tokens of its own path."""
+"""Penalties on tokens that have occurred, for all nodes of a row at once: each counts the tokens of its own path."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class OwnOptions:
                 raise InvalidInput(f"{name} is {value!r}, expected a number, where 0 is off")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InvalidInput(
-                f"grammar is a {type(self.grammar).__name__}, expected a medusa.Grammar, such as Grammar.json(schema, tokenizer)"
+                f"grammar is a {type(self.grammar).__name__}, expected a Grammar, such as Grammar.json(schema, tokenizer)"
             )
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise InvalidInput(

@@ -1,7 +1,7 @@
 """Guidance: what a grammar says of the coming tokens before a step drafts, and trees drafted by it.
 
-Tokens that the grammar forces stand in the tree as a chain behind the root; of the head behind the chain only guesses that the
-grammar allows become nodes. The backbone verifies all nodes as always, so guidance changes the number of steps, never the output.
+Tokens that the grammar forces stand in the tree as a chain behind the root. Of the next head, only guesses that the grammar
+allows become nodes. The backbone verifies all nodes as always: guidance changes the number of steps, never the output.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class GuidedDrafter:
         length = self.forced.shape[1]
         chain = torch.cat([root[:, None], self.forced, root[:, None].expand(-1, nodes - 1 - length)], 1)
         node = torch.arange(nodes, device=root.device)
-        above = (node - 1).clamp(min=0) * (node <= self.number[:, None])  # nodes behind the chain hang on the root, and are wasted
+        above = (node - 1).clamp(min=0) * (
+            node <= self.number[:, None]
+        )  # nodes behind the chain hang on the root, and are wasted
         long = (self.number > self.inner.num_heads)[:, None]
         parents = torch.where(long, above, tree.parents.expand(batch, -1))
         return torch.where(long, chain, tokens), tree_tensors(parents, self.depth)
