@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,7 +44,7 @@ class Grammar:
         self.width = -(-vocabulary.vocab_size // 32)  # of a mask, in words of 32 tokens
 
     @classmethod
-    def json(cls, schema: str | dict[str, Any] | bool, tokenizer: Any, whitespace: bool = False) -> Grammar:
+    def json(cls, schema: str | dict[str, Any], tokenizer: Any, whitespace: bool = False) -> Grammar:
         """JSON that fits a schema.
 
         Args:
@@ -57,8 +56,8 @@ class Grammar:
                 schema = json.loads(schema)
             except json.JSONDecodeError as error:
                 raise InvalidInput(f"the JSON schema is not JSON: {error}") from None
-        if not isinstance(schema, dict | bool):
-            raise InvalidInput(f"a JSON schema is an object or a boolean, got {type(schema).__name__}")
+        if not isinstance(schema, dict):
+            raise InvalidInput(f"a JSON schema is an object, got {type(schema).__name__}")
         compile = _library().LLMatcher.grammar_from_json_schema
         return cls(compile(json.dumps(schema), overrides={"whitespace_flexible": whitespace}), tokenizer)
 
@@ -78,13 +77,6 @@ class Grammar:
     def lark(cls, text: str, tokenizer: Any) -> Grammar:
         """Text of a context-free grammar in llguidance's variant of Lark."""
         return cls(_library().LLMatcher.grammar_from_lark(text), tokenizer)
-
-    @classmethod
-    def read_json(cls, path: Path, tokenizer: Any, whitespace: bool = False) -> Grammar:
-        """`json` with the schema in a file."""
-        from medusa.runs.files import read_text
-
-        return cls.json(read_text(path, InvalidInput), tokenizer, whitespace)
 
     def start(self) -> Any:
         """A matcher at the start of the grammar."""

@@ -93,9 +93,7 @@ class GuidedDrafter:
         length = self.forced.shape[1]
         chain = torch.cat([root[:, None], self.forced, root[:, None].expand(-1, nodes - 1 - length)], 1)
         node = torch.arange(nodes, device=root.device)
-        above = (node - 1).clamp(min=0) * (
-            node <= self.number[:, None]
-        )  # nodes behind the chain hang on the root, and are wasted
+        above = (node - 1).clamp(min=0) * (node <= self.number[:, None])  # the rest hang on the root, and are wasted
         long = (self.number > self.inner.num_heads)[:, None]
         parents = torch.where(long, above, tree.parents.expand(batch, -1))
         return torch.where(long, chain, tokens), tree_tensors(parents, self.depth)
