@@ -89,17 +89,13 @@ def _library() -> Any:
 
 def _vocabulary(tokenizer: Any) -> Any:
     """llguidance's form of a tokenizer."""
-    if (found := _vocabularies.get(tokenizer)) is not None:
-        return found
-    bridge = require("llguidance.hf", "serve", "structured output")
-    try:
-        made = bridge.from_tokenizer(tokenizer, eos_token=0 if tokenizer.eos_token_id is None else None)
-    except (AttributeError, ValueError) as error:
-        raise InvalidInput(
-            f"structured output needs a fast tokenizer, got {type(tokenizer).__name__}: {one_line(error)}"
-        ) from error
-    _vocabularies[tokenizer] = made
-    return made
+    if not getattr(tokenizer, "is_fast", False):
+        raise InvalidInput(f"structured output needs a fast tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer")
+    if tokenizer not in _vocabularies:
+        bridge = require("llguidance.hf", "serve", "structured output")
+        eos = None if tokenizer.eos_token_id is not None else 0  # which ids end a text is decided per call
+        _vocabularies[tokenizer] = bridge.from_tokenizer(tokenizer, eos_token=eos)
+    return _vocabularies[tokenizer]
 
 
 @dataclass(frozen=True)
