@@ -90,7 +90,8 @@ def _library() -> Any:
 def _vocabulary(tokenizer: Any) -> Any:
     """llguidance's form of a tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
-        raise InvalidInput(f"structured output needs a fast tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer")
+        name = type(tokenizer).__name__
+        raise InvalidInput(f"structured output needs a fast tokenizer, got {name}; load it with AutoTokenizer")
     if tokenizer not in _vocabularies:
         bridge = require("llguidance.hf", "serve", "structured output")
         eos = None if tokenizer.eos_token_id is not None else 0  # which ids end a text is decided per call
