@@ -185,6 +185,10 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
         if said != count:
             notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
+    if not own and config.get("medusa_shared_lm_head") is False:
+        notes.append(
+            f"{CONFIG_FILE} says that the heads have LM heads of their own, {source} holds none; the backbone's is used"
+        )
     return Checkpoint(
         source=source,
         format=_format(style, source, not own and not reads, num_layers),
