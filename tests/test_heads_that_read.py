@@ -31,7 +31,7 @@ def backbone():
 
 
 def bound(backbone, kind: str, shared: bool = True, num_layers: int = 1, num_heads: int = 3, **options) -> MedusaHeads:
-    heads = random_heads(backbone, num_heads, num_layers, shared, kind=kind, embedding_scale=1.5, **options)
+    heads = random_heads(backbone, num_heads, num_layers, shared, heads_kind=kind, embedding_scale=1.5, **options)
     return heads.bound_to(backbone.get_output_embeddings(), torch.device("cpu"), torch.float32, backbone.get_input_embeddings())
 
 
@@ -50,7 +50,7 @@ def test_a_state_is_the_formula(backbone):
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_heads_say_what_plain_ones_say(backbone, kind):
     plain = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), 3, 1, True)
-    heads = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), 3, 1, True, kind=kind)
+    heads = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), 3, 1, True, heads_kind=kind)
     heads.share(backbone.get_output_embeddings(), backbone.get_input_embeddings())
     h = torch.randn(2, 64)
     assert torch.equal(heads(h, root=torch.tensor([3, 5])), plain(h))
@@ -157,7 +157,7 @@ def test_replay_takes_the_steps_that_decoding_takes(backbone, kind, temperature,
 @pytest.mark.parametrize("to", ["medusa", "merged"])
 def test_files_keep_what_heads_read(backbone, kind, to, tmp_path):
     backbone.save_pretrained(tmp_path / "backbone")
-    heads = random_heads(backbone, 3, shared=True, kind=kind, embedding_scale=0.3)
+    heads = random_heads(backbone, 3, shared=True, heads_kind=kind, embedding_scale=0.3)
     write_checkpoint(heads, tmp_path / "out", to, backbone=tmp_path / "backbone")
     found = load_heads(tmp_path / "out")
     assert found.kind == kind and found.config == heads.config
@@ -169,7 +169,7 @@ def test_files_keep_what_heads_read(backbone, kind, to, tmp_path):
 
 
 def test_files_without_the_scale_of_embeddings_are_refused(backbone, tmp_path):
-    save_heads(random_heads(backbone, 2, kind="root"), tmp_path)
+    save_heads(random_heads(backbone, 2, heads_kind="root"), tmp_path)
     (tmp_path / CONFIG_FILE).unlink()
     with pytest.raises(CheckpointError, match="medusa_embedding_scale"):
         open_checkpoint(tmp_path)
@@ -177,7 +177,7 @@ def test_files_without_the_scale_of_embeddings_are_refused(backbone, tmp_path):
 
 def test_heads_without_a_block_to_read_with_are_refused(backbone):
     with pytest.raises(InvalidInput, match="num_layers is 0"):
-        random_heads(backbone, 2, num_layers=0, kind="root")
+        random_heads(backbone, 2, num_layers=0, heads_kind="root")
 
 
 def sampled_rows(backbone) -> Rows:

@@ -1,9 +1,10 @@
-"""Configuration: the description saved with heads, and the strict reader of every configuration mapping."""
+"""Configuration: the description saved with heads, dataclasses of options, and the strict reader of every configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import operator
 import types
 import typing
@@ -47,6 +48,28 @@ class MedusaConfig:
     medusa_embedding_scale: float | None = None  # which brings the embeddings to the size of the hidden states
     base_model_name_or_path: str | None = None
 
+    def __post_init__(self) -> None:
+        kind, reads = self.medusa_heads_kind, self.medusa_heads_kind != "medusa"
+        least = {"hidden_size": 1, "vocab_size": 1, "medusa_num_heads": 1, "medusa_num_layers": int(reads)}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                why = f": heads that read the {kind} read it in a residual block" if number and "layers" in name else ""
+                raise InvalidInput(f"{name.removeprefix('medusa_')} is {getattr(self, name)}, expected at least {number}{why}")
+        if not 1 <= self.scored <= self.vocab_size:
+            raise InvalidInput(f"a draft vocabulary has 1 to {self.vocab_size} tokens, the vocabulary's, got {self.scored}")
+        settled = {
+            "medusa_lm_head_bias": self.medusa_lm_head_bias and not self.medusa_shared_lm_head,
+            "medusa_embedding_size": (self.medusa_embedding_size or self.hidden_size) if reads else None,
+            "medusa_embedding_scale": (self.medusa_embedding_scale or 1.0) if reads else None,
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens that each head scores."""
+        return self.vocab_size if self.medusa_draft_vocabulary is None else self.medusa_draft_vocabulary
+
     def to_dict(self) -> dict[str, Any]:
         """The mapping written to `config.json`, which engines that know Medusa's older formats can read too.
 
@@ -77,12 +100,48 @@ class MedusaConfig:
         return from_mapping(cls, {key: value for key, value in found.items() if key in known}, str(path))
 
 
-def integer(name: str, value: Any, least: int | None = None) -> int:
-    """Convert an argument of any integer type, including numpy's, to int.
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field of a dataclass of options.
 
-    Raises:
-        InvalidInput: the value is not an integer, or less than `least`.
+    Args:
+        text: its description, for `--help` and the documents.
+        more: limits of its values (`least`, `above`, `most`, `below`), or its `choices`; of a tuple those of each value. For
+            the command line (`medusa.cli.common`) its `flags`, if they are not made from its name, and arguments of typer.
     """
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+LIMITS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+
+
+def check_options(options: Any, of: str = "") -> None:
+    """Raise InvalidInput unless the values of a dataclass of options are finite, within their limits and among their choices.
+
+    Args:
+        of: what the options are of, for the error.
+    """
+    for field in dataclasses.fields(options):
+        value, known = getattr(options, field.name), field.metadata.get("choices")
+        name = f"{field.name}{of and f' of {of}'}"
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            if known is not None and each not in known:
+                raise InvalidInput(f"{name} contain {each!r}, expected {', '.join(known)}")
+            if isinstance(each, float) and not math.isfinite(each):
+                raise InvalidInput(f"{name} is {value}, expected a finite number")
+            for limit in LIMITS.keys() & field.metadata.keys():
+                holds, words = LIMITS[limit]
+                if not holds(each, field.metadata[limit]):
+                    verb = "are" if isinstance(value, tuple) else "is"
+                    raise InvalidInput(f"{name} {verb} {value}, expected {words} {field.metadata[limit]}")
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """Convert an argument of any integer type, including numpy's, to int; InvalidInput if it is none, or less than `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -103,7 +162,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
-    """Build the dataclass `cls` from a mapping, strictly.
+    """Build the dataclass `cls` from a mapping, strictly; a list may stand for a tuple.
 
     Raises:
         ConfigError: a key is unknown (the nearest known key is named) or missing, or a value has the wrong type.
@@ -113,12 +172,14 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
     medusa.errors.ConfigError: heads.yaml: unknown key 'hiden_size'; did you mean 'hidden_size'?
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints, values = typing.get_type_hints(cls), dict(mapping)
     for key, value in mapping.items():
         if key not in fields:
             nearest = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
+        if typing.get_origin(hints[key]) is tuple and isinstance(value, list):
+            values[key] = value = tuple(value)
         if not _fits(value, hints[key]):
             wanted = str(fields[key].type)
             raise ConfigError(f"{source}: {key} is {value!r} ({type(value).__name__}), expected {wanted}")
@@ -129,7 +190,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
     ]
     if absent:
         raise ConfigError(f"{source}: {', '.join(absent)} must be given")
-    return cls(**mapping)
+    return cls(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -143,4 +204,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return isinstance(value, str | Path if kind is Path else kind)

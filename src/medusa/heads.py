@@ -11,7 +11,6 @@ shortlist is scored again (`medusa.shortlist`), never the vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import islice
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medusa.config import HeadsKind, MedusaConfig
-from medusa.errors import CheckpointError, InvalidInput
+from medusa.errors import CheckpointError
 from medusa.placement import device_of, dtype_of, is_plain, linear_map
 
 
@@ -49,6 +48,11 @@ class ResidualBlock(nn.Module):
         if known is not None:
             inner = inner + F.linear(known, self.tokens.weight[:, : known.shape[-1]])
         return x + F.silu(inner)
+
+
+def tokens_read(kind: HeadsKind, k: int) -> int:
+    """The maximum number of tokens that head k + 1 reads: none, the root, or the path from the root on."""
+    return {"medusa": 0, "root": 1, "path": k + 1}[kind]
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -85,10 +89,7 @@ class MedusaHeads(nn.ModuleList):
         num_layers: L, number of residual blocks per head.
         shared_lm_head: predict through the backbone's LM head; `share` must then be called before use.
         lm_head_bias: the heads' own LM heads have a bias, as the backbone's has.
-        draft_vocabulary: V', the number of tokens that heads score (FR-Spec, 2502.14856), listed in `token_map`; None: all.
-        kind: what heads read besides the hidden state: "medusa" nothing, "root" the root, "path" the tokens from the root on.
-        embedding_size: E, the width of the backbone's token embeddings; None: d.
-        embedding_scale: factor that brings the embeddings to the size of the hidden states.
+        more: the other fields of `MedusaConfig`, without `medusa_`.
 
     >>> heads = MedusaHeads(hidden_size=8, vocab_size=32, num_heads=3)
     >>> heads(torch.zeros(2, 8)).shape
@@ -103,51 +104,27 @@ class MedusaHeads(nn.ModuleList):
         num_layers: int = 1,
         shared_lm_head: bool = False,
         lm_head_bias: bool = False,
-        draft_vocabulary: int | None = None,
-        kind: HeadsKind = "medusa",
-        embedding_size: int | None = None,
-        embedding_scale: float | None = None,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **more: Any,
     ):
-        for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size), ("num_heads", num_heads)):
-            if size < 1:
-                raise InvalidInput(f"{name} is {size}, expected at least 1")
-        if num_layers < 0:
-            raise InvalidInput(f"num_layers is {num_layers}, expected at least 0")
-        if draft_vocabulary is not None and not 1 <= draft_vocabulary <= vocab_size:
-            raise InvalidInput(f"a draft vocabulary has 1 to {vocab_size} tokens, the vocabulary's, got {draft_vocabulary}")
-        reads = {"medusa": [0] * num_heads, "root": [1] * num_heads, "path": [*range(1, num_heads + 1)]}[kind]
-        if kind == "medusa":
-            embedding_size = embedding_scale = None
-        elif num_layers == 0:
-            raise InvalidInput(f"heads that read the {kind} read it in a residual block; num_layers is 0, expected at least 1")
-        else:
-            embedding_size, embedding_scale = embedding_size or hidden_size, embedding_scale or 1.0
+        options = {f"medusa_{name}": value for name, value in more.items()}
+        config = MedusaConfig(hidden_size, vocab_size, num_heads, num_layers, shared_lm_head, lm_head_bias, **options)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        scored = draft_vocabulary or vocab_size
         heads = []
-        for tokens in reads:
-            sizes = [tokens * (embedding_size or 0)] + [0] * (num_layers - 1)  # the first block reads
-            parts: list[nn.Module] = [ResidualBlock(hidden_size, size, **factory) for size in sizes[:num_layers]]
+        for k in range(num_heads):
+            read = tokens_read(config.medusa_heads_kind, k) * (config.medusa_embedding_size or 0)
+            parts: list[nn.Module] = [  # the first block reads
+                ResidualBlock(hidden_size, 0 if layer else read, **factory) for layer in range(num_layers)
+            ]
             if not shared_lm_head:
-                parts.append(nn.Linear(hidden_size, scored, bias=lm_head_bias, **factory))
+                parts.append(nn.Linear(hidden_size, config.scored, bias=lm_head_bias, **factory))
             heads.append(nn.Sequential(*parts))
         super().__init__(heads)
-        if draft_vocabulary is not None:  # (V',) long, rising: the token that each score is of
-            self.register_buffer("token_map", torch.arange(draft_vocabulary, device=device))
-        self.config = MedusaConfig(
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            medusa_num_heads=num_heads,
-            medusa_num_layers=num_layers,
-            medusa_shared_lm_head=shared_lm_head,
-            medusa_lm_head_bias=lm_head_bias and not shared_lm_head,
-            medusa_draft_vocabulary=draft_vocabulary,
-            medusa_heads_kind=kind,
-            medusa_embedding_size=embedding_size,
-            medusa_embedding_scale=embedding_scale,
-        )
+        self.config = config
+        if config.medusa_draft_vocabulary is not None:  # (V',) long, rising: the token that each score is of
+            self.register_buffer("token_map", torch.arange(config.scored, device=device))
         self.token_map: Tensor
         # In tuples, so that they are not submodules: they belong to the backbone.
         self._shared: tuple[nn.Module, ...] = ()
@@ -158,21 +135,10 @@ class MedusaHeads(nn.ModuleList):
         cls, config: MedusaConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> MedusaHeads:
         """New heads as a configuration describes them."""
-        heads = cls(
-            config.hidden_size,
-            config.vocab_size,
-            config.medusa_num_heads,
-            config.medusa_num_layers,
-            config.medusa_shared_lm_head,
-            config.medusa_lm_head_bias,
-            config.medusa_draft_vocabulary,
-            config.medusa_heads_kind,
-            config.medusa_embedding_size,
-            config.medusa_embedding_scale,
-            device,
-            dtype,
-        )
-        heads.config = dataclasses.replace(heads.config, base_model_name_or_path=config.base_model_name_or_path)
+        options = {name.removeprefix("medusa_"): value for name, value in vars(config).items()}
+        del options["base_model_name_or_path"]
+        heads = cls(**options, device=device, dtype=dtype)
+        heads.config = config
         return heads
 
     @classmethod
@@ -183,24 +149,14 @@ class MedusaHeads(nn.ModuleList):
         num_layers: int = 1,
         shared: bool = False,
         token_map: Tensor | None = None,  # (V',) long, rising: the tokens that heads are to score; None: all
-        **reads: Any,  # kind, embedding_size, embedding_scale
+        **reads: Any,  # heads_kind, embedding_size, embedding_scale
     ) -> MedusaHeads:
         """New heads for a backbone: W1 = 0 and W2 a copy of its LM head, so that each predicts what the LM head predicts."""
         weight, bias = linear_map(lm_head)
         vocab_size, hidden_size = weight.shape
-        scored = len(token_map) if token_map is not None else None
-        heads = cls(
-            hidden_size,
-            vocab_size,
-            num_heads,
-            num_layers,
-            shared,
-            bias is not None,
-            scored,
-            **reads,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        reads |= {"draft_vocabulary": None if token_map is None else len(token_map)}
+        sizes = hidden_size, vocab_size, num_heads, num_layers, shared, bias is not None
+        heads = cls(*sizes, device=weight.device, dtype=weight.dtype, **reads)
         if token_map is not None:
             heads.token_map = token_map.to(weight.device)
             weight, bias = weight[heads.token_map], bias[heads.token_map] if bias is not None else None
@@ -269,7 +225,7 @@ class MedusaHeads(nn.ModuleList):
 
     def known(self, k: int) -> int:
         """The maximum number of tokens that head k + 1 reads: none, the root, or the path from the root on."""
-        return {"medusa": 0, "root": 1, "path": k + 1}[self.kind]
+        return tokens_read(self.kind, k)
 
     def embed(
         self,
@@ -285,7 +241,7 @@ class MedusaHeads(nn.ModuleList):
     @property
     def scored(self) -> int:
         """V', the number of tokens that each head scores."""
-        return self.config.medusa_draft_vocabulary or self.config.vocab_size
+        return self.config.scored
 
     def tokens(
         self,

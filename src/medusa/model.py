@@ -30,7 +30,7 @@ from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.trees.history import History
 from medusa.trees.static import MedusaTree
-from medusa.trees.tensors import Drafted, Drafter, Frame
+from medusa.trees.tensors import Drafted, Drafter, Frame, chain
 
 
 class MedusaModel(MedusaGenerationMixin):
@@ -192,6 +192,15 @@ class MedusaModel(MedusaGenerationMixin):
     ) -> Tensor:  # (..., V)
         """The backbone's logits of hidden states."""
         return self.lm.logits(hidden, lm_head)
+
+    def extend(
+        self,
+        ids: Tensor,  # (B, T) long
+        frame: Frame,
+        cache: TreeCache,
+    ) -> Tensor:  # (B, T, d)
+        """Process more tokens of texts whose beginnings are in a cache; returns their last hidden states."""
+        return self.lm.verify(ids, chain(ids.shape[1], ids.device), frame, cache)
 
     def draft_and_verify(
         self,

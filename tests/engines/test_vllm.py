@@ -73,6 +73,7 @@ def runner_class(monkeypatch):
         propose_draft_token_ids = Runner.propose_draft_token_ids
 
     monkeypatch.setattr(vllm, "runner_class", lambda: Fresh)
+    monkeypatch.setattr(vllm, "repair_temperatures", lambda: None)  # of vLLM's sampler, which is not there
     return Fresh
 
 
@@ -142,7 +143,7 @@ def test_drafts_are_those_of_our_static_chain(embedded_model):
 def test_a_chain_is_the_formula(tmp_path, backbone, kind, scored, shared):
     tokens = torch.arange(VOCAB)[-scored:]
     token_map = tokens if scored < VOCAB else None
-    options = {"kind": kind, "embedding_scale": 1.5} if kind != "medusa" else {}
+    options = {"heads_kind": kind, "embedding_scale": 1.5} if kind != "medusa" else {}
     heads = MedusaHeads.for_lm_head(backbone.get_output_embeddings(), 3, 1, shared, token_map, **options)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -228,7 +229,7 @@ def test_heads_that_do_not_fit_are_refused(tmp_path, backbone):
 
 
 def test_an_lm_head_or_embeddings_that_cannot_be_read_are_refused(tmp_path, backbone):
-    saved(tmp_path, backbone, shared=True, kind="root")
+    saved(tmp_path, backbone, shared=True, heads_kind="root")
     served = Served(backbone)
     served.lm_head = nn.Module()
     served.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, 64, dtype=torch.int8), requires_grad=False)

@@ -11,7 +11,7 @@ from medusa import MedusaModel, MedusaTree, load_tree
 from medusa.cli import app
 from medusa.errors import MedusaError
 from medusa.trees.calibration import Calibration
-from medusa.tuning.options import TREE_KINDS
+from medusa.tuning.config import TREE_KINDS
 from medusa.tuning.verbs import TuningConfig, tune, tune_model
 from tiny import random_heads, random_prompt, tiny_backbone
 

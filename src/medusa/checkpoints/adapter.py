@@ -40,11 +40,8 @@ def has_adapter(folder: Path) -> bool:
 
 
 def adapted_model(folder: Path) -> str | None:
-    """The name of the model an adapter was made for, if a folder holds an adapter instead of a model; otherwise None.
-
-    Raises:
-        CheckpointError: the adapter does not name its model.
-    """
+    """The name of the model that an adapter was made for, if a folder holds an adapter instead of a model; None otherwise.
+    CheckpointError if the adapter does not name it."""
     if not has_adapter(folder) or (folder / CONFIG_FILE).is_file():
         return None
     name = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -37,7 +37,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     checkpoint = open_checkpoint(path)
     alone = not _is_model(folder)
     base_model = backbone or (checkpoint.base_model if alone else str(source if path.is_file() else find_model(source)))
-    needs_lm_head = wants_lm_head(checkpoint.shared_lm_head, to)
+    needs_lm_head = wants_lm_head(checkpoint.config.medusa_shared_lm_head, to)
     base = None
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
         if base_model is None:

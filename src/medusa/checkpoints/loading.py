@@ -111,11 +111,7 @@ def _name_broken_weights(folder: Path) -> None:
 
 
 def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:
-    """Load the config of a model's text part, without the weights.
-
-    Raises:
-        CheckpointError: there is no config, or it cannot be read.
-    """
+    """Load the config of a model's text part, without the weights; CheckpointError if there is none that can be read."""
     source = source if isinstance(source, Source) else Source(Path(source))
     where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
     try:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from medusa.config import MedusaConfig
+
 CARD = """\
 ---
 {metadata}
@@ -20,14 +22,13 @@ CARD = """\
 """
 
 
-def card_of_heads(
-    num_heads: int, num_layers: int, shared_lm_head: bool, base_model: str | None, method: str = "Medusa", merged: bool = False
-) -> str:
+def card_of_heads(config: MedusaConfig, method: str = "Medusa", merged: bool = False) -> str:
     """A model card's beginning: what the heads are and how to load them. Training appends its measurements.
 
     Args:
         merged: whether the folder holds the backbone too.
     """
+    base_model, num_layers = config.base_model_name_or_path, config.medusa_num_layers
     on_hub = base_model if base_model and not Path(base_model).is_dir() else None  # the hub takes only its own ids
     metadata = ModelCardData(
         base_model=on_hub,
@@ -39,9 +40,9 @@ def card_of_heads(
         metadata=metadata.to_yaml(),
         of=f" for {base_model}" if base_model else "",
         method=method,
-        num_heads=num_heads,
+        num_heads=config.medusa_num_heads,
         num_layers=num_layers,
         plural="" if num_layers == 1 else "s",
-        lm_head="predicting through the backbone's LM head" if shared_lm_head else "with their own LM heads",
+        lm_head="predicting through the backbone's LM head" if config.medusa_shared_lm_head else "with their own LM heads",
         load='"this folder"' if merged else f'{base_model or "the backbone"!r}, heads="this folder"',
     )

@@ -104,11 +104,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 
 
 def device_named(name: str | None) -> str:
-    """A device that is there; None: a GPU if there is one, of several processes each its own.
-
-    Raises:
-        InvalidInput: the device is not there.
-    """
+    """A device; None: a GPU if there is one, of several processes each its own. InvalidInput if the device is not there."""
     if name is None:
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:

@@ -34,8 +34,7 @@ def push_to_hub(
     checkpoint = open_checkpoint(folder)
     if not (folder / CARD_FILE).is_file():
         merged = checkpoint.format in ("merged", "modelopt")
-        about = checkpoint.num_heads, checkpoint.num_layers, checkpoint.shared_lm_head, checkpoint.base_model
-        write_text(folder / CARD_FILE, card_of_heads(*about, merged=merged))
+        write_text(folder / CARD_FILE, card_of_heads(checkpoint.config, merged=merged))
     if checkpoint.base_model and Path(checkpoint.base_model).is_dir():
         warnings.warn(
             f"{folder} names the local folder {checkpoint.base_model} as its backbone, which others do not have", stacklevel=2

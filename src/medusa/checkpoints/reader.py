@@ -30,17 +30,18 @@ class Checkpoint:
     source: Path
     format: str  # medusa (ours), v0.1, v2, vllm, merged or modelopt
     tensors: dict[str, Tensor]
-    num_heads: int
-    num_layers: int
-    hidden_size: int
+    config: MedusaConfig
     vocab_size: int | None  # None if the LM head is shared and no config gives it
-    shared_lm_head: bool
-    lm_head_bias: bool
-    draft_vocabulary: int | None  # number of tokens that heads score; None: the whole vocabulary
-    reads: dict[str, Any]  # the configuration of heads that read tokens; empty for others
     tied_blocks: bool  # the blocks of each head are equal: the old `[block] * L`
-    base_model: str | None
     notes: tuple[str, ...]  # disagreements of config and file, and assumptions made
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.medusa_num_heads
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.base_model_name_or_path
 
     def heads(self, dtype: torch.dtype | None = None, vocab_size: int | None = None) -> MedusaHeads:
         """Build the heads around the tensors, without copying them.
@@ -58,19 +59,7 @@ class Checkpoint:
                 f"{self.source} shares the backbone's LM head and has no {CONFIG_FILE} that gives vocab_size; name the backbone"
             )
         with torch.device("meta"):
-            heads = MedusaHeads.of(
-                MedusaConfig(
-                    self.hidden_size,
-                    vocab_size,
-                    self.num_heads,
-                    self.num_layers,
-                    self.shared_lm_head,
-                    self.lm_head_bias,
-                    self.draft_vocabulary,
-                    base_model_name_or_path=self.base_model,
-                    **self.reads,
-                )
-            )
+            heads = MedusaHeads.of(dataclasses.replace(self.config, vocab_size=vocab_size))
         # Of several dtypes, the one that can represent all: nothing is rounded.
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP]
         dtype = dtype or functools.reduce(torch.promote_types, floats)
@@ -137,11 +126,8 @@ def heads_from_tensors(
 
 
 def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> Checkpoint:
-    """The heads that a set of named tensors forms; the config is used only for what the tensors do not determine.
-
-    Raises:
-        CheckpointError: a tensor is unknown, missing or of the wrong shape, or there are none.
-    """
+    """The heads that named tensors form, CheckpointError if they form none; the config gives only what tensors do not
+    determine."""
     tensors = dict(tensors)
     token_map = _token_map(tensors, source)
     parts = _parsed(tensors, source)
@@ -160,51 +146,45 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         token_map = None  # it lists all tokens
     vocab_size = rows if own and token_map is None else _vocab_size(config)
     draft = None
-    if token_map is not None:
-        if vocab_size is None:
-            raise CheckpointError(
-                f"{source} has a draft vocabulary and no {CONFIG_FILE} that gives vocab_size; copy it as well"
-            )
-        if not 0 <= int(token_map[0]) <= int(token_map[-1]) < vocab_size:
-            raise CheckpointError(f"{source}: {TOKEN_MAP} names tokens outside the vocabulary of {vocab_size}")
-        if len(token_map) < vocab_size:
-            held[TOKEN_MAP], draft = token_map, len(token_map)
+    if token_map is not None and len(token_map) < _check_vocabulary(token_map, vocab_size, source):
+        held[TOKEN_MAP], draft = token_map, len(token_map)
     bias = any(part.layer is None and part.kind == "bias" for part in parts.values())
+    base_model = config.get("base_model_name_or_path")
+    reads = _reads(held, num_heads, config, source)
+    reads["base_model_name_or_path"] = base_model if isinstance(base_model, str) else None
+    own_config = MedusaConfig(hidden_size, vocab_size or rows, num_heads, num_layers, not own, bias, draft, **reads)
+    _check_shapes(held, own_config, style, source)
+    for what, keys, count in (("heads", HEADS_KEYS, num_heads), ("layers", LAYERS_KEYS, num_layers)):
+        said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
+        if said != count:
+            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
+    if not own and config.get("medusa_shared_lm_head") is False:
+        notes.append(f"{CONFIG_FILE} says the heads have LM heads of their own, {source} holds none; the backbone's is used")
+    kind = _format(style, source, own_config)
+    tied = num_layers > 1 and _tied(held, num_heads, num_layers)
+    return Checkpoint(source, kind, held, own_config, vocab_size, tied, tuple(notes))
+
+
+def _check_vocabulary(token_map: Tensor, vocab_size: int | None, source: Path) -> int:
+    """The size of the vocabulary, which must contain the tokens that heads score."""
+    if vocab_size is None:
+        raise CheckpointError(f"{source} has a draft vocabulary and no {CONFIG_FILE} that gives vocab_size; copy it as well")
+    if not 0 <= int(token_map[0]) <= int(token_map[-1]) < vocab_size:
+        raise CheckpointError(f"{source}: {TOKEN_MAP} names tokens outside the vocabulary of {vocab_size}")
+    return vocab_size
+
+
+def _check_shapes(held: dict[str, Tensor], config: MedusaConfig, style: str, source: Path) -> None:
+    """Raise CheckpointError unless these are exactly the tensors of such heads."""
     with torch.device("meta"):
-        reads = _reads(held, num_heads, config, source)
-        sizes = hidden_size, vocab_size or rows, num_heads, num_layers, not own, bias, draft
-        wanted = MedusaHeads.of(MedusaConfig(*sizes, **reads)).state_dict()
-    size = f"{num_heads} heads of {num_layers} layers"
+        wanted = MedusaHeads.of(config).state_dict()
+    size = f"{config.medusa_num_heads} heads of {config.medusa_num_layers} layers"
     for name in sorted(wanted.keys() | held.keys()):
         if name not in held:
             raise CheckpointError(f"{source} lacks tensor {in_style(name, style)}, expected for {size}; copy it again")
         got, want = tuple(held[name].shape), tuple(wanted[name].shape) if name in wanted else "none"
         if got != want:
             raise CheckpointError(f"{source}: tensor {in_style(name, style)} has shape {got}, expected {want} ({size})")
-    for what, keys, count in (("heads", HEADS_KEYS, num_heads), ("layers", LAYERS_KEYS, num_layers)):
-        said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
-        if said != count:
-            notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
-    if not own and config.get("medusa_shared_lm_head") is False:
-        notes.append(
-            f"{CONFIG_FILE} says that the heads have LM heads of their own, {source} holds none; the backbone's is used"
-        )
-    return Checkpoint(
-        source=source,
-        format=_format(style, source, not own and not reads, num_layers),
-        tensors=held,
-        num_heads=num_heads,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        shared_lm_head=not own,
-        draft_vocabulary=draft,
-        lm_head_bias=bias,
-        reads=reads,
-        tied_blocks=num_layers > 1 and _tied(held, num_heads, num_layers),
-        base_model=base_model if isinstance(base_model := config.get("base_model_name_or_path"), str) else None,
-        notes=tuple(notes),
-    )
 
 
 def _token_map(tensors: dict[str, Tensor], source: Path) -> Tensor | None:
@@ -299,11 +279,12 @@ def _tied(held: dict[str, Tensor], num_heads: int, num_layers: int) -> bool:
     )
 
 
-def _format(style: str, source: Path, shared: bool, num_layers: int) -> str:
+def _format(style: str, source: Path, config: MedusaConfig) -> str:
     """Ours has the names of v0.1 in safetensors; with one block and no LM head it is v2."""
     if style != "v0.1" or source.suffix != ".safetensors":
         return style
-    return "v2" if shared and num_layers == 1 else "medusa"
+    is_v2 = config.medusa_shared_lm_head and config.medusa_heads_kind == "medusa" and config.medusa_num_layers == 1
+    return "v2" if is_v2 else "medusa"
 
 
 def _model_file(folder: Path) -> Path | None:

@@ -24,22 +24,16 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names of the tensors in a file or in an index of shards, without reading the tensors.
-
-    Raises:
-        CheckpointError: the file is broken, or a pickle that contains code.
-    """
+    """The names of the tensors in a file or an index of shards; CheckpointError if it is broken, or a pickle that contains
+    code."""
     if path.name.endswith(INDEX):
         return list(_weight_map(path))
     return list(tensor_sizes(path) if path.suffix == ".safetensors" else _unpickled(path))
 
 
 def check_tensors(path: Path) -> None:
-    """Check a file, or an index and all its shards.
-
-    Raises:
-        CheckpointError: a file is broken, truncated or missing, or a pickle that contains code.
-    """
+    """Check a file, or an index and all its shards; CheckpointError if one is broken or missing, or a pickle that contains
+    code."""
     if not path.name.endswith(INDEX):
         tensor_names(path)
         return

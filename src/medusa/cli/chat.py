@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,42 +18,27 @@ if TYPE_CHECKING:
 COMMANDS = "/reset forgets the conversation, /help shows this, /quit or end of file ends it; Ctrl-C stops an answer"
 
 
+@common.with_options(common.Sampling, common.Loading, temperature=0.7)
 def chat_command(
     model: common.ModelArgument = "embedded",
-    heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
-    system: str | None = typer.Option(None, "--system", help="System message that begins the conversation."),
+    system: Annotated[str | None, typer.Option(help="System message that begins the conversation.")] = None,
     max_new_tokens: common.MaxNewTokens = 512,
-    temperature: common.Temperature = 0.7,
-    top_k: common.TopK = None,
-    top_p: common.TopP = None,
-    min_p: common.MinP = None,
-    repetition_penalty: common.Penalty = None,
-    acceptance: common.Acceptance = "exact",
-    epsilon: common.Epsilon = 0.09,
-    delta: common.Delta = 0.3,
-    seed: common.Seed = None,
     quantization: common.QuantizationOption = "none",
-    gguf_file: common.GgufOption = None,
-    revision: common.RevisionOption = None,
-    offline: common.OfflineOption = False,
-    dtype: common.DtypeOption = None,
-    device: common.DeviceOption = None,
-    trust_remote_code: common.TrustOption = False,
+    **options: Any,
 ) -> None:
     """Talk to a model that has a chat template. Type /help for its commands."""
     from medusa.checkpoints import named
 
     prompting.refuse_prompt_as_model(model, "start medusa chat MODEL and type the prompt there")
-    model = common.with_file(model, gguf_file, revision)
-    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
-    named.require_heads(model, heads, tree == "root")
-    tokenizer = named.load_tokenizer(model, trust_remote_code)
+    model, sampling = common.full_name(model, options), common.sampling_options(options)
+    named.require_heads(model, options["heads"], tree == "root")
+    tokenizer = named.load_tokenizer(model, options["trust_remote_code"])
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
-    medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
-    named.note_advice_on_tree(medusa, model, heads, tree)
-    chat = Chat(medusa, tokenizer, system, max_new_tokens=max_new_tokens, **options)
+    medusa = named.load_model(model, tree=tree, quantization=quantization, **options)
+    named.note_advice_on_tree(medusa, model, options["heads"], tree)
+    chat = Chat(medusa, tokenizer, system, max_new_tokens=max_new_tokens, **sampling)
     terminal = sys.stdin.isatty()
     if terminal:
         note(f"{model} is ready. {COMMANDS}")

@@ -20,15 +20,13 @@ def convert_command(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     to: Annotated[
         Literal["medusa", "v0.1", "v2", "vllm", "merged"],
-        typer.Option("--to", help="medusa is our own format; merged puts backbone and heads into one model."),
+        typer.Option(help="medusa is our own format; merged puts backbone and heads into one model."),
     ],
     backbone: Annotated[
-        str | None,
-        typer.Option("--backbone", help="Folder or hub id of the backbone (default: the one in IN, or the one it names)."),
+        str | None, typer.Option(help="Folder or hub id of the backbone (default: the one in IN, or the one it names).")
     ] = None,
     push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="REPO", help="Publish OUT on the hub as this repository, with a model card."),
+        str | None, typer.Option(metavar="REPO", help="Publish OUT on the hub as this repository, with a model card.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: common.RevisionOption = None,
@@ -52,7 +50,7 @@ def convert_command(
         "output": str(output),
         "format": to,
         "num_heads": written.num_heads,
-        "num_layers": written.num_layers,
+        "num_layers": written.config.medusa_num_layers,
         "base_model": written.base_model,
     }
     if push_to_hub is not None:
@@ -61,6 +59,8 @@ def convert_command(
         print(json.dumps(record))
         return
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{written.num_heads} heads of {written.num_layers} layers in {output}, {size / 1e6:.1f} MB, read back and identical")
+    print(
+        f"{written.num_heads} heads of {record['num_layers']} layers in {output}, {size / 1e6:.1f} MB, read back and identical"
+    )
     if push_to_hub is not None:
         print(record["published"])

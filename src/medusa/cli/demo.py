@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ SHOWN_LINES = 6  # number of last lines of the prompt to show, if it is code to 
 FIRST_SHOWN = 12  # index of the first held-out prompt: a text that repeats itself little
 
 
+@common.with_options(common.Loading)
 def demo_command(
     model: Annotated[
         str | None,
@@ -47,60 +49,75 @@ def demo_command(
     ] = None,
     prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,
-    heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of built-in prompts to measure.")] = 3,
-    gguf_file: common.GgufOption = None,
-    revision: common.RevisionOption = None,
-    offline: common.OfflineOption = False,
-    dtype: common.DtypeOption = None,
-    device: common.DeviceOption = None,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile our loops (slow start).")] = True,
-    check_float32: Annotated[
-        bool, typer.Option("--float32-check/--no-float32-check", help="Compare outputs in float32 too.")
-    ] = True,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Save a picture of the result to this file.")] = None,
-    trust_remote_code: common.TrustOption = False,
+    limit: Annotated[int, typer.Option(min=1, help="Number of built-in prompts to measure.")] = 3,
+    compile: Annotated[bool, typer.Option(help="Compile our loops (slow start).")] = True,
+    float32_check: Annotated[bool, typer.Option(help="Compare outputs in float32 too.")] = True,
+    svg: Annotated[Path | None, typer.Option(help="Save a picture of the result to this file.")] = None,
     as_json: common.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Show an answer being decoded, first plainly and then with Medusa; then measure both against transformers' generate."""
-    from medusa.checkpoints import named
-    from medusa.data.prompts import as_conversation
-
     if model is not None:
         prompting.refuse_prompt_as_model(model, "give it with --prompt")
     given = prompting.read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
-    model = common.with_file(model or _default_model(heads), gguf_file, revision)
-    named.require_heads(model, heads, tree == "root")
-
-    tokenizer = named.load_tokenizer(model, trust_remote_code)
-    is_chat = as_conversation(tokenizer, "", chat, model) is not None
-    texts, batches = _prompts(model, tokenizer, given, is_chat, limit)
-    named.check_room(model, max(batch.shape[1] for batch in batches), max_new_tokens, trust_remote_code)
-    loaded = named.load_model(model, heads, tree, dtype, device, trust_remote_code)
-    named.note_advice_on_tree(loaded, model, heads, tree)
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if is_chat:
-        limits["eos_token_id"] = sorted({*loaded.eos_token_ids, tokenizer.eos_token_id} - {None})
+    model = common.full_name(model or _default_model(options["heads"]), options)
     out = showing.console(stderr=as_json)
-    recorded = _watch(loaded, tokenizer, texts[0], is_chat, batches[0], limits, compile, out)
-    record = _measure(loaded, batches, limits, compile)
+    demo = _load(model, tree, given, chat, limit, max_new_tokens, **options)
+    recorded = _watch(demo, compile, out)
+    record = _measure(demo, compile)
     record["model"] = model
-    if check_float32:
-        record["identical_float32"] = _identical_in_float32(
-            model, heads, tree, device, trust_remote_code, loaded, record["identical"], batches[0], limits
-        )
-    record["text"] = tokenizer.decode(recorded["medusa"].tokens(), skip_special_tokens=True)
-    header, rows, title, caption = _table(record, len(batches), max_new_tokens, loaded)
+    if float32_check:
+        record["identical_float32"] = _identical_in_float32(demo, tree, record["identical"], **options)
+    record["text"] = demo.tokenizer.decode(recorded["medusa"].tokens(), skip_special_tokens=True)
+    header, rows, title, caption = _table(record, len(demo.batches), max_new_tokens, demo.model)
     if svg is not None:
-        _save_picture(svg, tokenizer, recorded, showing.tables(150, header, rows, title, caption))
+        _save_picture(svg, demo.tokenizer, recorded, showing.tables(150, header, rows, title, caption))
     if as_json:
         print(json.dumps(record))
         return
     out.print(title)
     showing.print_table(header, rows)
     out.print(caption)
+
+
+@dataclass(frozen=True)
+class _Demo:
+    """The model, and the prompts as texts and as token ids (1, P).
+
+    Attributes:
+        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
+    """
+
+    name: str
+    model: MedusaModel
+    tokenizer: Any
+    is_chat: bool
+    texts: list[str]
+    batches: list[Tensor]
+    limits: dict[str, Any]
+
+
+def _load(
+    name: str, tree: str | None, given: str | None, chat: bool | None, number: int, max_new_tokens: int, **options: Any
+) -> _Demo:
+    """Load what is to be shown; prompts that do not fit are refused before that."""
+    from medusa.checkpoints import named
+    from medusa.data.prompts import as_conversation
+
+    trusted = options["trust_remote_code"]
+    named.require_heads(name, options["heads"], tree == "root")
+    tokenizer = named.load_tokenizer(name, trusted)
+    is_chat = as_conversation(tokenizer, "", chat, name) is not None
+    texts, batches = _prompts(name, tokenizer, given, is_chat, number)
+    named.check_room(name, max(batch.shape[1] for batch in batches), max_new_tokens, trusted)
+    model = named.load_model(name, tree=tree, **options)
+    named.note_advice_on_tree(model, name, options["heads"], tree)
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    if is_chat:
+        limits["eos_token_id"] = sorted({*model.eos_token_ids, tokenizer.eos_token_id} - {None})
+    return _Demo(name, model, tokenizer, is_chat, texts, batches, limits)
 
 
 def _default_model(heads: str | None) -> str:
@@ -135,16 +152,7 @@ def _prompts(model: str, tokenizer: Any, given: str | None, is_chat: bool, numbe
     return texts, [torch.tensor([prompt_ids(tokenizer, prompt)]) for prompt in asked]
 
 
-def _watch(
-    model: MedusaModel,
-    tokenizer: Any,
-    text: str,
-    is_chat: bool,
-    ids: Tensor,
-    limits: dict[str, Any],
-    compile: bool,
-    out: Console,
-) -> dict[str, _Recording]:
+def _watch(demo: _Demo, compile: bool, out: Console) -> dict[str, _Recording]:
     """Decode one prompt plainly and then with Medusa, showing the text as it is generated."""
     from rich.text import Text
 
@@ -152,21 +160,23 @@ def _watch(
     from medusa.text import Detokenizer
     from medusa.trees.static import MedusaTree
 
+    model, ids = demo.model, demo.batches[0]
+    options: dict[str, Any] = {"compile": compile, **demo.limits}
     trees = {"plain": MedusaTree([]), "medusa": model.tree}
     if compile:
         with waiting("compiling, once: a minute or two"):
             for tree in trees.values():
-                MedusaDecoder(model, tree=tree, compile=True, **limits).prepare(ids)
-    asked = f"> {text}" if is_chat else "\n".join(["…", *text.splitlines()[-SHOWN_LINES:]])
-    out.print(Text(asked, style="bold" if is_chat else "dim"))
+                MedusaDecoder(model, tree=tree, **options).prepare(ids)
+    asked = f"> {demo.texts[0]}" if demo.is_chat else "\n".join(["…", *demo.texts[0].splitlines()[-SHOWN_LINES:]])
+    out.print(Text(asked, style="bold" if demo.is_chat else "dim"))
     titles = {"plain": "plainly: one token per step", "medusa": "with Medusa: tokens of one step have one colour"}
     recorded = {}
     for name, tree in trees.items():
         out.print(Text(f"\n{titles[name]}\n", style="dim"))
         steps: list[tuple[float, list[int]]] = []
-        detokenizer, words = Detokenizer(tokenizer, ids[0].tolist()), showing.Words(out)
+        detokenizer, words = Detokenizer(demo.tokenizer, ids[0].tolist()), showing.Words(out)
         start = time.perf_counter()
-        for step in model.stream(ids, ids.new_ones(ids.shape), do_sample=False, tree=tree, compile=compile, **limits):
+        for step in model.stream(ids, ids.new_ones(ids.shape), do_sample=False, tree=tree, **options):
             steps.append((time.perf_counter() - start, step.tokens[0]))
             colour = COLOURS[len(steps) % len(COLOURS)] if name == "medusa" else None
             words.put(detokenizer.put(step.tokens[0]), colour)
@@ -176,32 +186,29 @@ def _watch(
         tokens, seconds = len(recorded[name].tokens()), time.perf_counter() - start
         out.print(Text(f"\n{tokens} tokens in {seconds:.1f} s: {showing.speed(tokens, len(steps), seconds)}", style="bold"))
     if recorded["plain"].tokens() != recorded["medusa"].tokens():
-        out.print(
-            Text(
-                "\nThe texts differ where two tokens are almost equally likely and rounding decides; not in float32.",
-                style="dim",
-            )
-        )
+        why = "The texts differ where two tokens are almost equally likely and rounding decides; not in float32."
+        out.print(Text(f"\n{why}", style="dim"))
     out.print()
     return recorded
 
 
+@dataclass(frozen=True)
 class _Recording:
     """The steps of a run: the time of each, and its tokens."""
 
-    def __init__(self, prompt: list[int], steps: list[tuple[float, list[int]]]):
-        self.prompt = prompt
-        self.steps = steps
+    prompt: list[int]
+    steps: list[tuple[float, list[int]]]
 
     def tokens(self) -> list[int]:
         return [token for _, tokens in self.steps for token in tokens]
 
 
-def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], compile: bool) -> dict[str, Any]:
+def _measure(demo: _Demo, compile: bool) -> dict[str, Any]:
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
     from medusa.evaluation.measurement import compare_decoders, overhead
     from medusa.trees.static import MedusaTree
 
+    model, batches, limits = demo.model, demo.batches, demo.limits
     decoders: dict[str, Decoder] = {
         "generate": TransformersDecoder(model, **limits),
         "plain": MedusaDecoder(model, tree=MedusaTree([]), compile=compile, **limits),
@@ -226,17 +233,7 @@ def _measure(model: MedusaModel, batches: list[Tensor], limits: dict[str, Any], 
     }
 
 
-def _identical_in_float32(
-    name: str,
-    heads: str | None,
-    tree: str | None,
-    device: str | None,
-    trust_remote_code: bool,
-    loaded: MedusaModel,
-    identical: bool,
-    batch: Tensor,
-    limits: dict[str, Any],
-) -> bool:
+def _identical_in_float32(demo: _Demo, tree: str | None, identical: bool, **options: Any) -> bool:
     """Whether generate, the plain loop and Medusa give the same output on one prompt in float32, as they must."""
     import torch
 
@@ -244,16 +241,16 @@ def _identical_in_float32(
     from medusa.evaluation.decoders import Decoder, MedusaDecoder, TransformersDecoder
     from medusa.trees.static import MedusaTree
 
-    if loaded.backbone.dtype == torch.float32:
+    if demo.model.backbone.dtype == torch.float32:
         return identical
-    exact = named.load_model(name, heads, tree, "float32", device, trust_remote_code)
+    exact = named.load_model(demo.name, tree=tree, **{**options, "dtype": "float32"})
     decoders: list[Decoder] = [
-        TransformersDecoder(exact, **limits),
-        MedusaDecoder(exact, tree=MedusaTree([]), **limits),
-        MedusaDecoder(exact, **limits),
+        TransformersDecoder(exact, **demo.limits),
+        MedusaDecoder(exact, tree=MedusaTree([]), **demo.limits),
+        MedusaDecoder(exact, **demo.limits),
     ]
     with waiting("comparing the three in float32"):
-        return len({str(decode(batch).tokens) for decode in decoders}) == 1
+        return len({str(decode(demo.batches[0]).tokens) for decode in decoders}) == 1
 
 
 def _panel(tokenizer, name: str, recording: _Recording, at: float):

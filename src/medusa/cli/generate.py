@@ -17,33 +17,19 @@ if TYPE_CHECKING:
     from medusa.model import MedusaModel
 
 
+@common.with_options(common.Sampling, common.Loading)
 def generate_command(
     model: common.ModelArgument = "embedded",
     prompt: Annotated[str | None, typer.Argument(help="The prompt (default: stdin).", show_default=False)] = None,
     prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,
-    heads: common.HeadsOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 256,
-    temperature: common.Temperature = 0.0,
-    top_k: common.TopK = None,
-    top_p: common.TopP = None,
-    min_p: common.MinP = None,
-    repetition_penalty: common.Penalty = None,
-    acceptance: common.Acceptance = "exact",
-    epsilon: common.Epsilon = 0.09,
-    delta: common.Delta = 0.3,
-    seed: common.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this string; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this string; repeatable.")] = None,
     quantization: common.QuantizationOption = "none",
-    gguf_file: common.GgufOption = None,
-    revision: common.RevisionOption = None,
-    offline: common.OfflineOption = False,
-    dtype: common.DtypeOption = None,
-    device: common.DeviceOption = None,
     compile: common.CompileOption = False,
-    trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Answer a prompt (chat model) or continue it (any other model). Text is streamed to stdout, statistics go to stderr."""
     import torch
@@ -53,16 +39,15 @@ def generate_command(
 
     if prompt is None and prompt_file is None:
         prompting.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
-    model = common.with_file(model, gguf_file, revision)
-    text = prompting.read_prompt(prompt, prompt_file)
-    options = common.sampling_options(temperature, top_k, top_p, min_p, repetition_penalty, acceptance, epsilon, delta, seed)
-    named.require_heads(model, heads, tree == "root")
-    tokenizer = named.load_tokenizer(model, trust_remote_code)
+    model, sampling = common.full_name(model, options), common.sampling_options(options)
+    text, trusted = prompting.read_prompt(prompt, prompt_file), options["trust_remote_code"]
+    named.require_heads(model, options["heads"], tree == "root")
+    tokenizer = named.load_tokenizer(model, trusted)
     ids = torch.tensor([prompt_ids(tokenizer, as_conversation(tokenizer, text, chat, model) or text)])
-    named.check_room(model, ids.shape[1], max_new_tokens, trust_remote_code)
-    medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization)
-    named.note_advice_on_tree(medusa, model, heads, tree)
-    how = {"max_new_tokens": max_new_tokens, "stop_strings": stop, "tokenizer": tokenizer, "compile": compile, **options}
+    named.check_room(model, ids.shape[1], max_new_tokens, trusted)
+    medusa = named.load_model(model, tree=tree, quantization=quantization, **options)
+    named.note_advice_on_tree(medusa, model, options["heads"], tree)
+    how = {"max_new_tokens": max_new_tokens, "stop_strings": stop, "tokenizer": tokenizer, "compile": compile, **sampling}
     record = _generate(medusa, tokenizer, ids, not as_json, how)
     if as_json:
         print(json.dumps(record))

@@ -14,6 +14,7 @@ from medusa.runs.console import note
 
 if TYPE_CHECKING:
     from medusa.checkpoints.hub import Source
+    from medusa.checkpoints.reader import Checkpoint
 
 FORMATS = {
     "medusa": "ours, as medusa train writes them",
@@ -77,18 +78,19 @@ def inspect_command(
         show_tree(tree)
 
 
-def heads_facts(found: Any) -> dict[str, Any]:
+def heads_facts(found: Checkpoint) -> dict[str, Any]:
+    config = found.config
     return {
         "format": found.format,
         "file": found.source.name,
-        "num_heads": found.num_heads,
-        "num_layers": found.num_layers,
-        "kind": found.reads.get("medusa_heads_kind", "medusa"),
-        "hidden_size": found.hidden_size,
+        "num_heads": config.medusa_num_heads,
+        "num_layers": config.medusa_num_layers,
+        "kind": config.medusa_heads_kind,
+        "hidden_size": config.hidden_size,
         "vocab_size": found.vocab_size,
-        "shared_lm_head": found.shared_lm_head,
-        "draft_vocabulary": found.draft_vocabulary,
-        "lm_head_bias": found.lm_head_bias,
+        "shared_lm_head": config.medusa_shared_lm_head,
+        "draft_vocabulary": config.medusa_draft_vocabulary,
+        "lm_head_bias": config.medusa_lm_head_bias,
         "tied_blocks": found.tied_blocks,
         "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
         "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),

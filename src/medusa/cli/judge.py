@@ -15,8 +15,8 @@ from medusa.runs.console import note
 
 def judge_command(
     answers: Annotated[str, typer.Argument(help="answers.jsonl of `medusa bench` or `medusa experiment`.", show_default=False)],
-    endpoint: Annotated[str, typer.Option("--endpoint", help="Address of an OpenAI-compatible server, up to /v1.")],
-    judge_model: Annotated[str, typer.Option("--judge-model", help="Name of the judge's model on that server.")],
+    endpoint: Annotated[str, typer.Option(help="Address of an OpenAI-compatible server, up to /v1.")],
+    judge_model: Annotated[str, typer.Option(help="Name of the judge's model on that server.")],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -24,31 +24,19 @@ def judge_command(
         ),
     ] = None,
     api_key_env: common.EndpointKeyOption = "OPENAI_API_KEY",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Number of requests at a time.")] = 8,
-    tries: Annotated[int, typer.Option("--tries", min=1, help="Maximum number of requests for an answer's grade.")] = 3,
-    timeout: Annotated[float, typer.Option("--timeout", min=0, help="Seconds allowed for one request.")] = 120.0,
-    price_in: Annotated[float, typer.Option("--price-in", min=0, help="Price per million tokens that the judge reads.")] = 0.0,
-    price_out: Annotated[
-        float, typer.Option("--price-out", min=0, help="Price per million tokens that the judge writes.")
-    ] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of requests at a time.")] = 8,
+    tries: Annotated[int, typer.Option(min=1, help="Maximum number of requests for an answer's grade.")] = 3,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds allowed for one request.")] = 120.0,
+    price_in: Annotated[float, typer.Option(min=0, help="Price per million tokens that the judge reads.")] = 0.0,
+    price_out: Annotated[float, typer.Option(min=0, help="Price per million tokens that the judge writes.")] = 0.0,
     as_json: common.JsonOption = False,
 ) -> None:
     """Grade answers from 1 to 10, each on its own, with a chat model. If interrupted, run the same command again to resume."""
     from medusa.evaluation.grading import default_folder, judge
 
     folder = output or default_folder(answers, judge_model)
-    record = judge(
-        answers,
-        endpoint,
-        judge_model,
-        folder,
-        api_key_env=api_key_env,
-        batch_size=batch_size,
-        tries=tries,
-        timeout=timeout,
-        price_in=price_in,
-        price_out=price_out,
-    )
+    asking = {"api_key_env": api_key_env, "batch_size": batch_size, "tries": tries, "timeout": timeout}
+    record = judge(answers, endpoint, judge_model, folder, price_in=price_in, price_out=price_out, **asking)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(record))
     elif any(part["grade"] is not None for parts in record["decoders"].values() for part in parts.values()):

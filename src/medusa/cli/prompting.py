@@ -10,11 +10,7 @@ from medusa.runs.files import read_text
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The given prompt, the text of a file, or stdin if neither is given.
-
-    Raises:
-        InvalidInput: there is none, there are two, or it is not UTF-8.
-    """
+    """The given prompt, the text of a file, or stdin; InvalidInput if there is none, there are two, or it is not UTF-8."""
     if prompt is not None and file is not None:
         raise InvalidInput("give a prompt or --prompt-file, not both")
     if prompt is not None:

@@ -10,67 +10,74 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from medusa.cli import common, showing
-from medusa.config import HeadsKind
+from medusa.config import HeadsKind, option
 from medusa.errors import InvalidInput
 from medusa.runs.console import note
 
 if TYPE_CHECKING:
+    from medusa.simulation.hardware import Hardware
     from medusa.simulation.prediction import Acceleration, Setting
+    from medusa.simulation.shapes import ModelShape
 
-BATCHES, CONTEXTS, SIZES = (1, 2, 4, 8, 16, 32, 64), (1024,), (1, 8, 16, 32, 48, 64, 96, 128)
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The batch sizes, context lengths and tree sizes to predict."""
+
+    batches: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 32, 64), "Batch size; repeatable (default: 1 to 64).", flags=("--batch",), least=1
+    )
+    lengths: tuple[int, ...] = option(
+        (1024,), "Context length in tokens; repeatable (default: 1024).", flags=("--context",), least=1
+    )
+    sizes: tuple[int, ...] = option(
+        (1, 8, 16, 32, 48, 64, 96, 128),
+        "Tree size, the root included; repeatable (default: 1 to 128).",
+        flags=("--nodes",),
+        least=1,
+    )
 
 
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """The numbers and heads that are assumed."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Data type of weights and activations.")
+    weight_bits: int | None = option(None, "Bits per quantised weight, assumed to unpack at no cost (default: the dtype's).")
+    num_heads: int = option(5, "Number of Medusa heads that the trees use.", least=0)
+    shared_lm_head: bool = option(False, "The heads share the backbone's LM head.")
+    heads_kind: HeadsKind = option("medusa", "What the heads read besides the hidden state.")
+    paper_block: bool = option(False, "Only simulate eight operators of one layer, no heads, as in the paper.")
+
+    def setting(self, shape: ModelShape, machine: Hardware) -> Setting:
+        from medusa.simulation.prediction import Setting
+
+        given = {name: value for name, value in vars(self).items() if name != "shared_lm_head"}
+        return Setting(shape, machine, own_lm_heads=not self.shared_lm_head, **given)
+
+
+@common.with_options(Grid, Assumed)
 def simulate_command(
     model: Annotated[
         str, typer.Argument(help="llama-7b, llama-13b, llama-33b, `embedded`, or a folder or hub id with a config.")
     ] = "llama-7b",
     hardware: Annotated[
-        str, typer.Option("--hardware", help="A known machine, or a file written by --measure (FILE or FILE:NAME).")
+        str, typer.Option(help="A known machine, or a file written by --measure (FILE or FILE:NAME).")
     ] = "a100-80gb-pcie",
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeatable (default: 1 to 64).")
-    ] = None,
-    context: Annotated[
-        list[int] | None, typer.Option("--context", min=1, help="Context length in tokens; repeatable (default: 1024).")
-    ] = None,
-    nodes: Annotated[
-        list[int] | None, typer.Option("--nodes", min=1, help="Tree size, the root included; repeatable (default: 1 to 128).")
-    ] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option("--dtype", help="Data type of weights and activations.")
-    ] = "bfloat16",
-    weight_bits: Annotated[
-        int | None,
-        typer.Option("--weight-bits", help="Bits per quantised weight, assumed to unpack at no cost (default: the dtype's)."),
-    ] = None,
-    num_heads: Annotated[int, typer.Option("--num-heads", min=0, help="Number of Medusa heads that the trees use.")] = 5,
-    shared_lm_head: Annotated[bool, typer.Option("--shared-lm-head", help="The heads share the backbone's LM head.")] = False,
-    heads_kind: Annotated[
-        HeadsKind, typer.Option("--heads-kind", help="What the heads read besides the hidden state.")
-    ] = "medusa",
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration",
-            help="calibration.json of `medusa tune`, or its folder, for the tokens per step (default: the paper's law).",
+            help="calibration.json of `medusa tune`, or its folder, for the tokens per step (default: the paper's law)."
         ),
     ] = None,
     tree: Annotated[
-        Path | None,
-        typer.Option("--tree", help="Predict this tree only, with --calibration or the calibration.json beside it."),
+        Path | None, typer.Option(help="Predict this tree only, with --calibration or the calibration.json beside it.")
     ] = None,
-    paper_block: Annotated[
-        bool, typer.Option("--paper-block", help="Only simulate eight operators of one layer, no heads, as in the paper.")
-    ] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Show a layer's operators on the roofline, by phase.")] = False,
-    paper_table: Annotated[
-        int | None, typer.Option("--paper-table", min=6, max=8, help="Predict Table 6, 7 or 8 of the paper.")
-    ] = None,
-    plots: Annotated[
-        Path | None, typer.Option("--plots", help="Draw the paper's figures into this folder, as PNG and SVG.")
-    ] = None,
+    paper_table: Annotated[int | None, typer.Option(min=6, max=8, help="Predict Table 6, 7 or 8 of the paper.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw the paper's figures into this folder, as PNG and SVG.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine, instead of predicting.")] = False,
-    name: Annotated[str, typer.Option("--name", help="Name of the measured machine.")] = "here",
+    name: Annotated[str, typer.Option(help="Name of the measured machine.")] = "here",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File that --measure adds the machine to.")] = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Run the operators on this machine and compare their times with the prediction.")
@@ -81,44 +88,41 @@ def simulate_command(
     revision: common.RevisionOption = None,
     offline: common.OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+    **options: Any,
 ) -> None:
     """Predict step time and speedup from the model's operators and the hardware (paper G)."""
     if measure + validate + roofline + (paper_table is not None) > 1:
         raise InvalidInput("give one of --measure, --validate, --roofline and --paper-table")
     if measure:
-        return measure_here(name, output, device, dtype, as_json)
+        return measure_here(name, output, device, options["dtype"], as_json)
     from medusa.simulation.hardware import load_hardware
-    from medusa.simulation.prediction import Setting
     from medusa.simulation.shapes import load_shape
 
     machine = load_hardware(hardware)
     if paper_table is not None:
         return show_paper_table(paper_table, machine, as_json)
-    model = common.with_file(model, gguf_file, revision)
-    shape = load_shape(model, trust_remote_code)
-    setting = Setting(shape, machine, dtype, num_heads, not shared_lm_head, weight_bits, paper_block, heads_kind)
-    grid = Grid(tuple(batch or BATCHES), tuple(context or CONTEXTS), tuple(nodes or SIZES))
+    model, grid, assumed = (
+        common.with_file(model, gguf_file, revision),
+        common.take(Grid, options),
+        common.take(Assumed, options),
+    )
+    setting = assumed.setting(load_shape(model, trust_remote_code), machine)
     if roofline:
         return show_roofline(setting, grid, as_json)
     if validate:
         return validate_here(setting, device, grid, as_json)
     acceleration, sizes, source = acceleration_of(calibration, tree, grid.sizes)
     if plots is not None:
-        from medusa.simulation.plots import save_figures
-
-        for file in save_figures(setting, acceleration, plots):
-            note(str(file))
+        draw_figures(setting, acceleration, plots)
     names = {"model": model, "hardware": hardware, "acceleration": source}
     return show_predictions(setting, names, dataclasses.replace(grid, sizes=sizes), acceleration, as_json)
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The batch sizes, context lengths and tree sizes to predict."""
+def draw_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> None:
+    from medusa.simulation.plots import save_figures
 
-    batches: tuple[int, ...]
-    lengths: tuple[int, ...]
-    sizes: tuple[int, ...]
+    for file in save_figures(setting, acceleration, folder):
+        note(str(file))
 
 
 def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, acceleration: Acceleration, as_json: bool) -> None:

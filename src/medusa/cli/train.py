@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import json
 import typing
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,14 +77,11 @@ def print_training_options(method: str) -> None:
         for name in names:
             choices = typing.get_args(HINTS[name]) if typing.get_origin(HINTS[name]) is typing.Literal else ()
             shown = f"{'|'.join(choices)}: " if choices else ""
-            grid.add_row(flag_of(name), _shown(getattr(values, name)), Text(shown + FIELDS[name].metadata["help"]))
+            flag = f"--{name.replace('_', '-')}"
+            grid.add_row(flag, _shown(getattr(values, name)), Text(shown + FIELDS[name].metadata["help"]))
         out.print(Text(f"\n {title}", style="dim"))
         out.print(Padding(grid, (0, 0, 0, 1)))
     out.print()
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _shown(value: Any) -> str:
@@ -96,91 +90,47 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each field of TrainingConfig; those that the user sets arrive as the dict `options`."""
-    parameters = []
-    for name, kind in HINTS.items():
-        flag = f"{flag_of(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag_of(name)
-        option = typer.Option(flag, help=FIELDS[name].metadata["help"], hidden=True)  # shown by print_training_options
-        annotation: Any = Annotated[kind | None, option]  # type: ignore[valid-type]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-
-    @functools.wraps(command)
-    def wrapped(**arguments: Any) -> None:
-        options = {parameter.name: arguments.pop(parameter.name) for parameter in parameters}
-        command(**arguments, options={name: value for name, value in options.items() if value is not None})
-
-    own = inspect.signature(command, eval_str=True)
-    kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "options"]
-    wrapped.__signature__ = own.replace(parameters=kept + parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in kept + parameters}
-    del wrapped.__wrapped__  # type: ignore[attr-defined]
-    return wrapped
-
-
-@with_training_options
+@common.with_options(TrainingConfig, unset=True)  # shown by print_training_options
+@common.with_options(common.Loading)
 def train_command(
-    options: dict[str, Any],
     model: common.ModelArgument,
     data: Annotated[
         list[str],
-        typer.Option(
-            "--data", metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."
-        ),
+        typer.Option(metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results.")] = None,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help=METHOD_HELP)] = METHOD,
+    method: Annotated[str, typer.Option(metavar="NAME", help=METHOD_HELP)] = METHOD,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="YAML file of training options; flags override it.")
+        Path | None, typer.Option(metavar="FILE", help="YAML file of training options; flags override it.")
     ] = None,
     eval_data: Annotated[
-        list[str] | None,
-        typer.Option("--eval-data", metavar="DATA", help="Evaluation data (default: rows held out); repeatable."),
+        list[str] | None, typer.Option(metavar="DATA", help="Evaluation data (default: rows held out); repeatable.")
     ] = None,
     heads: Annotated[
-        str | None, typer.Option("--heads", metavar="DIR", help="Heads to start from (default: copies of the LM head).")
+        str | None, typer.Option(metavar="DIR", help="Heads to start from (default: copies of the LM head).")
     ] = None,
     hidden_states: Annotated[
-        Path | None,
-        typer.Option("--hidden-states", metavar="DIR", help="Folder to save the backbone's hidden states in and train from."),
+        Path | None, typer.Option(metavar="DIR", help="Folder to save the backbone's hidden states in and train from.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")] = False,
-    preview: Annotated[
-        int, typer.Option("--preview", metavar="N", min=0, help="Only show N rows, with labelled tokens in colour.")
-    ] = 0,
-    gguf_file: common.GgufOption = None,
-    revision: common.RevisionOption = None,
-    offline: common.OfflineOption = False,
-    dtype: common.DtypeOption = None,
-    device: common.DeviceOption = None,
-    trust_remote_code: common.TrustOption = False,
+    preview: Annotated[int, typer.Option(metavar="N", min=0, help="Only show N rows, with labelled tokens in colour.")] = 0,
     as_json: common.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Train Medusa heads, and with --method medusa-2 the backbone too (paper 2.2). Also runs under `accelerate launch`."""
     from medusa.training.run import is_main_process
     from medusa.training.verbs import train
 
-    model = common.with_file(model, gguf_file, revision)
+    model = common.full_name(model, options)
+    options |= {"method": method, "config": config}
     if preview:
-        show_rows(preview, model, data, method=method, config=config, trust_remote_code=trust_remote_code, **options)
+        rest = {name: value for name, value in options.items() if name not in ("dtype", "device")}
+        show_rows(preview, model, data, **rest)
         return
     if output is None:
         raise typer.BadParameter("no folder for the results; pass --output DIR", param_hint="--output")
-    trained = train(
-        model,
-        data,
-        output,
-        method=method,
-        config=config,
-        eval_data=eval_data,
-        heads=heads,
-        hidden_states=hidden_states,
-        resume=resume,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    options |= {"eval_data": eval_data, "heads": heads, "hidden_states": hidden_states, "resume": resume}
+    trained = train(model, data, output, **options)
     if is_main_process():
         _show(trained, as_json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medusa.cli import common, showing
+from medusa.config import option
 from medusa.errors import InvalidInput
 from medusa.runs.console import note
 
@@ -21,73 +23,76 @@ if TYPE_CHECKING:
 Chances = Mapping[tuple[int, ...], float]  # how often each path comes true
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The tree to search for or to build, if it is not in a file."""
+
+    nodes: int | None = option(
+        None, "Search for the best tree of this size, the root included, by the accuracies given.", least=1
+    )
+    dense: tuple[int, ...] = option((), "Build a dense tree; one number of guesses per head: --dense 4 --dense 3.", least=1)
+    random_dense: int | None = option(None, "Choose a random dense tree of about this size.", least=1)
+    num_heads: int = option(5, "Greatest number of heads in a --random-dense tree.", least=1)
+    seed: int = option(0, "Seed of --random-dense.")
+    preset: str | None = option(None, "A tree for the public Vicuna and Zephyr heads; `list` names them.")
+
+    def tree(self, file: str | None, search: Callable[[int], MedusaTree] | None) -> Tree:
+        """The tree of the file, or the one that is described here.
+
+        Args:
+            search: searches for the best tree of a size.
+        """
+        from medusa.trees.files import load_tree, preset
+        from medusa.trees.search import random_dense_tree
+        from medusa.trees.static import MedusaTree
+
+        if sum(source not in (None, ()) for source in (file, self.nodes, self.dense, self.random_dense, self.preset)) != 1:
+            raise InvalidInput("give one tree: a FILE, --nodes N, --dense, --random-dense N or --preset NAME")
+        if self.nodes is not None:
+            if search is None:
+                raise InvalidInput("--nodes needs --accuracies FILE or --calibration FILE to search with; give one of them")
+            return search(self.nodes)
+        if self.dense:
+            return MedusaTree.dense(self.dense)
+        if self.random_dense is not None:
+            return random_dense_tree(self.random_dense, self.num_heads, self.seed)
+        return load_tree(file) if file is not None else preset(self.preset or "")
+
+
+@common.with_options(Wanted)
 def tree_command(
     file: Annotated[str | None, typer.Argument(help="A tree file of any kind.", show_default=False)] = None,
-    nodes: Annotated[
-        int | None,
-        typer.Option(
-            "--nodes", min=1, help="Search for the best tree of this size, the root included, by the accuracies given."
-        ),
-    ] = None,
     accuracies: Annotated[
         Path | None,
         typer.Option(
-            "--accuracies",
-            help='JSON file with "accuracies", a list of numbers per head; assumes that heads err independently (paper 2.3.3).',
+            help='JSON file with "accuracies", a list of numbers per head; assumes that heads err independently (paper 2.3.3).'
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="calibration.json of `medusa tune`: how often rank paths come true.")
+        Path | None, typer.Option(help="calibration.json of `medusa tune`: how often rank paths come true.")
     ] = None,
-    dense: Annotated[
-        list[int] | None,
-        typer.Option("--dense", min=1, help="Build a dense tree; one number of guesses per head: --dense 4 --dense 3."),
-    ] = None,
-    random_dense: Annotated[
-        int | None, typer.Option("--random-dense", min=1, help="Choose a random dense tree of about this size.")
-    ] = None,
-    num_heads: Annotated[
-        int, typer.Option("--num-heads", min=1, help="Greatest number of heads in a --random-dense tree.")
-    ] = 5,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of --random-dense.")] = 0,
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="A tree for the public Vicuna and Zephyr heads; `list` names them.")
-    ] = None,
-    draw: Annotated[Path | None, typer.Option("--draw", help="Draw it as in the paper's Figure 6: FILE.svg or .png.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Draw it as in the paper's Figure 6: FILE.svg or .png.")] = None,
     mark: Annotated[
-        list[int] | None,
-        typer.Option("--mark", min=0, help="Path to mark in the drawing, one rank per head (default: first guesses)."),
+        list[int] | None, typer.Option(min=0, help="Path to mark in the drawing, one rank per head (default: first guesses).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the tree in this file.")] = None,
     as_json: common.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Search for, build or read a tree; show, draw and save it. --accuracies or --calibration gives its expected gain."""
-    if preset == "list":
+    wanted = common.take(Wanted, options)
+    if wanted.preset == "list":
         list_presets(as_json)
         return
-    if sum(source not in (None, []) for source in (file, nodes, dense, random_dense, preset)) != 1:
-        raise InvalidInput("give one tree: a FILE, --nodes N, --dense, --random-dense N or --preset NAME")
     if accuracies is not None and calibration is not None:
         raise InvalidInput("give --accuracies or --calibration, not both")
-    from medusa.trees import files
-    from medusa.trees.search import random_dense_tree
-    from medusa.trees.static import MedusaTree
+    from medusa.trees.files import save_tree
 
     search, chances_of = statistics(accuracies, calibration)
-    tree: Tree
-    if nodes is not None:
-        if search is None:
-            raise InvalidInput("--nodes needs --accuracies FILE or --calibration FILE to search with; give one of them")
-        tree = search(nodes)
-    elif dense:
-        tree = MedusaTree.dense(dense)
-    elif random_dense is not None:
-        tree = random_dense_tree(random_dense, num_heads, seed)
-    else:
-        tree = files.load_tree(file) if file is not None else files.preset(preset or "")
+    tree = wanted.tree(file, search)
     marked, chances = draw_static(tree, chances_of, draw, mark)
     if output is not None:
-        files.save_tree(tree, output)
+        save_tree(tree, output)
     if unknown := sum(not chance for chance in (chances or {}).values()):
         note(f"{unknown} nodes count as 0: their guesses were never right, or the file has no figure for them")
     expected = None if chances is None else 1 + sum(chances.values())
@@ -102,11 +107,8 @@ def tree_command(
 def draw_static(
     tree: Tree, chances_of: Callable[[MedusaTree], Chances] | None, draw: Path | None, mark: Sequence[int] | None
 ) -> tuple[tuple[int, ...], Chances | None]:
-    """Draw a static tree if `draw` is given; returns the marked path, and how often each path comes true.
-
-    Raises:
-        InvalidInput: the tree lacks the path to mark, or is to be drawn but is not static.
-    """
+    """Draw a static tree if `draw` is given; returns the marked path, and how often each path comes true. InvalidInput if the
+    tree lacks the path to mark, or is to be drawn but is not static."""
     from medusa.trees.draw import draw_tree
     from medusa.trees.static import MedusaTree
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from medusa.cli import common, showing
 from medusa.runs.console import note
+from medusa.tuning.config import TuningConfig
 
 if TYPE_CHECKING:
     from medusa.tuning.choice import Choices
@@ -18,90 +18,34 @@ if TYPE_CHECKING:
     from medusa.tuning.verbs import Tuned
 
 
-class TreeKind(StrEnum):
-    STATIC = "static"
-    DYNAMIC = "dynamic"
-    COPYING = "copying"
-    INDEPENDENT = "independent"
-
-
+@common.with_options(TuningConfig, common.Loading)
 def tune_command(
     model: common.ModelArgument = "embedded",
     prompts: Annotated[
         str | None,
-        typer.Option(
-            "--prompts", help="Prompts like those the model will see: a set, file or hub id (default for `embedded`: its own)."
-        ),
+        typer.Option(help="Prompts like those the model will see: a set, file or hub id (default for `embedded`: its own)."),
     ] = None,
-    heads: common.HeadsOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", help="Tree file to write; the measurements behind the choice are saved beside it and reused."
         ),
     ] = None,
-    nodes: Annotated[
-        list[int] | None,
-        typer.Option("--nodes", min=2, help="Tree size to try, the root included; repeatable (default: 2 to 128)."),
-    ] = None,
-    kind: Annotated[
-        list[TreeKind] | None, typer.Option("--kind", help="Kind of tree to try; repeatable (default: the first three).")
-    ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Batch size to choose a tree for; repeatable (default: 1).")
-    ] = None,
-    context: Annotated[
-        list[int] | None,
-        typer.Option("--context", min=1, help="Context length for timing steps; repeatable (default: the prompts' median)."),
-    ] = None,
-    always: Annotated[bool, typer.Option("--always", help="Choose a tree even if plain decoding is faster.")] = False,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of prompts to use, spread evenly over the set.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts to use, spread evenly over the set.")] = 64,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Number of tokens to use of each text; conversations are not cut.")
+        int, typer.Option(min=1, help="Number of tokens to use of each text; conversations are not cut.")
     ] = 256,
-    max_new_tokens: common.MaxNewTokens = 128,
-    temperature: common.Temperature = 0.0,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Number of guesses of each head that may become nodes.")] = 64,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Number of prompts continued together while recording.")
-    ] = 8,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Number of times each tree's steps are timed, in turn.")] = 5,
     quantization: common.QuantizationOption = "none",
-    gguf_file: common.GgufOption = None,
-    revision: common.RevisionOption = None,
-    offline: common.OfflineOption = False,
-    dtype: common.DtypeOption = None,
-    device: common.DeviceOption = None,
-    compile: common.CompileOption = False,
-    trust_remote_code: common.TrustOption = False,
     as_json: common.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Choose the tree with the most tokens per second on this machine, or plain decoding if no tree pays off: record answers
     and the heads' guesses, replay trees of all kinds, sizes and depths on them, and time steps (paper 2.3.3, 2.2.3)."""
     from medusa.tuning.verbs import tune
 
-    kinds = [str(each) for each in kind or ()]
-    lists: dict[str, Any] = {"nodes": nodes, "kinds": kinds, "batches": batch, "contexts": context}
-    tuned = tune(
-        common.with_file(model, gguf_file, revision),
-        prompts,
-        output,
-        heads=heads,
-        limit=limit,
-        prompt_tokens=prompt_tokens,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-        trust_remote_code=trust_remote_code,
-        **{name: values for name, values in lists.items() if values},
-        always=always,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ranks=ranks,
-        batch_size=batch_size,
-        rounds=rounds,
-        compile=compile,
-    )
+    model = common.full_name(model, options)
+    options |= {"limit": limit, "prompt_tokens": prompt_tokens, "quantization": quantization}
+    tuned = tune(model, prompts, output, **options)
     if output is not None:
         note(f"tree saved as {output}; beside it calibration.json, tuning.json and their plots")
     if as_json:

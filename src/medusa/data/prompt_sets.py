@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa.data.prompts import opening_ids
 from medusa.data.samples import Asked, read_prompts, read_records
-from medusa.errors import InvalidInput, one_line
+from medusa.errors import InvalidInput
 from medusa.runs.files import is_unicode
 
 HELD_OUT = "held-out"
@@ -92,22 +93,14 @@ def read_questions(source: str | Path, references: str | Path | None = None) -> 
 
 
 def default_prompts(model: str, prompts: str | None) -> str:
-    """The name of the prompt set; the embedded model has its own.
-
-    Raises:
-        InvalidInput: none is given for another model.
-    """
+    """The name of the prompt set; the embedded model has its own. InvalidInput if none is given for another model."""
     if prompts is None and model != "embedded":
         raise InvalidInput("no prompts; pass --prompts with a set, a file or a hub id (held-out belongs to `embedded`)")
     return prompts or HELD_OUT
 
 
 def select(questions: Sequence[Question], categories: Sequence[str] = (), limit: int | None = None) -> list[Question]:
-    """The questions of some categories, and of these a limited number, spread evenly.
-
-    Raises:
-        InvalidInput: a category without questions, or a limit below 1.
-    """
+    """The questions of some categories, and of these a number spread evenly; InvalidInput if a category has none."""
     known = dict.fromkeys(question.category for question in questions)
     for category in categories:
         if category not in known:
@@ -164,14 +157,7 @@ class Prompter:
         self.chat = bool(tokenizer.chat_template)
 
     def ids(self, question: Question, answers: Sequence[Sequence[int]] = ()) -> list[int]:
-        """The prompt for the first turn that has no answer yet.
-
-        Args:
-            answers: token ids of the answers to the turns before.
-
-        Raises:
-            InvalidInput: the chat template refuses the conversation.
-        """
+        """The prompt for the first turn that has no answer yet, given the token ids of the answers to the turns before."""
         if question.ids:
             return list(question.ids)
         if self.chat:
@@ -197,10 +183,7 @@ class Prompter:
             messages.append({"role": "user", "content": turn})
             if number < len(answers):
                 messages.append({"role": "assistant", "content": self.text(answers[number])})
-        try:
-            return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # from jinja2: templates raise errors for unsupported roles
-            raise InvalidInput(f"the model's chat template refuses question {question.id}: {one_line(error)}") from None
+        return opening_ids(self._tokenizer, messages, "assistant", f"question {question.id}")
 
     def _without_stop(self, tokens: Sequence[int]) -> list[int]:
         return list(tokens[:-1] if tokens and tokens[-1] in self._stops else tokens)

@@ -47,13 +47,9 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
     return list(ids)
 
 
-def opening_ids(tokenizer: Any, messages: Sequence[Message], speaker: str) -> list[int]:
-    """Token ids of a conversation up to where the next turn of a speaker, "assistant" or "user", begins.
-
-    Raises:
-        InvalidInput: the chat template refuses the conversation.
-    """
-    return list(tokenizer(opening(tokenizer, messages, speaker), add_special_tokens=False, verbose=False)["input_ids"])
+def opening_ids(tokenizer: Any, messages: Sequence[Message], speaker: str, what: str = "a conversation") -> list[int]:
+    """Token ids of a conversation up to the next turn of a speaker, "assistant" or "user"; see `opening`."""
+    return list(tokenizer(opening(tokenizer, messages, speaker, what), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def left_padded(prompts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:

@@ -164,10 +164,7 @@ def _asked(where: str, record: Any) -> Asked:
     if isinstance(talk := record.get("messages", record.get("conversations")), list):
         return _asked_in(where, record, talk)
     if isinstance(ids := record.get("input_ids"), list):
-        ids = ids[: record.get("prompt_tokens") or None]
-        if not ids or not all(type(token) is int for token in ids):
-            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
-        return Asked(where, record, ids=tuple(ids))
+        return Asked(where, record, ids=_token_ids(where, ids[: record.get("prompt_tokens") or None] or None))
     key = next((key for key in ("turns", "instruction", "prompt", "text") if record.get(key) is not None), None)
     if key is None:
         raise InvalidInput(f"{where} has keys {sorted(record)}, expected {ASKED}")
@@ -196,12 +193,10 @@ class _Unusable(Exception):
 def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
     value = record[found]
     if found == "input_ids":
-        if not (isinstance(value, list) and all(type(token) is int for token in value)):
-            raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
         prompt_tokens = record.get("prompt_tokens", 0)
         if type(prompt_tokens) is not int or prompt_tokens < 0:
             raise InvalidInput(f"{where}: 'prompt_tokens' is {prompt_tokens!r}, expected a count")
-        return Sample(where, input_ids=tuple(value), prompt_tokens=prompt_tokens)
+        return Sample(where, input_ids=_token_ids(where, value), prompt_tokens=prompt_tokens)
     if found == "text":
         return Sample(where, text=_string(where, "text", value))
     if found == "prompt":
@@ -214,6 +209,12 @@ def _sample(where: str, record: dict[str, Any], found: str) -> Sample:
     if not isinstance(value, list):
         raise InvalidInput(f"{where}: {found!r} is a {type(value).__name__}, expected a list of turns")
     return Sample(where, messages=_messages(where, value), cut=record.get("cut") is True)
+
+
+def _token_ids(where: str, value: Any) -> tuple[int, ...]:
+    if not (isinstance(value, list) and all(type(token) is int for token in value)):
+        raise InvalidInput(f"{where}: 'input_ids' is not a list of integers")
+    return tuple(value)
 
 
 def _string(where: str, key: str, value: Any) -> str:

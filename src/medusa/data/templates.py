@@ -28,17 +28,10 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> tuple[li
         raise InvalidInput("masking the prompt needs a fast tokenizer (tokenizers library); this one is slow")
     if not tokenizer.chat_template:
         raise InvalidInput("the tokenizer has no chat template; give it one, or give data as 'text' or 'prompt'/'completion'")
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:  # several templates, none of them the default
-        raise _refusal(tokenizer, error) from None
-    if _GENERATION.search(template):
-        try:
-            encoded = tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:
-            raise _refusal(tokenizer, error) from None
+    templates = tokenizer.chat_template  # of several, the default
+    if _GENERATION.search(templates if isinstance(templates, str) else templates.get("default", "")):
+        masked: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = _apply(tokenizer, messages, **masked)
         return list(encoded["input_ids"]), [bool(said) for said in encoded["assistant_masks"]]
     text, spans = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -67,7 +60,9 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
     matched = text.startswith(pieces[0])
     for message, after in zip(assistant, pieces[1:], strict=True):
         last = after is pieces[-1]
-        end = next((at + len(c) for c in _as_rendered(message["content"]) if text.startswith(c + after, at)), None)
+        content = message["content"]
+        rendered = (content, content.strip(), content.rstrip(), content.lstrip())
+        end = next((at + len(c) for c in rendered if text.startswith(c + after, at)), None)
         if end is None:  # changed by the template: it ends where what follows it begins
             end = len(text) - len(after) if last else text.find(after, at)
             matched = matched and end >= at and text.startswith(after, end)
@@ -91,20 +86,13 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple
     return text, spans
 
 
-def _as_rendered(content: str) -> tuple[str, ...]:
-    return content, content.strip(), content.rstrip(), content.lstrip()
-
-
-def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
+def _apply(tokenizer: Any, messages: Sequence[Message], what: str = "a conversation", **options: Any) -> Any:
+    """What the template makes of a conversation; InvalidInput, with the name of the conversation, if it refuses it."""
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options})
     except Exception as error:  # a template is a program
-        raise _refusal(tokenizer, error) from None
-
-
-def _refusal(tokenizer: Any, error: Exception) -> InvalidInput:
-    where = getattr(tokenizer, "name_or_path", "")
-    return InvalidInput(f"the chat template{f' of {where}' if where else ''} refuses a conversation: {one_line(error)}")
+        where = getattr(tokenizer, "name_or_path", "")
+        raise InvalidInput(f"the chat template{where and f' of {where}'} refuses {what}: {one_line(error)}") from None
 
 
 def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -117,10 +105,14 @@ def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]
     return inside
 
 
-def opening(tokenizer: Any, messages: Sequence[Message], speaker: str) -> str:
-    """A conversation's text up to where the next turn of a speaker, "assistant" or "user", begins."""
+def opening(tokenizer: Any, messages: Sequence[Message], speaker: str, what: str = "a conversation") -> str:
+    """A conversation's text up to where the next turn of a speaker, "assistant" or "user", begins.
+
+    Args:
+        what: name of the conversation, for the InvalidInput that is raised if the template refuses it.
+    """
     if speaker == "assistant":
-        return _apply(tokenizer, messages, add_generation_prompt=True)
+        return _apply(tokenizer, messages, what, add_generation_prompt=True)
     following = [*messages, {"role": speaker, "content": _STAND_IN.format(0)}]
     return _apply(tokenizer, following).partition(_STAND_IN.format(0))[0].rstrip(" ")  # a word begins with its own space
 

@@ -48,6 +48,7 @@ class MedusaProposer:
 
     def __init__(self, vllm_config: Any):
         hand_on_hidden_states(runner_class())
+        repair_temperatures()
         size = vllm_config.parallel_config.world_size
         if size > 1:
             raise UnsupportedEngine(
@@ -155,7 +156,7 @@ def heads_for(target: nn.Module, name: str, num_drafts: int, backbone: Any) -> M
             f"heads are for hidden size {got[0]} and {got[1]} tokens, {type(target).__name__} has {wanted[0]} and {wanted[1]}; "
             "use heads trained on this model"
         )
-    shared = checkpoint.shared_lm_head
+    shared = heads.config.medusa_shared_lm_head
     lm_head = lm_head_of(target, wanted[1]) if shared else nn.Identity()  # not used
     embedding = embedding_of(target, wanted[1]) if heads.kind != "medusa" else None
     through = "the model's LM head" if shared else "LM heads of their own"
@@ -233,3 +234,34 @@ def hand_on_hidden_states(runner: type) -> None:
 
     propose_draft_token_ids.hands_on_hidden_states = True  # type: ignore[attr-defined]
     runner.propose_draft_token_ids = propose_draft_token_ids  # type: ignore[attr-defined]
+
+
+def repair_temperatures() -> None:
+    """Repair a function of vLLM's sampler where it is broken: on a CPU, vLLM 0.32 leaves the temperatures of drafted tokens
+    uninitialised, so that above temperature 0 output with drafts of any kind has the wrong distribution."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    expand = getattr(rejection_sampler, "expand_batch_to_tokens", None)
+    with torch.device(current_platform.device_type):
+        given = torch.tensor([0.5, 0.75]), torch.tensor([1, 3], dtype=torch.int32), 3
+    if expand is not None and not torch.equal(expand(*given), expand_batch_to_tokens(*given)):
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        log.warning("Medusa: %s loses the temperatures of drafted tokens on this device; repaired in this process", engine())
+
+
+def expand_batch_to_tokens(
+    x: Tensor,  # (B,)
+    cu_num_tokens: Tensor,  # (B,): numbers of tokens, summed up to and with each request
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> Tensor:  # (num_tokens,)
+    """The value of each token's request, `replace_from` replaced; vLLM's function of this name.
+
+    >>> expand_batch_to_tokens(torch.tensor([0.5, 0.0]), torch.tensor([2, 3]), 3, 0, 1).tolist()
+    [0.5, 0.5, 1.0]
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(x == replace_from, x.new_tensor(replace_to), x)
+    return values.repeat_interleave(counts, output_size=num_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from medusa.errors import InvalidInput
 from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.measurement import Measurement, in_turn, time_run
 from medusa.model import MedusaModel
+from medusa.runs.console import progress
 from medusa.runs.files import digest, write_text
 from medusa.runs.records import Journal, claim
 
@@ -39,11 +40,7 @@ class PromptSet:
 
     @classmethod
     def of(cls, model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
-        """The questions that fit a model's context.
-
-        Raises:
-            InvalidInput: none fits.
-        """
+        """The questions that fit a model's context; InvalidInput if none fits."""
         stops = sorted({*model.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
         prompter = Prompter(tokenizer, stops)
         room = None if model.max_length is None else model.max_length - max_new_tokens
@@ -68,23 +65,14 @@ def fitting(questions: Sequence[Question], prompter: Prompter, room: int | None)
 
 
 def answer_prompt_set(
-    prompt_set: PromptSet,
-    decoders: dict[str, Decoder],
-    folder: Path,
-    made_with: dict[str, Any],
-    rounds: int,
-    on_progress: Callable[[], object] = lambda: None,
+    prompt_set: PromptSet, decoders: dict[str, Decoder], folder: Path, made_with: dict[str, Any], rounds: int
 ) -> dict[str, Measurement]:
-    """Have decoders answer a prompt set, and save every answer in a folder; answers found there are not made again. At the end
-    all answers are written as text, for a judge.
-
-    Raises:
-        InvalidInput: the folder was made with other models or settings.
-    """
+    """Have decoders answer a prompt set, and save every answer in a folder; answers found there are not made again, and folders
+    made with other models or settings are refused. At the end all answers are written as text, for a judge."""
     journal = Journal(folder / RUNS_FILE, "run of a bench")
     claim(folder / BENCH_FILE, made_with)
     questions, prompter = prompt_set.questions, prompt_set.prompter
-    answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room, on_progress)
+    answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room)
     measured = measurements(journal, questions, list(decoders), rounds)
     answers = answer_records(questions, measured, prompter)
     write_text(folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
@@ -98,7 +86,6 @@ def answer_questions(
     journal: Journal,
     rounds: int,
     room: int | None,
-    on_progress: Callable[[], object] = lambda: None,
 ) -> None:
     """Have every decoder answer every question in every round, in turn within each; runs found in the journal are not repeated.
 
@@ -106,7 +93,6 @@ def answer_questions(
 
     Args:
         room: length of the longest prompt that leaves room for an answer; a longer turn ends its conversation.
-        on_progress: called after every run, done now or before.
     """
     names = list(decoders)
     order = [
@@ -119,12 +105,13 @@ def answer_questions(
     for name in names:
         if name in unfinished:
             converse(decoders[name], questions[0], prompter, room)
-    for question, name, round_ in order:
-        identifier = run_id(question, name, round_)
-        if identifier not in journal.records:
-            decoded = converse(decoders[name], question, prompter, room)
-            journal.add({"id": identifier, **dataclasses.asdict(decoded)})
-        on_progress()
+    with progress("measuring", len(order), "answers") as bar:
+        for question, name, round_ in order:
+            identifier = run_id(question, name, round_)
+            if identifier not in journal.records:
+                decoded = converse(decoders[name], question, prompter, room)
+                journal.add({"id": identifier, **dataclasses.asdict(decoded)})
+            bar.update()
 
 
 def run_id(question: Question, name: str, round_: int) -> str:

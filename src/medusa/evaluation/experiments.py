@@ -23,17 +23,12 @@ from medusa.evaluation.report import (
     shown_categories,
     summarise,
 )
-from medusa.runs.console import progress
 from medusa.runs.files import digest
 from medusa.runs.plotting import PLOT_SUFFIXES, can_plot, save_plot, svg_of
 
 
 def find_experiment(name: str) -> Experiment:
-    """An experiment by name.
-
-    Raises:
-        InvalidInput: there is none.
-    """
+    """An experiment by name; InvalidInput if there is none."""
     if name not in EXPERIMENTS:
         raise InvalidInput(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
@@ -47,14 +42,9 @@ def measure_entries(
     rounds: int,
     scorer: Scorer | None = None,
 ) -> dict[str, Any]:
-    """Have all entries answer a prompt set, resuming from the folder; the record is that of `results.json`.
-
-    Raises:
-        InvalidInput: the folder was made with other models or settings.
-    """
+    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`."""
     decoders = {name: entry.decoder for name, entry in entries.items()}
-    with progress("measuring", len(decoders) * len(prompt_set.questions) * rounds, "answers") as bar:
-        measured = answer_prompt_set(prompt_set, decoders, folder, made_with, rounds, bar.update)
+    measured = answer_prompt_set(prompt_set, decoders, folder, made_with, rounds)
     exact = [name for name, entry in entries.items() if entry.exact]
     record = {
         "made_with": made_with,

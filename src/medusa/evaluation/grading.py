@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -73,8 +73,7 @@ def judge(
     journal = Journal(folder / GRADES, "grade of a judge")
     claim(folder / CLAIM, {"judge_model": judge_model, "instructions": SYSTEM})
     judging = Endpoint(endpoint, judge_model, os.environ.get(api_key_env), timeout=timeout)
-    with progress("Judging", len(tasks), "answers", sum(is_graded(journal, task) for task in tasks)) as bar:
-        failed = grade_tasks(tasks, judging, journal, batch_size, tries, bar.update)
+    failed = grade_tasks(tasks, judging, journal, batch_size, tries)
     used = spent(journal)
     record: dict[str, Any] = {
         "judge_model": judge_model,
@@ -117,11 +116,7 @@ class Spent:
 
 
 def read_tasks(source: str | Path) -> list[Task]:
-    """The answers of a file that `medusa bench` wrote, one task for all decoders that gave the same answer.
-
-    Raises:
-        InvalidInput: a broken file, or a record without id, turns and answers.
-    """
+    """The answers in a file of `medusa bench`, one task for all decoders that gave the same; InvalidInput if it is broken."""
     tasks = []
     for where, record in read_records(source):
         try:
@@ -132,6 +127,7 @@ def read_tasks(source: str | Path) -> list[Task]:
             raise InvalidInput(
                 f"{where} is not an answer of `medusa bench`; expected an object with id, turns and answers"
             ) from None
+        checked = any(part in category.lower() for part in CHECKED)
         decoders_of: dict[tuple[str, ...], list[str]] = {}
         for name, given in answers.items():
             if len(given) > len(turns) or not all(isinstance(text, str) for text in (*given, *turns, *references)):
@@ -140,16 +136,12 @@ def read_tasks(source: str | Path) -> list[Task]:
                 decoders_of.setdefault(tuple(given[: turn + 1]), []).append(name)
         for shown, names in decoders_of.items():
             turn = len(shown) - 1
-            reference = references[turn] if turn < len(references) and _is_checked(category) else None
+            reference = references[turn] if turn < len(references) and checked else None
             messages = judge_messages(turns, shown, reference)
             tasks.append(Task(f"{question}/{turn}/{digest(messages)[:12]}", category, turn, messages, tuple(names)))
     if not tasks:
         raise InvalidInput(f"{source} holds no answers")
     return tasks
-
-
-def _is_checked(category: str) -> bool:
-    return any(part in category.lower() for part in CHECKED)
 
 
 def judge_messages(turns: Sequence[str], answers: Sequence[str], reference: str | None) -> tuple[dict[str, str], ...]:
@@ -175,20 +167,12 @@ def read_grade(text: str) -> float | None:
     return grade if 1 <= grade <= 10 else None
 
 
-def grade_tasks(
-    tasks: Sequence[Task],
-    endpoint: Endpoint,
-    journal: Journal,
-    at_once: int = 8,
-    tries: int = 3,
-    on_progress: Callable[[], object] = lambda: None,
-) -> Counter[str]:
+def grade_tasks(tasks: Sequence[Task], endpoint: Endpoint, journal: Journal, at_once: int = 8, tries: int = 3) -> Counter[str]:
     """Grade every answer without a grade; return the number of failures by reason. The next run tries these again.
 
     Args:
         at_once: number of requests at a time.
         tries: maximum number of requests for an answer's grade.
-        on_progress: called after every answer.
 
     Raises:
         EndpointRefused: the endpoint would refuse any request; grades already given are kept.
@@ -205,10 +189,12 @@ def grade_tasks(
             journal.add(record)
         return record["failure"]
 
-    for failure in endpoint.concurrently(work, [task for task in tasks if not is_graded(journal, task)], at_once):
-        if failure is not None:
-            failed[failure] += 1
-        on_progress()
+    left = [task for task in tasks if not is_graded(journal, task)]
+    with progress("Judging", len(tasks), "answers", len(tasks) - len(left)) as bar:
+        for failure in endpoint.concurrently(work, left, at_once):
+            if failure is not None:
+                failed[failure] += 1
+            bar.update()
     return failed
 
 

@@ -15,15 +15,16 @@ from medusa.config import from_mapping
 from medusa.data.prompt_sets import HELD_OUT, Prompter, Question, calibration_ids, default_prompts, read_questions, select
 from medusa.errors import InvalidInput
 from medusa.evaluation.answers import BENCH_FILE, PromptSet
-from medusa.evaluation.catalog import Setup
-from medusa.evaluation.entries import BenchConfig, bench_entries
+from medusa.evaluation.catalog import Experiment, Setup
+from medusa.evaluation.config import BenchConfig, ExperimentConfig
+from medusa.evaluation.entries import bench_entries
 from medusa.evaluation.experiments import find_experiment, measure_entries, measure_experiment, save_experiment
 from medusa.evaluation.quality import Scorer
 from medusa.evaluation.report import bench_page, save_report
 from medusa.model import MedusaModel
-from medusa.runs.console import note, progress
+from medusa.runs.console import note
 from medusa.runs.plotting import can_plot
-from medusa.runs.provenance import environment, fingerprint
+from medusa.runs.provenance import fingerprint, made_by
 from medusa.runs.records import refuse_claimed
 from medusa.tuning.recording import Recorded, record
 
@@ -42,9 +43,6 @@ class _Loading:
         return named.load_model(
             name, heads, None, self.dtype, self.device, self.trust_remote_code, self.quantization, heads_wanted=heads_needed
         )
-
-    def draft(self, name: str) -> MedusaModel:
-        return dataclasses.replace(self, quantization="none").model(name)
 
     def tokenizer(self, model: str, prompts: str) -> Any:
         """The model's tokenizer; the held-out prompts, which are token ids, are refused for a model with other tokens."""
@@ -67,10 +65,6 @@ def bench(
     output: str | Path = "bench",
     *,
     heads: str | None = None,
-    draft: str | None = None,
-    references: str | Path | None = None,
-    categories: Sequence[str] = (),
-    limit: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     quantization: str = "none",
@@ -90,23 +84,17 @@ def bench(
         prompts: `held-out` (default for `embedded`), `mt-bench`, `humaneval`, a file, folder or hub id.
         output: folder for `results.json`, `results.md`, `results.html`, `answers.jsonl` and the runs behind them.
         heads: folder or hub id of the heads; None: those beside the backbone.
-        draft: name of the draft model of decoder assisted.
-        references: file of reference answers by `question_id`.
-        categories: categories of questions to ask; empty: all.
-        limit: number of questions, spread evenly over the set; None: all.
         dtype, device, quantization, trust_remote_code: as in `medusa.train`.
-        options: fields of `BenchConfig`, such as `temperature=0.7` or `quality=True`.
+        options: fields of `BenchConfig`, such as `limit=20`, `temperature=0.7` or `quality=True`.
 
     Raises:
         MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
     """
-    config = from_mapping(BenchConfig, _as_tuples(options), "bench options")
-    if ("assisted" in config.decoders) != (draft is not None):
-        raise InvalidInput("speculative decoding needs both --decoder assisted and --draft MODEL")
+    config = from_mapping(BenchConfig, options, "bench options")
     prompts, folder = default_prompts(model, prompts), Path(output)
-    questions = select(read_questions(prompts, references), categories, limit)
+    questions = select(read_questions(prompts, config.references), config.categories, config.limit)
     trees = {short: named.find_tree(name) for short, name in _short_names(config.trees, "stem").items()}
-    settings: dict[str, Any] = {"categories": list(categories), "limit": limit, "quantization": quantization}
+    settings: dict[str, Any] = {"categories": list(config.categories), "limit": config.limit, "quantization": quantization}
     settings |= {name: getattr(config, name) for name in ("temperature", "seed", "epsilon", "delta")}
     known = {"model": model, "prompts": prompts, "max_new_tokens": config.max_new_tokens, "compile": config.compile}
     refuse_claimed(folder / BENCH_FILE, known | settings)
@@ -114,7 +102,7 @@ def bench(
     loading = _Loading(dtype, device, trust_remote_code, quantization)
     tokenizer = loading.tokenizer(model, prompts)
     medusa = loading.model(model, heads, "medusa" in config.decoders)
-    drafting = loading.draft(draft) if draft is not None else None
+    drafting = dataclasses.replace(loading, quantization="none").model(config.draft) if config.draft is not None else None
     if not trees:
         named.note_advice_on_tree(medusa, model, heads, None)
     prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
@@ -133,63 +121,6 @@ def bench(
     return found
 
 
-@dataclass(frozen=True)
-class ExperimentConfig:
-    """The options of an experiment; options that it does not take are refused.
-
-    Attributes:
-        medusa_2: folder of heads with the adapter of a backbone that was trained together with them.
-        drafts: names of draft models.
-        gammas: numbers of tokens that a draft model guesses at a time; empty: the experiment's own.
-        nodes: tree sizes, the root included; empty: the experiment's own.
-        epsilons: thresholds of typical acceptance; empty: 0.01 to 0.25.
-        calibration_prompts: prompts to search trees on, other than those to measure on; None: the embedded model's own.
-        max_new_tokens: maximum number of new tokens in an answer.
-        rounds: number of times each question is answered; the median time counts.
-        compile: compile our decoders' steps.
-    """
-
-    medusa_2: str | None = None
-    drafts: tuple[str, ...] = ()
-    gammas: tuple[int, ...] = ()
-    nodes: tuple[int, ...] = ()
-    epsilons: tuple[float, ...] = ()
-    calibration_prompts: str | None = None
-    max_new_tokens: int = 128
-    rounds: int = 1
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.rounds, self.max_new_tokens, *self.gammas) < 1:
-            raise InvalidInput("an experiment needs at least 1 round, new token and gamma")
-        if any(size < 2 for size in self.nodes):
-            raise InvalidInput(f"--nodes is {min(self.nodes)}, expected at least 2: the root alone is plain decoding")
-        for value in self.epsilons:
-            if not 0 < value <= 1:
-                raise InvalidInput(f"--epsilon is {value}, expected above 0 and at most 1")
-
-    def check(self, name: str, prompts: str | None, model: str) -> None:
-        """Check the options against those that an experiment takes and needs.
-
-        Raises:
-            InvalidInput: an option is not taken or is missing, or there is no such experiment.
-        """
-        chosen = find_experiment(name)
-        given: dict[str, Any] = {"prompts": prompts, "medusa-2": self.medusa_2, "draft": self.drafts, "gamma": self.gammas}
-        given |= {"nodes": self.nodes, "epsilon": self.epsilons, "calibration-prompts": self.calibration_prompts}
-        for option, value in given.items():
-            if not value and option in chosen.needs:
-                raise InvalidInput(f"{name} needs --{option}; see medusa experiment --help")
-            if value and option not in (*chosen.options, "prompts"):
-                takes = ", ".join(f"--{taken}" for taken in ("prompts", *chosen.options))
-                raise InvalidInput(f"{name} takes no --{option}; it takes {takes}")
-        if name == "table-3" and len(self.nodes) > 1:
-            raise InvalidInput(f"table-3 compares trees of one size, got --nodes {list(self.nodes)}; figure-4 takes several")
-        default_prompts(model, prompts)
-        if chosen.calibrates and self.calibration_prompts is None and model != "embedded":
-            raise InvalidInput(f"{name} searches trees; pass --calibration-prompts FILE with other prompts of the same kind")
-
-
 def experiment(
     name: str,
     model: str = "embedded",
@@ -197,8 +128,6 @@ def experiment(
     output: str | Path | None = None,
     *,
     heads: str | None = None,
-    categories: Sequence[str] = (),
-    limit: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -215,16 +144,15 @@ def experiment(
         name: figure-3, figure-4, figure-5, figure-7, table-1, table-3 or table-4.
         output: folder for `results.json`, `results.md`, `results.html`, `answers.jsonl`, the figure and the runs behind them;
             None: `experiments/NAME`.
-        model, prompts, heads, categories, limit, dtype, device, trust_remote_code: as in `bench`.
-        options: fields of `ExperimentConfig`.
+        model, prompts, heads, dtype, device, trust_remote_code: as in `bench`.
+        options: fields of `ExperimentConfig`, such as `limit=20` or `nodes=(8, 16)`.
 
     Raises:
         MedusaError: the experiment does not take an option, or a file, model or folder cannot be used.
     """
-    config = from_mapping(ExperimentConfig, _as_tuples(options), "experiment options")
-    config.check(name, prompts, model)
-    chosen, prompts = find_experiment(name), default_prompts(model, prompts)
-    questions = select(read_questions(prompts), categories, limit)
+    config = from_mapping(ExperimentConfig, options, "experiment options")
+    chosen, prompts = _check_options(config, name, prompts, model), default_prompts(model, prompts)
+    questions = select(read_questions(prompts), config.categories, config.limit)
     calibrating = None if config.calibration_prompts is None else read_questions(config.calibration_prompts)
     loading = _Loading(dtype, device, trust_remote_code)
     tokenizer = loading.tokenizer(model, prompts)
@@ -237,16 +165,18 @@ def experiment(
         prompter = Prompter(tokenizer, which.eos_token_ids)
         texts = calibration_ids(calibrating, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
         kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")
-        with progress("recording", len(texts), "prompts") as bar:
-            return record(which, texts, config.max_new_tokens, folder=kept, on_progress=bar.update)
+        return record(which, texts, config.max_new_tokens, folder=kept)
 
-    medusa_2 = None if config.medusa_2 is None else _load_medusa_2(loading, model, config.medusa_2)
-    drafts = {short: loading.draft(draft) for short, draft in _short_names(config.drafts, "name").items()}
+    medusa_2 = None if config.medusa_2 is None else loading.model(model, config.medusa_2, heads_needed=True)
+    drafts = {short: loading.model(draft) for short, draft in _short_names(config.drafts, "name").items()}
     swept = config.nodes, config.epsilons, config.gammas
     setup = Setup(medusa, prompt_set.limits, recorded, medusa_2, drafts, *swept, config.compile)
     for row in chosen.missing(setup):
         note(f"left out: {row}")
-    models = {"tree": medusa.tree.to_dict(), **_others(setup)}
+    models: dict[str, Any] = {"tree": medusa.tree.to_dict(), "medusa_2": None}
+    if medusa_2 is not None and medusa_2.heads is not None:
+        models["medusa_2"] = [fingerprint(medusa_2.backbone), fingerprint(medusa_2.heads)]
+    models["drafts"] = {title: fingerprint(each.backbone) for title, each in drafts.items()}
     made_with = _made_with(medusa, model, prompt_set, prompts, config.compile, models)
     scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if chosen.quality else None
     found = measure_experiment(name, setup, prompt_set, scorer, folder, made_with, config.rounds)
@@ -256,30 +186,33 @@ def experiment(
     return found
 
 
-def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+def _check_options(config: ExperimentConfig, name: str, prompts: str | None, model: str) -> Experiment:
+    """The experiment of this name; options that it does not take, or that it lacks, are refused."""
+    chosen = find_experiment(name)
+    given: dict[str, Any] = {"prompts": prompts, "medusa-2": config.medusa_2, "draft": config.drafts, "gamma": config.gammas}
+    given |= {"nodes": config.nodes, "epsilon": config.epsilons, "calibration-prompts": config.calibration_prompts}
+    for option, value in given.items():
+        if not value and option in chosen.needs:
+            raise InvalidInput(f"{name} needs --{option}; see medusa experiment --help")
+        if value and option not in (*chosen.options, "prompts"):
+            takes = ", ".join(f"--{taken}" for taken in ("prompts", *chosen.options))
+            raise InvalidInput(f"{name} takes no --{option}; it takes {takes}")
+    if config.medusa_2 is not None and not has_adapter(find_heads(config.medusa_2)):
+        raise InvalidInput(
+            f"{config.medusa_2} holds no adapter; --medusa-2 takes the output of `medusa train --method medusa-2`"
+        )
+    if name == "table-3" and len(config.nodes) > 1:
+        raise InvalidInput(f"table-3 compares trees of one size, got --nodes {list(config.nodes)}; figure-4 takes several")
+    default_prompts(model, prompts)
+    if chosen.calibrates and config.calibration_prompts is None and model != "embedded":
+        raise InvalidInput(f"{name} searches trees; pass --calibration-prompts FILE with other prompts of the same kind")
+    return chosen
 
 
 def _short_names(paths: Sequence[str], part: str) -> dict[str, str]:
     """Paths by a part of each, `name` or `stem`, or by the whole path if two share that part."""
     shorts = [getattr(Path(path), part) for path in paths]
     return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
-
-
-def _others(setup: Setup) -> dict[str, Any]:
-    """Hashes of the other models of an experiment."""
-    other = setup.medusa_2
-    return {
-        "medusa_2": None if other is None or other.heads is None else [fingerprint(other.backbone), fingerprint(other.heads)],
-        "drafts": {title: fingerprint(each.backbone) for title, each in setup.drafts.items()},
-    }
-
-
-def _load_medusa_2(loading: _Loading, model: str, heads: str) -> MedusaModel:
-    """The model with the adapter that was trained together with its heads."""
-    if not has_adapter(find_heads(heads)):
-        raise InvalidInput(f"{heads} holds no adapter; --medusa-2 takes the output of `medusa train --method medusa-2`")
-    return loading.model(model, heads, heads_needed=True)
 
 
 def _prompt_set(model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
@@ -295,15 +228,5 @@ def _made_with(
     medusa: MedusaModel, model: str, prompt_set: PromptSet, prompts: str, compile: bool, more: dict[str, Any]
 ) -> dict[str, Any]:
     """Model, machine and settings of answers; a folder holds only answers with the same ones."""
-    return {
-        "model": model,
-        "backbone": fingerprint(medusa.backbone),
-        "heads": fingerprint(medusa.heads) if medusa.heads is not None else None,
-        **more,
-        "prompts": prompts,
-        "questions": prompt_set.digest,
-        "max_new_tokens": prompt_set.limits["max_new_tokens"],
-        "dtype": str(medusa.backbone.dtype).removeprefix("torch."),
-        "compile": compile,
-        **environment(medusa.device),
-    }
+    known = {"model": model, "prompts": prompts, "questions": prompt_set.digest, "compile": compile}
+    return known | {"max_new_tokens": prompt_set.limits["max_new_tokens"], **more, **made_by(medusa)}

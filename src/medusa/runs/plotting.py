@@ -22,11 +22,7 @@ def can_plot() -> bool:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches.
-
-    Raises:
-        InvalidInput: matplotlib is not installed.
-    """
+    """An empty figure, sizes in inches; InvalidInput if matplotlib is not installed."""
     return require("matplotlib.figure", "plots", "a plot").Figure(figsize=(width, height), layout="constrained")
 
 

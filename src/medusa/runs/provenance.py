@@ -35,6 +35,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def made_by(model: Any) -> dict[str, Any]:
+    """The dtype and the weights of a `MedusaModel`, and its machine."""
+    return {
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
+        "backbone": fingerprint(model.backbone),
+        "heads": fingerprint(model.heads) if model.heads is not None else None,
+        **environment(model.device),
+    }
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

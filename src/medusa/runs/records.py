@@ -18,11 +18,7 @@ from medusa.runs.files import is_unicode, read_yaml, write_text
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder if there is none.
-
-    Raises:
-        InvalidInput: it cannot be made.
-    """
+    """Make a folder if there is none; InvalidInput if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -31,10 +27,7 @@ def make_folder(folder: Path) -> None:
 
 def hold(path: Path) -> AbstractContextManager:
     """Lock a file against other processes, inside `with` or while the returned object lives; makes the folder if needed.
-
-    Raises:
-        InvalidInput: another process holds the lock, or the lock cannot be written.
-    """
+    InvalidInput if another process holds the lock, or it cannot be written."""
     make_folder(path.parent)
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True, thread_local=False)
     try:
@@ -51,11 +44,8 @@ def hold(path: Path) -> AbstractContextManager:
 
 
 def claim(path: Path, made_by: dict[str, Any]) -> None:
-    """Note in a file what the folder's records are made with; makes the folder if needed.
-
-    Raises:
-        InvalidInput: the folder cannot be written, or its records are made with something else; the differences are named.
-    """
+    """Note in a file what the folder's records are made with; makes the folder if needed. InvalidInput if they are made with
+    something else, which is named."""
     make_folder(path.parent)
     if path.exists():
         refuse_claimed(path, made_by)
@@ -83,11 +73,7 @@ def _as_read(made_by: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to resume in a folder that was made with something else.
-
-    Raises:
-        InvalidInput: something differs, and is named.
-    """
+    """Raise InvalidInput, which names the differences, if a folder was made with something else."""
     other = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in wanted.items() if found.get(name) != value]
     if other:
         raise InvalidInput(f"{folder} was made with {'; '.join(other)}; give another folder")
@@ -125,11 +111,7 @@ def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one record; it is on the disk when this returns.
-
-    Raises:
-        InvalidInput: it cannot be written (the disk is full); earlier records are kept.
-    """
+    """Append a record; it is on the disk when this returns. InvalidInput if it cannot be written; earlier ones are kept."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     if not is_unicode(line):
         line = json.dumps(record) + "\n"  # escaped, as it was given

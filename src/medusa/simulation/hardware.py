@@ -121,11 +121,7 @@ def _mapping(entry: Any, name: str) -> dict[str, Any]:
 
 
 def load_hardware(name: str) -> Hardware:
-    """A known machine, or a measured one: `FILE`, or `FILE:NAME` if the file holds several.
-
-    Raises:
-        InvalidInput: no such machine.
-    """
+    """A known machine, or a measured one: `FILE`, or `FILE:NAME` of several; InvalidInput if there is none."""
     known = known_hardware()
     if name in known:
         return known[name]

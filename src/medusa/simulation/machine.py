@@ -82,11 +82,8 @@ class Validation:
 def validate(
     setting: Setting, device: str, batch: int, length: int, candidates: list[int], megabytes: int = 256, rounds: int = 3
 ) -> list[Validation]:
-    """Run each operator: in a prefill of `length` tokens, and in a step at every number of candidates.
-
-    Raises:
-        InvalidInput: quantised weights or experts, which are not supported.
-    """
+    """Run each operator in a prefill of `length` tokens and in a step at every number of candidates; InvalidInput for quantised
+    weights and experts."""
     kind = getattr(torch, setting.dtype)
     if setting.weight_bits is not None or setting.shape.experts:
         raise InvalidInput("validation supports only dense layers without quantised weights")
@@ -199,7 +196,7 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
     model, steps = MedusaModel(backbone), 16
     options = DecodingOptions(max_new_tokens=(rounds + 1) * steps + 2)
     state = prefill(model, torch.ones(1, 16, dtype=torch.long, device=device), None, MedusaTree([]), options)
-    return timed(lambda: [step(model, state, options) for _ in range(steps)], device, rounds) / steps
+    return timed(lambda: [step(model, state) for _ in range(steps)], device, rounds) / steps
 
 
 def _memory(device: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from medusa.config import check_options, option
 from medusa.data.samples import Message, Skips, read_prompts
 from medusa.errors import InvalidInput
 from medusa.runs.console import progress
@@ -38,22 +39,17 @@ class Seed:
 class Distillation:
     """How the model answers."""
 
-    temperature: float = 0.3  # the paper's for Vicuna-33B; 0 is greedy
-    top_p: float | None = None
-    max_new_tokens: int = 512  # maximum number of tokens in one answer
-    prompt_tokens: int = 128  # number of tokens of a plain text that the model continues
-    self_talk: int = 0  # number of further rounds in which the model writes the user's turns too; 0 uses the seed's turns
-    batch_size: int = 16  # number of conversations decoded, or requests sent, at a time
-    compile: bool = False  # whether the decoding steps are compiled
-    seed: int = 0  # seed of the sampling
+    temperature: float = option(0.3, "Temperature of the sampling; 0 is greedy.", least=0)  # the paper's for Vicuna-33B
+    top_p: float | None = option(None, "Sample from the most likely tokens of this total probability.")
+    max_new_tokens: int = option(512, "Maximum number of tokens per answer.", least=1)
+    prompt_tokens: int = option(128, "Number of tokens to keep of a plain text, for the model to continue.", least=1)
+    self_talk: int = option(0, "Number of further rounds in which the model writes the user's turns too.", least=0)
+    batch_size: int = option(16, "Number of conversations decoded, or requests sent, at a time.", least=1)
+    compile: bool = option(False, "Compile the step with torch.compile (slow first step).")
+    seed: int = option(0, "Seed of the sampling.", least=0)
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("temperature", "self_talk", "seed"):
-            if getattr(self, name) < 0:
-                raise InvalidInput(f"{name} is {getattr(self, name)}, expected at least 0")
+        check_options(self)
         if self.top_p is not None and not self.temperature:
             raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 
@@ -106,20 +102,13 @@ class Shards:
 
     @staticmethod
     def refuse_other(folder: Path, made_by: dict[str, Any]) -> None:
-        """Refuse a folder whose samples were made with another model or options, before anything is loaded or written.
-
-        Raises:
-            InvalidInput: model or options differ; the differences are named.
-        """
+        """Refuse a folder of samples made with another model or options, which are named, before anything is loaded or
+        written."""
         if any(folder.rglob("*.jsonl")):
             refuse_claimed(folder / MADE_BY, made_by)
 
     def add(self, identifier: str, record: dict[str, Any]) -> None:
-        """Write one sample; it is on the disk when this returns.
-
-        Raises:
-            InvalidInput: it cannot be written (the disk is full); earlier samples are kept.
-        """
+        """Write a sample; it is on the disk when this returns. InvalidInput if it cannot be written; earlier ones are kept."""
         if identifier in self.done:
             return
         if self._in_shard >= self._per_shard:

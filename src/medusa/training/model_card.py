@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medusa.checkpoints.model_card import card_of_heads
+from medusa.config import MedusaConfig
 from medusa.runs.files import write_text
 from medusa.training.config import TrainingConfig
 
@@ -30,7 +31,7 @@ BACKBONE_NOTES = {
 def write_card(
     folder: Path,
     config: TrainingConfig,
-    base_model: str | None,
+    heads: MedusaConfig,
     metrics: dict[str, float],
     asked: int,
     nodes: int,
@@ -46,8 +47,7 @@ def write_card(
             row = " | ".join(f"{metrics[f'eval_head{k}_top{i}']:.3f}" for i in ranks)
             lines.append(f"| {k} | token t+{k + 1} | {row} |")
     method = "Medusa-2" if config.joint else "Medusa-1"
-    merged = config.backbone == "full"
-    head = card_of_heads(config.num_heads, config.num_layers, config.shared_lm_head, base_model, method, merged)
+    head = card_of_heads(heads, method, merged=config.backbone == "full")
     measured = MEASURED.format(
         backbone_note=BACKBONE_NOTES[config.backbone],
         ranks=" | ".join(f"top-{i}" for i in ranks),

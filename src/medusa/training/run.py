@@ -162,11 +162,7 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
 
 
 def refuse_begun(output: Path, resume: bool) -> None:
-    """Refuse a folder in which a run would be restarted unintentionally.
-
-    Raises:
-        InvalidInput: it holds checkpoints of a run, and `resume` is false.
-    """
+    """Refuse a folder with checkpoints of a run, which would be restarted unintentionally."""
     if not resume and (output / IDENTITY).is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         raise InvalidInput(f"{output} holds checkpoints of a run; continue it with --resume, or give another --output")
 
@@ -209,7 +205,7 @@ def _reads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> dict[str, 
     with torch.no_grad():
         embedded, hidden = embedding(ids).float(), model.hidden_states(ids).float()
     scale = float(hidden.square().mean().sqrt() / embedded.square().mean().sqrt())
-    return {"kind": config.heads_kind, "embedding_size": embedded.shape[-1], "embedding_scale": scale}
+    return {"heads_kind": config.heads_kind, "embedding_size": embedded.shape[-1], "embedding_scale": scale}
 
 
 def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
@@ -326,7 +322,8 @@ def _report(
     tree = evaluated.tree(config.tree_nodes)
     save_tree(tree, output / TREE_FILE)
     asked = max(evaluated.asked)
-    write_card(output, config, base_model, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
+    heads = dataclasses.replace(trainer.model.heads.config, base_model_name_or_path=base_model)
+    write_card(output, config, heads, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
     record = {
         "config": dataclasses.asdict(config),
         "base_model": base_model,

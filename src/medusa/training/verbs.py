@@ -134,11 +134,7 @@ def training_rows(
 
 
 def resolve_options(method: str, config: str | Path | None, options: dict[str, Any]) -> TrainingConfig:
-    """The configuration of a run: the method's recipe, then the YAML file, then the options.
-
-    Raises:
-        ConfigError, InvalidInput: an unknown option, or a value that it cannot have.
-    """
+    """The configuration of a run: the method's recipe, then the YAML file, then the options; an error if one cannot be used."""
     settings = (read_options(Path(config)) if config is not None else {}) | options
     return resolve(method, settings, str(config) if config is not None else "training options")
 

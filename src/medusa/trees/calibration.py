@@ -68,11 +68,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a `calibration.json`, or the one in a folder.
-
-        Raises:
-            CheckpointError: the file is missing or holds no calibration.
-        """
+        """Read a `calibration.json`, or the one in a folder; CheckpointError if there is none."""
         path = Path(path) / CALIBRATION_FILE if Path(path).is_dir() else Path(path)
         if not path.exists():
             raise CheckpointError(f"no calibration {path}; medusa tune --output writes one beside the tree")

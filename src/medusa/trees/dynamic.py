@@ -92,10 +92,7 @@ class DynamicTree:
     @classmethod
     def from_dict(cls, found: Mapping[str, Any], source: str) -> DynamicTree:
         """The tree of a saved mapping; ConfigError for an unknown key or a value of the wrong type."""
-        fields = dict(found["dynamic"])
-        if isinstance(fields.get("temperatures"), list):
-            fields["temperatures"] = tuple(fields["temperatures"])
-        return from_mapping(cls, fields, source)
+        return from_mapping(cls, found["dynamic"], source)
 
     def for_batch(self, batch: int) -> DynamicTree:
         return self

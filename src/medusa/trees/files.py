@@ -58,11 +58,7 @@ Tree = MedusaTree | DynamicTree | TreeChoice
 
 
 def save_tree(tree: Tree, path: str | Path) -> None:
-    """Write a tree file; it is complete or absent.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Write a tree file; it is complete or absent. CheckpointError if it cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

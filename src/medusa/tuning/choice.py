@@ -18,7 +18,8 @@ import numpy as np
 
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
-from medusa.tuning.options import PLAIN, SIZES, USUAL_KINDS, Option, Trees, different
+from medusa.tuning.config import SIZES, USUAL_KINDS
+from medusa.tuning.options import PLAIN, Option, Trees, different
 
 LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that the prediction is wrong
 
@@ -47,18 +48,19 @@ class Choices:
     def to_dict(self) -> dict[str, Any]:
         return {
             "plain": self._described(self.plain),
-            "options": [self._described(option) for option in self.options],
-            "by_depth": [self._described(option) for option in self.by_depth],
+            "options": list(map(self._described, self.options)),
+            "by_depth": list(map(self._described, self.by_depth)),
             "chosen": {str(batch): self._described(option) for batch, option in self.chosen.items()},
             "recommended_heads": self.recommended_heads,
         }
 
     def _described(self, option: Option) -> dict[str, Any]:
+        plain = self.plain
         by_batch = {
             str(batch): {
                 "step_seconds": seconds,
-                "overhead": option.overhead(self.plain, batch),
-                "speedup": option.speedup(self.plain, batch),
+                "overhead": option.overhead(plain, batch),
+                "speedup": option.speedup(plain, batch),
             }
             for batch, seconds in option.step_seconds.items()
         }
@@ -96,7 +98,8 @@ def choose_trees(
         size = len(first.tree)
         tried = [trees.option(first.kind, size, depth) for depth in trees.depths(first.kind, size)]
         again, *by_depth = _timed([PLAIN, *different(tried)], timer, [smallest])
-        by_depth = [_rescaled(option, again, plain, smallest) for option in by_depth]
+        for option in by_depth:  # timed in another run: rescaled so that its plain step takes as long
+            option.step_seconds[smallest] *= plain.step_seconds[smallest] / again.step_seconds[smallest]
         chosen[smallest] = choose(by_depth, plain, smallest, always)
     return Choices(plain, options, by_depth, chosen)
 
@@ -161,8 +164,3 @@ def _timed(options: Sequence[Option], timer: StepTimer, batches: Sequence[int]) 
         dataclasses.replace(option, step_seconds={b: max(times[number], times[0]) for b, times in seconds.items()})
         for number, option in enumerate(options)
     ]
-
-
-def _rescaled(option: Option, its_plain: Option, plain: Option, batch: int) -> Option:
-    """An option timed in another run, rescaled so that its plain step takes as long as this one."""
-    return dataclasses.replace(option, step_seconds={batch: option.overhead(its_plain, batch) * plain.step_seconds[batch]})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 
 from medusa.errors import InvalidInput
 from medusa.metrics import expected_acceptance_length
+from medusa.runs.console import progress
 from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.search import search_tree
@@ -17,29 +19,18 @@ from medusa.trees.static import MedusaTree
 from medusa.tuning.recording import Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree, replay_texts
 
-TREE_KINDS = ("static", "dynamic", "copying", "independent")
-USUAL_KINDS = TREE_KINDS[:3]
-SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A tree that may be chosen, and its expected speed.
+    """A tree that may be chosen, and its expected speed."""
 
-    Attributes:
-        kind: static, dynamic, copying (dynamic, half of its nodes copied), independent (the paper's static search) or plain.
-        acceleration_rate: tokens per step, cross-validated: each half of the texts with a tree fitted to the other half.
-        interval: 95 % interval of the acceleration rate over texts.
-        if_independent: tokens per step expected of a static tree if heads erred independently, as in the paper (2.3.3).
-        step_seconds: seconds of a decoding step on this machine, by batch size.
-    """
-
-    kind: str
+    kind: str  # of TREE_KINDS, or plain
     tree: MedusaTree | DynamicTree
-    acceleration_rate: float
-    interval: tuple[float, float]
-    if_independent: float | None = None
-    step_seconds: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    acceleration_rate: float  # tokens per step, cross-validated: each half of the texts with a tree fitted to the other half
+    interval: tuple[float, float]  # 95 % interval of the acceleration rate over texts
+    if_independent: float | None = None  # tokens per step of a static tree if heads erred independently (paper 2.3.3)
+    # Seconds of a decoding step on this machine, by batch size.
+    step_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -65,11 +56,7 @@ def copied_nodes(kind: str, size: int) -> int:
 
 
 class Trees:
-    """The best trees for recorded texts; each is searched for when first needed.
-
-    Raises:
-        InvalidInput: there is only one text.
-    """
+    """The best trees for recorded texts, at least two; each is searched for when first needed."""
 
     def __init__(self, texts: Sequence[Recorded]):
         if len(texts) < 2:
@@ -78,29 +65,21 @@ class Trees:
         self._calibrations = [Calibration.of(half) for half in self._halves]
         self._options: dict[tuple[str, int, int], Option] = {}
 
-    @property
-    def heads(self) -> int:
-        return len(self._calibrations[0].hits)
-
     @functools.cached_property
     def _dynamic(self) -> list[DynamicTree]:
         return [fit_dynamic_tree(half) for half in self._halves]
 
     def depths(self, kind: str, size: int) -> range:
         """The numbers of heads that a tree of this kind and size can use: each head needs a node."""
-        return range(1, max(1, min(self.heads, size - copied_nodes(kind, size) - 1)) + 1)
+        return range(1, max(1, min(len(self._calibrations[0].hits), size - copied_nodes(kind, size) - 1)) + 1)
 
-    def search(self, kinds: Sequence[str], sizes: Sequence[int], on_progress: Callable[[], object] = lambda: None) -> None:
-        """Search the trees of all these kinds and sizes at every depth.
-
-        Args:
-            on_progress: called after every kind and size.
-        """
-        for kind in kinds:
-            for size in sizes:
+    def search(self, kinds: Sequence[str], sizes: Sequence[int]) -> None:
+        """Search the trees of all these kinds and sizes at every depth."""
+        with progress("searching trees", len(kinds) * len(sizes), "sizes") as bar:
+            for kind, size in itertools.product(kinds, sizes):
                 for depth in self.depths(kind, size):
                     self.option(kind, size, depth)
-                on_progress()
+                bar.update()
 
     def option(self, kind: str, size: int, depth: int | None = None) -> Option:
         """The best tree of this kind, size and depth, fitted to all texts; its rate is that of trees fitted to halves.

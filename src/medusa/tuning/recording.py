@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from medusa.errors import InvalidInput, one_line
 from medusa.generation import MedusaGenerateOutput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
+from medusa.runs.console import progress
 from medusa.runs.files import digest, whole
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
@@ -58,7 +59,6 @@ def record(
     seed: int = 0,
     batch_size: int = 8,
     folder: Path | None = None,
-    on_progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[Recorded]:
     """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads.
 
@@ -68,7 +68,6 @@ def record(
         temperature: 0 is greedy; above 0 continuations are drawn from the backbone's distribution.
         batch_size: number of prompts continued together; greedy texts depend on it only through rounding.
         folder: folder to save recordings in, batch by batch; batches found there are not recorded again.
-        on_progress: called after every batch with its number of prompts.
 
     Raises:
         InvalidInput: there are no heads, no text is long enough, or the folder has recordings of something else.
@@ -77,27 +76,27 @@ def record(
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.scored)
     if folder is not None:
-        ids = [prompt.tolist() for prompt in prompts]
         made_with = {
             "backbone": fingerprint(model.backbone),
             "heads": fingerprint(model.heads),
             "settings": [max_new_tokens, ranks, temperature, seed, batch_size],
             "prompts": len(prompts),
-            "prompts_digest": digest(ids),
+            "prompts_digest": digest([prompt.tolist() for prompt in prompts]),
         }
         claim(folder / RECORDED_FILE, made_with)
     texts: list[Recorded] = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        shard = folder / f"texts-{first:05d}.safetensors" if folder is not None else None
-        if shard is not None and shard.is_file():
-            texts += _load(shard, model.heads)
-        else:
-            found = list(_record(model, batch, max_new_tokens, ranks, temperature, seed + first))
-            if shard is not None:
-                _save(found, shard)
-            texts += found
-        on_progress(len(batch))
+    with progress("recording", len(prompts), "prompts") as bar:
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            shard = folder / f"texts-{first:05d}.safetensors" if folder is not None else None
+            if shard is not None and shard.is_file():
+                texts += _load(shard, model.heads)
+            else:
+                found = list(_record(model, batch, max_new_tokens, ranks, temperature, seed + first))
+                if shard is not None:
+                    _save(found, shard)
+                texts += found
+            bar.update(len(batch))
     if not texts:
         raise InvalidInput(f"no text is longer than {model.num_heads + 1} new tokens; give other prompts or more tokens")
     return texts
@@ -152,16 +151,11 @@ def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:
     try:
         tensors = load_file(path)
         numbers = sorted({int(name.partition(".")[0]) for name in tensors})
+        reading = heads if heads.kind == "path" else None
+        held = [[tensors[f"{n}.{name}"] for name in ("ids", "start", "guesses", "log_p")] for n in numbers]
         return [
-            Recorded(
-                tensors[f"{n}.ids"],
-                int(tensors[f"{n}.start"]),
-                tensors[f"{n}.guesses"],
-                tensors[f"{n}.log_p"],
-                tensors.get(f"{n}.hidden"),
-                heads if heads.kind == "path" else None,
-            )
-            for n in numbers
+            Recorded(ids, int(start), guesses, log_p, tensors.get(f"{n}.hidden"), reading)
+            for n, (ids, start, guesses, log_p) in zip(numbers, held, strict=True)
         ]
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
         raise InvalidInput(f"{path} is broken: {one_line(error)}; remove it and run the same command again") from None

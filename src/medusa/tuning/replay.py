@@ -54,11 +54,7 @@ class Replayed:
 
 @torch.inference_mode()
 def replay_texts(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> Replayed:
-    """Walk recorded texts with a tree.
-
-    Raises:
-        InvalidInput: the tree needs heads or ranks that were not recorded.
-    """
+    """Walk recorded texts with a tree; InvalidInput if it needs heads or ranks that were not recorded."""
     _, num_heads, ranks = texts[0].guesses.shape
     heads = texts[0].heads if isinstance(tree, DynamicTree) else None
     drafter = tree.drafter()

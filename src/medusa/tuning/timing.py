@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medusa.model import MedusaModel
+from medusa.runs.console import progress
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
 
@@ -23,7 +24,6 @@ def time_steps(
     prompts: Tensor,  # (B, P) long
     steps: int = STEPS,
     rounds: int = 5,
-    on_progress: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> list[float]:
     """Seconds of a decoding step with each tree.
@@ -33,14 +33,13 @@ def time_steps(
 
     Args:
         steps: number of steps timed in each round.
-        on_progress: called after every tree of every round.
         options: options of `MedusaModel.stream`, such as `compile`.
     """
     seconds: list[list[float]] = [[] for _ in trees]
     limit = room_to_time(max(tree.depth for tree in trees), max(tree.drafter().depth for tree in trees), steps)
-    for round_ in range(rounds + 1):  # the first one warms up compilers and caches
-        for turn in range(len(trees)):
-            number = (turn + round_) % len(trees)
+    turns = [(round_, (turn + round_) % len(trees)) for round_ in range(rounds + 1) for turn in range(len(trees))]
+    with progress(f"timing steps, batch {len(prompts)}", len(turns), "trees") as bar:
+        for round_, number in turns:  # the first round warms up compilers and caches
             taken: list[float] = []
             while len(taken) < steps:  # a tree that accepts much reaches the end of its stream early
                 greedy = {"do_sample": False, "eos_token_id": [], **options}
@@ -49,7 +48,7 @@ def time_steps(
                 taken += run[1:-1]  # the first includes the prefill, and the last of a stream may verify nothing
             if round_:
                 seconds[number].append(statistics.median(taken))
-            on_progress()
+            bar.update()
     first = statistics.median(seconds[0])
     return [first * statistics.median(a / b for a, b in zip(each, seconds[0], strict=True)) for each in seconds]
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from medusa.checkpoints import named
-from medusa.config import from_mapping
+from medusa.config import from_mapping, integer
 from medusa.data.prompt_sets import Prompter, calibration_ids, default_prompts, read_questions
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
-from medusa.runs.console import progress
 from medusa.runs.files import write_json
 from medusa.runs.plotting import can_plot
-from medusa.runs.provenance import environment, fingerprint
+from medusa.runs.provenance import made_by
 from medusa.trees.calibration import CALIBRATION_FILE, Calibration
 from medusa.trees.files import Tree, TreeChoice, save_tree
 from medusa.tuning.choice import Choices, choose_trees
-from medusa.tuning.options import SIZES, TREE_KINDS, USUAL_KINDS, Trees, copied_nodes
+from medusa.tuning.config import TuningConfig
+from medusa.tuning.options import Trees, copied_nodes
 from medusa.tuning.plots import draw_calibration, draw_choices
 from medusa.tuning.recording import Recorded, record
 from medusa.tuning.timing import room_to_time, time_steps
@@ -32,66 +32,15 @@ TUNING_FILE = "tuning.json"
 
 
 @dataclass(frozen=True)
-class TuningConfig:
-    """What is recorded, tried and timed.
-
-    Attributes:
-        nodes: tree sizes to try, the root included; plain decoding is always tried.
-        kinds: of `medusa.tuning.options.TREE_KINDS`.
-        batches: batch sizes to choose a tree for.
-        contexts: context lengths at which steps are timed, in tokens; empty: the median of the prompts.
-        always: choose a tree even if plain decoding is faster.
-        max_new_tokens: number of places recorded after each prompt.
-        temperature: 0 records greedy continuations; above 0 they are drawn.
-        ranks: number of guesses of each head that may become nodes.
-        batch_size: number of prompts continued together while recording.
-        rounds: number of times that the steps of each tree are timed, in turn.
-        compile: time compiled steps.
-    """
-
-    nodes: tuple[int, ...] = SIZES
-    kinds: tuple[str, ...] = USUAL_KINDS
-    batches: tuple[int, ...] = (1,)
-    contexts: tuple[int, ...] = ()
-    always: bool = False
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    ranks: int = 64
-    batch_size: int = 8
-    rounds: int = 5
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("nodes", 2), ("batches", 1), ("contexts", 1)):
-            if any(value < least for value in getattr(self, name)):
-                raise InvalidInput(f"{name} of tuning are {getattr(self, name)}, expected at least {least}")
-        if unknown := [kind for kind in self.kinds if kind not in TREE_KINDS]:
-            raise InvalidInput(f"kinds of tuning contain {unknown[0]!r}, expected {', '.join(TREE_KINDS)}")
-        for name in ("max_new_tokens", "ranks", "batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} of tuning is {getattr(self, name)}, expected at least 1")
-        if self.temperature < 0 or not self.nodes or not self.kinds or not self.batches:
-            raise InvalidInput(f"tuning needs nodes, kinds, batches and a temperature of at least 0, got {self}")
-
-
-@dataclass(frozen=True)
 class Tuned:
-    """The result of a tuning.
+    """The result of a tuning."""
 
-    Attributes:
-        tree: the chosen tree, or one for each batch size; the root alone if no tree pays.
-        choices: all options that were timed.
-        calibration: how often the heads' guesses were right.
-        texts: number of recorded texts.
-        made_with: model, machine and settings.
-    """
-
-    tree: Tree
-    choices: Choices
-    calibration: Calibration
-    texts: int
+    tree: Tree  # the chosen one, or one for each batch size; the root alone if no tree pays
+    choices: Choices  # all options that were timed
+    calibration: Calibration  # how often the heads' guesses were right
+    texts: int  # number of recorded texts
     temperature: float
-    made_with: dict[str, Any] = field(repr=False)
+    made_with: dict[str, Any] = field(repr=False)  # model, machine and settings
 
     def to_dict(self) -> dict[str, Any]:
         """The object of `tuning.json`."""
@@ -152,10 +101,8 @@ def tune(
     Raises:
         MedusaError: an option, file or model cannot be used, before anything is loaded where that can be known.
     """
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    config = from_mapping(TuningConfig, given, "tuning options")
-    if limit < 1 or prompt_tokens < 1:
-        raise InvalidInput(f"limit is {limit} and prompt_tokens {prompt_tokens}, expected at least 1")
+    config = from_mapping(TuningConfig, options, "tuning options")
+    limit, prompt_tokens = integer("limit", limit, 1), integer("prompt_tokens", prompt_tokens, 1)
     source = default_prompts(model, prompts)
     named.require_heads(model, heads)
     questions = None if prompts is None else read_questions(source)
@@ -186,25 +133,19 @@ def tune_model(
     config = config or TuningConfig()
     path = None if output is None else Path(output)
     room = _check_room(model, config)
-    with progress("recording", len(prompts), "prompts") as bar:
-        texts = record(
-            model,
-            prompts,
-            config.max_new_tokens,
-            config.ranks,
-            config.temperature,
-            batch_size=config.batch_size,
-            folder=None if path is None else path.parent / "recorded",
-            on_progress=bar.update,
-        )
+    asked = config.max_new_tokens, config.ranks, config.temperature
+    folder = None if path is None else path.parent / "recorded"
+    texts = record(model, prompts, *asked, batch_size=config.batch_size, folder=folder)
     trees = Trees(texts)
-    with progress("searching trees", len(config.kinds) * len(config.nodes), "sizes") as bar:
-        trees.search(config.kinds, config.nodes, bar.update)
-    timer = _Timer(model, texts, config, config.contexts or (_usual_length(texts, model, room),))
+    trees.search(config.kinds, config.nodes)
+    usual = int(statistics.median(text.start + 1 for text in texts))  # or less, if timing needs the room
+    if model.max_length is not None:
+        usual = max(1, min(usual, model.max_length - room))
+    timer = _Timer(model, texts, config, config.contexts or (usual,))
     choices = choose_trees(trees, timer, config.kinds, config.nodes, sorted(config.batches), config.always)
     picked = {batch: option.tree for batch, option in choices.chosen.items()}
     tree: Tree = picked[min(picked)] if len(set(picked.values())) == 1 else TreeChoice(picked)
-    made_with = _made_with(model, source, timer.contexts, config.compile)
+    made_with = {"prompts": source, "contexts": list(timer.contexts), "compile": config.compile, **made_by(model)}
     tuned = Tuned(tree, choices, Calibration.of(texts), len(texts), config.temperature, made_with)
     if path is not None:
         tuned.save(path)
@@ -221,15 +162,11 @@ class _Timer:
     contexts: tuple[int, ...]
 
     def __call__(self, trees: Sequence[Any], batch: int) -> list[float]:
-        temperature, rounds = self.config.temperature, self.config.rounds
-        sampling = {"do_sample": True, "temperature": temperature, "seed": 0} if temperature else {}
-        options: dict[str, Any] = {"rounds": rounds, "compile": self.config.compile, **sampling}
-        total = len(trees) * (rounds + 1) * len(self.contexts)
-        with progress(f"timing steps, batch {batch}", total, "trees") as bar:
-            seconds = [
-                time_steps(self.model, trees, self._rows(batch, length), on_progress=bar.update, **options)
-                for length in self.contexts
-            ]
+        temperature = self.config.temperature
+        options: dict[str, Any] = {"rounds": self.config.rounds, "compile": self.config.compile}
+        if temperature:
+            options |= {"do_sample": True, "temperature": temperature, "seed": 0}
+        seconds = [time_steps(self.model, trees, self._rows(batch, length), **options) for length in self.contexts]
         return [statistics.fmean(each) for each in zip(*seconds, strict=True)]
 
     def _rows(self, batch: int, length: int) -> Tensor:
@@ -247,22 +184,3 @@ def _check_room(model: MedusaModel, config: TuningConfig) -> int:
         longest = model.max_length - room
         raise InvalidInput(f"--context is {asked}, expected at most {longest}: timing adds {room} tokens to it")
     return room
-
-
-def _usual_length(texts: Sequence[Recorded], model: MedusaModel, room: int) -> int:
-    """The median length of the prompts, or less if timing needs the room."""
-    usual = int(statistics.median(text.start + 1 for text in texts))
-    return usual if model.max_length is None else max(1, min(usual, model.max_length - room))
-
-
-def _made_with(model: MedusaModel, source: str, contexts: Sequence[int], compile: bool) -> dict[str, Any]:
-    assert model.heads is not None
-    return {
-        "prompts": source,
-        "contexts": list(contexts),
-        "compile": compile,
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "backbone": fingerprint(model.backbone),
-        "heads": fingerprint(model.heads),
-        **environment(model.device),
-    }
