@@ -148,6 +148,22 @@ def test_any_company_and_settings_give_what_a_request_gets_alone(model, slots):
         assert got.tokens == alone(model, request)
 
 
+def test_real_prompts_in_a_crowd_get_what_plain_decoding_gives_them(embedded_model):
+    text = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n"
+    ids = [3 + ord(letter) % 90 for letter in text]
+    requests = []
+    for number in range(8):
+        prompt = ids[: 20 + 11 * number]
+        sampled = {"do_sample": True, "temperature": 0.3 + 0.1 * number, "top_p": 0.9} if number % 2 else {}
+        requests.append(Request(prompt, options_of(embedded_model, prompt, max_new_tokens=24, seed=number, **sampled)))
+    engine = Engine(embedded_model, slots=3, capacity=256, chunk=32)
+    found = submitted(engine, *requests)
+    engine.close()
+    assert sum(len(got.tokens) for got in found) > 1.3 * sum(len(got.deliveries) for got in found)  # drafts were accepted
+    for request, got in zip(requests, found, strict=True):
+        assert got.tokens == alone(embedded_model, request)
+
+
 def test_a_random_life_loses_no_slot(model):
     chance = random.Random(0)
     engine = Engine(model, slots=3, capacity=200, queue=6, chunk=8)

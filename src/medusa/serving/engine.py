@@ -142,7 +142,8 @@ class Engine:
 
     def _leave(self) -> None:
         """End the requests that were cancelled."""
-        jobs = [job for job in (*self._at, *self._waiting) if job is not None]
+        with self._wake:
+            jobs = [job for job in (*self._at, *self._waiting) if job is not None]
         for job in jobs:
             if job.cancelled or self._cancelling:
                 self._end(job, "cancelled")

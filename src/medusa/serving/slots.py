@@ -96,7 +96,7 @@ class Slots:
             keep: whether its keys and values are good for a later prompt.
         """
         row = self.state.rows[slot]
-        text = row.text().tolist() if keep and row.prompt is not None else []
+        text = row.prompt.tolist() + row.generated if keep and row.prompt is not None else []
         # Without the last token, which may have ended the row as its root, before it was in the cache.
         self._texts[slot] = text[:-1] if row.generated else text
         self._clock += 1
