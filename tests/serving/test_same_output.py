@@ -61,6 +61,7 @@ def random_request(chance: random.Random) -> tuple[str, dict[str, Any]]:
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
         kinds = ({"regex": "[a-f]{2,9}"}, {"choice": ["yes", "no", "perhaps"]}, {"json": schema})
         body["structured_outputs"] = chance.choice(kinds)
+        body.pop("ignore_eos", None)
     return path, body
 
 

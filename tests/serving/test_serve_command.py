@@ -45,7 +45,9 @@ def test_a_server_is_started_asked_and_ended(tmp_path):
         question = [{"role": "user", "content": "What is the capital of France?"}]
         body = {"model": "smol", "messages": question, "max_tokens": 24, "temperature": 0}
         answers = [
-            httpx.post(f"{url}/v1/chat/completions", json={**body, "medusa": {"plain": plain}}, headers=headers, timeout=120).json()
+            httpx.post(
+                f"{url}/v1/chat/completions", json={**body, "medusa": {"plain": plain}}, headers=headers, timeout=120
+            ).json()
             for plain in (True, False)
         ]
         plain, medusa = (answer["choices"][0]["message"]["content"] for answer in answers)

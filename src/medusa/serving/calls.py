@@ -184,6 +184,8 @@ def _limit(service: Service, body: ChatRequest | CompletionRequest, prompt: int,
 
 def _prepared(service: Service, body: Sampling, ids: Any, limit: int, grammar: Any) -> DecodingOptions:
     """The options of decoding, made by transformers' `generate` from the model's generation config and the body."""
+    if grammar is not None and body.ignore_eos:
+        raise Problem("ignore_eos: an answer of a given form ends with the form; leave ignore_eos out", param="ignore_eos")
     # Preparing for one prompt is the same for every tree; the seed is drawn here, since torch's generator has no lock.
     keywords: dict[str, Any] = {
         "input_ids": ids,

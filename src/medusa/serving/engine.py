@@ -69,8 +69,8 @@ class Engine:
         drafter, room = None if tree is None else tree.drafter(self.model.device), self.room(tree)
         if len(request.ids) + request.options.max_new_tokens > room:
             raise ContextOverflow(
-                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones exceed the {room} that a slot of "
-                f"{self.capacity} has room for beside the tree; shorten the prompt, lower max_new_tokens or raise --capacity"
+                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones exceed the {room} that a slot "
+                f"of {self.capacity} has room for beside the tree; shorten the prompt, lower max_new_tokens or raise --capacity"
             )
         job = Job(request, deliver, ids[0], drafter, tree, self._notify)
         with self._wake:
