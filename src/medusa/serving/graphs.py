@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ class Graphs:
         self._ready: set[Shape] = set()
         self._left: deque[Shape] = deque()
         widths = sorted({self.width(rows) for rows in range(1, pool.number + 1)})
+        seen = sorted({visible_slots(length, pool.capacity) for length in range(1, pool.capacity + 1)})
         for fewer, width in zip([0, *widths], widths, strict=False):
             trees = dict.fromkeys(by_load.wanted(rows) for rows in range(fewer + 1, width + 1))
-            seen = sorted({visible_slots(length, pool.capacity) for length in range(1, pool.capacity + 1)})
-            self._left += [(width, tree, visible) for tree in trees for visible in seen]
+            self._left += [(w, t, v) for w, t, v in product([width], trees, seen) if v >= drafters[t].num_nodes]
 
     @property
     def waiting(self) -> bool:
@@ -54,12 +55,14 @@ class Graphs:
 
     def make(self) -> None:
         """Make the next graph: a step of slots without requests, whose result is not used."""
-        width, tree, visible = self._left.popleft()
+        width, tree, visible = self._left[0]
         drafter = self._drafters[tree]
-        if (base := visible - drafter.num_nodes) < 0:
-            return
+        base = visible - drafter.num_nodes
         part = self._pool.part(0, width, drafter)
         frame = Frame(torch.full((), base, device=part.root.device), part.lengths, part.pads, visible)
-        self.model.draft_and_verify(part.root, part.hidden, drafter, part.history, frame, part.cache)
-        self._pool.stepped(0, width, base)
-        self._ready.add((width, tree, visible))
+        try:
+            self.model.draft_and_verify(part.root, part.hidden, drafter, part.history, frame, part.cache)
+            self._ready.add((width, tree, visible))
+        finally:  # a shape that fails is not tried again
+            self._left.popleft()
+            self._pool.stepped(0, width, base)
