@@ -84,11 +84,7 @@ def demo_command(
 
 @dataclass(frozen=True)
 class _Demo:
-    """The model, and the prompts as texts and as token ids (1, P).
-
-    Attributes:
-        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-    """
+    """The model, and the prompts as texts and as token ids (1, P)."""
 
     name: str
     model: MedusaModel
@@ -96,7 +92,7 @@ class _Demo:
     is_chat: bool
     texts: list[str]
     batches: list[Tensor]
-    limits: dict[str, Any]
+    limits: dict[str, Any]  # options of every decoder: `max_new_tokens`, and the ids that end an answer
 
 
 def _load(

@@ -45,20 +45,14 @@ def held_out_prompts(split: str = "test") -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Question:
-    """A question for decoders, of one turn or several.
-
-    Attributes:
-        turns: the user's turns; each follows the decoder's own answer to the turn before.
-        references: a good answer to every turn, for a judge; may be empty.
-        ids: a prompt given as token ids, in place of turns.
-    """
+    """A question for decoders, of one turn or several."""
 
     id: str
     category: str
-    turns: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()  # the user's turns; each follows the decoder's own answer to the turn before
     system: str = ""
-    references: tuple[str, ...] = ()
-    ids: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()  # a good answer to every turn, for a judge; may be empty
+    ids: tuple[int, ...] = ()  # a prompt given as token ids, in place of turns
 
 
 def read_questions(source: str | Path, references: str | Path | None = None) -> list[Question]:

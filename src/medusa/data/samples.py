@@ -35,17 +35,12 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 @dataclass(frozen=True)
 class Sample:
-    """One record: exactly one of `messages`, `text` and `input_ids` is given.
+    """One record: exactly one of `messages`, `text` and `input_ids` is given."""
 
-    Attributes:
-        source: its place, for errors: `file:line` or `file, record n`.
-        prompt: text before `text` that is not labelled (prompt/completion records).
-    """
-
-    source: str
+    source: str  # its place, for errors: `file:line` or `file, record n`
     messages: tuple[Message, ...] | None = None
     text: str | None = None
-    prompt: str | None = None
+    prompt: str | None = None  # text before `text` that is not labelled (prompt/completion records)
     input_ids: tuple[int, ...] | None = None
     prompt_tokens: int = 0  # number of the first `input_ids` that are not labelled
     cut: bool = False  # whether the last turn was cut off: its end is not labelled
@@ -106,24 +101,15 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
 
 @dataclass(frozen=True)
 class Asked:
-    """One record as a prompt: `turns` or `ids`.
+    """One record as a prompt: `turns` or `ids`."""
 
-    Attributes:
-        source: its place, for errors.
-        record: the complete record.
-        turns: the user's turns, each to be answered before the next; a bare prompt is one turn.
-        system: system message before the first turn.
-        text: the prompt as a text to continue; empty if it can only be answered.
-        whole: whether nothing of the text may be cut off: it is a prompt, not the beginning of a document.
-    """
-
-    source: str
-    record: dict[str, Any]
-    turns: tuple[str, ...] = ()
-    system: str = ""
+    source: str  # its place, for errors
+    record: dict[str, Any]  # the complete record
+    turns: tuple[str, ...] = ()  # the user's turns, each to be answered before the next; a bare prompt is one turn
+    system: str = ""  # system message before the first turn
     ids: tuple[int, ...] = ()
-    text: str = ""
-    whole: bool = True
+    text: str = ""  # the prompt as a text to continue; empty if it can only be answered
+    whole: bool = True  # whether nothing of the text may be cut off: it is a prompt, not the beginning of a document
 
 
 ASKED = "turns, instruction, messages, conversations, prompt, text or input_ids"

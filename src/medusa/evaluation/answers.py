@@ -24,19 +24,13 @@ BENCH_FILE, RUNS_FILE, ANSWERS_FILE = "bench.yaml", "runs.jsonl", "answers.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """The questions of a bench and the limits of their answers, the same for all decoders.
-
-    Attributes:
-        left_out: questions whose prompts are empty or leave no room for an answer.
-        room: length of the longest prompt that leaves room for an answer; None: any.
-        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-    """
+    """The questions of a bench and the limits of their answers, the same for all decoders."""
 
     questions: list[Question]
-    left_out: list[Question]
+    left_out: list[Question]  # questions whose prompts are empty or leave no room for an answer
     prompter: Prompter
-    room: int | None
-    limits: dict[str, Any]
+    room: int | None  # length of the longest prompt that leaves room for an answer; None: any
+    limits: dict[str, Any]  # options of every decoder: `max_new_tokens`, and the ids that end an answer
 
     @classmethod
     def of(cls, model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:

@@ -30,21 +30,14 @@ GAMMAS = (2, 3, 4, 5, 6)
 
 @dataclass(frozen=True)
 class Setup:
-    """The models and settings of an experiment.
-
-    Attributes:
-        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-        recorded: function that records texts of a model to search trees on.
-        medusa_2: the same backbone trained together with its heads, if there is one.
-        drafts: smaller models with the same tokens, by name.
-        nodes, epsilons, gammas: values to sweep; empty: the experiment's own.
-    """
+    """The models and settings of an experiment."""
 
     model: MedusaModel
-    limits: Mapping[str, Any]
-    recorded: Callable[[MedusaModel], list[Recorded]]
-    medusa_2: MedusaModel | None = None
-    drafts: Mapping[str, MedusaModel] = dataclasses.field(default_factory=dict)
+    limits: Mapping[str, Any]  # options of every decoder: `max_new_tokens`, and the ids that end an answer
+    recorded: Callable[[MedusaModel], list[Recorded]]  # function that records texts of a model to search trees on
+    medusa_2: MedusaModel | None = None  # the same backbone trained together with its heads, if there is one
+    drafts: Mapping[str, MedusaModel] = dataclasses.field(default_factory=dict)  # smaller models with the same tokens, by name
+    # nodes, epsilons, gammas: values to sweep; empty: the experiment's own.
     nodes: Sequence[int] = ()
     epsilons: Sequence[float] = ()
     gammas: Sequence[int] = ()
@@ -167,28 +160,17 @@ def thresholds(setup: Setup) -> Entries:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the paper's experiments.
-
-    Attributes:
-        entries: makes the decoders that it compares.
-        columns: columns of its table.
-        paper: what the paper prints.
-        options: options that it accepts besides a model and prompts.
-        needs: options that must be given.
-        quality: whether answers are scored.
-        axis: what its figure sweeps; "": bars by category; None: no figure.
-        panels: columns that its figure shows.
-    """
+    """One of the paper's experiments."""
 
     title: str
-    entries: Callable[[Setup], Entries]
-    columns: tuple[str, ...]
-    paper: paper.Paper
-    options: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    quality: bool = False
-    axis: str | None = None
-    panels: tuple[str, ...] = ()
+    entries: Callable[[Setup], Entries]  # makes the decoders that it compares
+    columns: tuple[str, ...]  # columns of its table
+    paper: paper.Paper  # what the paper prints
+    options: tuple[str, ...] = ()  # options that it accepts besides a model and prompts
+    needs: tuple[str, ...] = ()  # options that must be given
+    quality: bool = False  # whether answers are scored
+    axis: str | None = None  # what its figure sweeps; "": bars by category; None: no figure
+    panels: tuple[str, ...] = ()  # columns that its figure shows
 
     @property
     def calibrates(self) -> bool:

@@ -30,15 +30,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot.
+    """A plot."""
 
-    Attributes:
-        svg: the plot as an SVG element, for HTML.
-        file: name of the plot's file beside the page, for Markdown; None: Markdown omits the plot.
-    """
-
-    svg: str
-    file: str | None = None
+    svg: str  # the plot as an SVG element, for HTML
+    file: str | None = None  # name of the plot's file beside the page, for Markdown; None: Markdown omits the plot
 
 
 Block = str | Heading | Table | Plot  # a string is a paragraph, or a list if its lines begin with "- "
@@ -46,15 +41,11 @@ Block = str | Heading | Table | Plot  # a string is a paragraph, or a list if it
 
 @dataclass(frozen=True)
 class Page:
-    """A page of blocks.
-
-    Attributes:
-        made_with: model, machine and settings, which close the HTML page.
-    """
+    """A page of blocks."""
 
     title: str
     blocks: Sequence[Block]
-    made_with: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # model, machine and settings, which close the HTML page
 
     def to_markdown(self) -> str:
         parts = [f"# {self.title}", *filter(None, map(_markdown, self.blocks))]

@@ -81,15 +81,10 @@ def _figures(measured: Measurement, plain: Measurement | None, generate: Measure
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a report.
+    """A column of a report."""
 
-    Attributes:
-        value: a number, a figure with its interval, or None if the figures have no such value.
-        form: format of a number.
-    """
-
-    value: Callable[[Figures], Any]
-    form: str = ".2f"
+    value: Callable[[Figures], Any]  # a number, a figure with its interval, or None if the figures have no such value
+    form: str = ".2f"  # format of a number
     scale: float = 1.0
     unit: str = ""
 

@@ -161,11 +161,8 @@ def experiment(
     folder = Path("experiments") / name if output is None else Path(output)
 
     def recorded(which: MedusaModel) -> list[Recorded]:
-        room = None if which.max_length is None else which.max_length - config.max_new_tokens - which.num_heads
-        prompter = Prompter(tokenizer, which.eos_token_ids)
-        texts = calibration_ids(calibrating, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
         kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")
-        return record(which, texts, config.max_new_tokens, folder=kept)
+        return _record(which, calibrating, tokenizer, config.max_new_tokens, kept)
 
     medusa_2 = None if config.medusa_2 is None else loading.model(model, config.medusa_2, heads_needed=True)
     drafts = {short: loading.model(draft) for short, draft in _short_names(config.drafts, "name").items()}
@@ -184,6 +181,16 @@ def experiment(
     if chosen.axis is not None and not can_plot():
         note(f"no figure {PLOTS_REMEDY}")
     return found
+
+
+def _record(
+    model: MedusaModel, questions: Sequence[Question] | None, tokenizer: Any, max_new_tokens: int, folder: Path
+) -> list[Recorded]:
+    """Texts to search trees on; None: the embedded model's calibration prompts."""
+    room = None if model.max_length is None else model.max_length - max_new_tokens - model.num_heads
+    prompter = Prompter(tokenizer, model.eos_token_ids)
+    texts = calibration_ids(questions, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
+    return record(model, texts, max_new_tokens, folder=folder)
 
 
 def _check_options(config: ExperimentConfig, name: str, prompts: str | None, model: str) -> Experiment:

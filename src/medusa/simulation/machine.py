@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 
 from medusa.errors import InvalidInput
+from medusa.runs.provenance import cpu_name
 from medusa.simulation.hardware import Hardware
 from medusa.simulation.operators import Operator, layers
 from medusa.simulation.prediction import Setting, check_positive
@@ -209,8 +208,4 @@ def device_name(device: str) -> str:
     """The name of a GPU, or of the CPU with its number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

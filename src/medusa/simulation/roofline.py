@@ -13,16 +13,8 @@ from medusa.simulation.shapes import BUILT_IN, ModelShape
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 PAPER_CANDIDATES = (1, 16, 32, 48, 64, 80, 96, 112)
-OPERATOR_KINDS = {
-    "q": "qkv",
-    "k": "qkv",
-    "v": "qkv",
-    "qk": "qk/pv",
-    "pv": "qk/pv",
-    "up": "up/gate/down",
-    "gate": "up/gate/down",
-    "down": "up/gate/down",
-}
+KINDS = {"qkv": ("q", "k", "v"), "qk/pv": ("qk", "pv"), "up/gate/down": ("up", "gate", "down")}
+OPERATOR_KINDS = {operator: kind for kind, operators in KINDS.items() for operator in operators}
 PAPER_TABLES = (6, 7, 8)
 
 

@@ -20,21 +20,17 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder whose layers are all alike.
-
-    Attributes:
-        intermediate: width of the MLP that every token passes; 0 if there are only experts.
-        experts, experts_chosen, expert_intermediate: sizes of a mixture of experts; 0 if there is none.
-    """
+    """Sizes of a decoder whose layers are all alike."""
 
     hidden: int
-    intermediate: int
+    intermediate: int  # width of the MLP that every token passes; 0 if there are only experts
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     gated: bool = True
+    # experts, experts_chosen, expert_intermediate: sizes of a mixture of experts; 0 if there is none.
     experts: int = 0
     experts_chosen: int = 0
     expert_intermediate: int = 0

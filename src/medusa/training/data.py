@@ -70,8 +70,15 @@ class Rows:
         return digest.hexdigest()[:16]
 
 
+Data = str | Path | Sequence[str | Path]  # one or several files, folders or hub ids
+
+
+def sources_of(data: Data) -> list[str | Path]:
+    return [data] if isinstance(data, str | Path) else list(data)
+
+
 def load_rows(
-    source: str | Path | Sequence[str | Path],
+    data: Data,
     tokenizer: Any,
     max_length: int,
     vocab_size: int,
@@ -90,8 +97,7 @@ def load_rows(
         InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or no tokens to learn.
     """
     skips = Skips()
-    sources = [source] if isinstance(source, str | Path) else source
-    samples: Iterable[Sample] = chain.from_iterable(read_samples(one, skips) for one in sources)
+    samples: Iterable[Sample] = chain.from_iterable(read_samples(one, skips) for one in sources_of(data))
     if progress:
         from tqdm.auto import tqdm
 
@@ -114,7 +120,7 @@ def load_rows(
         rows += kept
         shortened += cut < len(ids) and bool(kept)
     if not rows:
-        raise InvalidInput(f"{', '.join(map(str, sources))} holds nothing to learn: {skips}")
+        raise InvalidInput(f"{', '.join(map(str, sources_of(data)))} holds nothing to learn: {skips}")
     return Rows(pack(rows, max_length) if packing else rows, skips, shortened, max_length)
 
 
@@ -137,9 +143,7 @@ def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
     if sample.prompt is None:
         ids = tokenizer(sample.text, verbose=False)["input_ids"]
         return ids, [True] * len(ids)
-    text, end = sample.prompt + sample.text, []
-    if tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]
+    text, end = sample.prompt + sample.text, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     if end and ids[-1:] == end:  # a tokenizer that adds the end of a text

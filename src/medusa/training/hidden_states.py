@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from medusa.checkpoints.tensors import write_tensors
 from medusa.errors import InvalidInput, one_line
 from medusa.model import MedusaModel
 from medusa.runs.console import progress
-from medusa.runs.files import whole
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 from medusa.training.data import Row, Rows, collate
@@ -74,7 +73,7 @@ def save_hidden_states(
         for shard, (first, last) in enumerate(shards):
             part = rows.rows[first:last]
             if not _is_whole(_shard(folder, shard), sum(map(len, part))):
-                _write(_shard(folder, shard), _compute(model, part, batch_size))
+                write_tensors({"hidden_states": _compute(model, part, batch_size)}, _shard(folder, shard))
             bar.update(sum(map(len, part)))
     return RowsWithHiddenStates(rows, folder, shards)
 
@@ -97,14 +96,6 @@ def _compute(model: MedusaModel, rows: list[Row], batch_size: int) -> torch.Tens
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"hidden_states-{number:05d}.safetensors"
-
-
-def _write(path: Path, hidden: torch.Tensor) -> None:
-    try:
-        with whole(path) as partial:
-            save_file({"hidden_states": hidden}, partial)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot write {path}: {' '.join(str(error).split())}; earlier shards are kept") from None
 
 
 def _is_whole(path: Path, tokens: int) -> bool:

@@ -36,16 +36,11 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often the heads' guesses were right.
+    """How often the heads' guesses were right."""
 
-    Attributes:
-        hits: [k - 1][i]: number of places at which exactly guess i (0-based) of head k was right.
-        positions: number of places at which the heads guessed.
-        paths: the rank paths that came true most often, each with its count; no independence of the heads is assumed.
-    """
-
-    hits: list[list[int]]
-    positions: int
+    hits: list[list[int]]  # [k - 1][i]: number of places at which exactly guess i (0-based) of head k was right
+    positions: int  # number of places at which the heads guessed
+    # The rank paths that came true most often, each with its count; no independence of the heads is assumed.
     paths: list[tuple[Path_, int]]
 
     @classmethod

@@ -29,15 +29,11 @@ StepTimer = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """All options that were timed, and the choice for each batch size.
-
-    Attributes:
-        by_depth: the choice for the smallest batch with 1, 2, … heads: what each head adds.
-    """
+    """All options that were timed, and the choice for each batch size."""
 
     plain: Option
     options: list[Option]
-    by_depth: list[Option]
+    by_depth: list[Option]  # the choice for the smallest batch with 1, 2, … heads: what each head adds
     chosen: dict[int, Option]
 
     @property

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from medusa.checkpoints.tensors import write_tensors
 from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
 from medusa.generation import MedusaGenerateOutput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.runs.console import progress
-from medusa.runs.files import digest, whole
+from medusa.runs.files import digest
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 
@@ -140,11 +141,7 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
             value = getattr(text, field.name)
             if value is not None and field.name != "heads":
                 tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
-    try:
-        with whole(path) as partial:
-            save_file(tensors, partial)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot write {path}: {error}; make room and run the same command again") from None
+    write_tensors(tensors, path)
 
 
 def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:
