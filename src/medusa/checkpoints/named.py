@@ -29,25 +29,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def load_model(
-    model: str,
-    heads: str | None = None,
-    tree: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
+    model: str,  # a folder, GGUF file, hub id, `smollm2` or `embedded`
+    heads: str | None = None,  # folder or hub id of the heads; None: those beside the backbone
+    tree: str | None = None,  # see `find_tree`; None: the one beside the heads
+    dtype: str | None = None,  # bfloat16, float16 or float32; None: the backbone's own
+    device: str | None = None,  # None: a GPU if there is one, else the CPU
     trust_remote_code: bool = False,
-    quantization: str = "none",
-    heads_wanted: bool = True,
+    quantization: str = "none",  # none, nf4 or int8
+    heads_wanted: bool = True,  # whether a model without heads is refused; otherwise it decodes plainly
 ) -> MedusaModel:
     """The Medusa model of these names, on its device.
-
-    Args:
-        model: a folder, GGUF file, hub id, `smollm2` or `embedded`.
-        heads: folder or hub id of the heads; None: those beside the backbone.
-        tree: see `find_tree`; None: the one beside the heads.
-        dtype: bfloat16, float16 or float32; None: the backbone's own.
-        device: None: a GPU if there is one, else the CPU.
-        quantization: none, nf4 or int8.
-        heads_wanted: whether a model without heads is refused; otherwise it decodes plainly.
 
     Raises:
         MedusaError: something named is missing, broken or does not fit together.
@@ -115,14 +106,8 @@ def device_named(name: str | None) -> str:
 
 
 def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
-    """Whether decoding is plain, without heads; nothing is loaded to find out.
-
-    Args:
-        plainly: whether decoding without heads is allowed.
-
-    Raises:
-        InvalidInput: heads are named or needed, but there are none.
-    """
+    """Whether decoding is plain, without heads, which must be allowed (`plainly`); nothing is loaded to find out. InvalidInput
+    if heads are named or needed, and there are none."""
     if has_heads(find_heads(heads if heads is not None else model)):
         return False
     if plainly and heads is None:

@@ -30,11 +30,7 @@ NOT_BESIDE = ("*" + INDEX, TREE_FILE, "adapter_config.json", "training.json", "r
 
 
 def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:
-    """Write `medusa_lm_head.safetensors` and its `config.json`, each atomically.
-
-    Args:
-        config: whether to write `config.json`; False if the folder already has the backbone's.
-    """
+    """Write `medusa_lm_head.safetensors` and, unless the folder has the backbone's, its `config.json`, each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _save(heads.state_dict(), folder / HEADS_FILE)

@@ -47,15 +47,10 @@ def print_table(
     rows: Sequence[Sequence[str]],
     title: str = "",
     caption: str = "",
-    keys: int = 1,
-    bold: Collection[int] = (),
+    keys: int = 1,  # number of key columns, which say what a row is about; the columns to their right hold figures
+    bold: Collection[int] = (),  # numbers of the rows in bold
 ) -> None:
-    """Print a table on stdout. Columns that do not fit follow in another table below, beside the same key columns.
-
-    Args:
-        keys: number of key columns, which say what a row is about; the columns to their right hold figures.
-        bold: numbers of the rows in bold.
-    """
+    """Print a table on stdout. Columns that do not fit follow in another table below, beside the same key columns."""
     out = console()
     for table in tables(out.width, header, rows, title, caption, keys, bold):
         out.print(table)

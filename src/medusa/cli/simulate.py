@@ -126,11 +126,8 @@ def draw_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> 
 
 
 def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, acceleration: Acceleration, as_json: bool) -> None:
-    """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off.
-
-    Args:
-        names: names of the model, the hardware and the source of the acceleration rates.
-    """
+    """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off. `names` are those
+    of the model, the hardware and the source of the acceleration rates."""
     from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
 

@@ -151,11 +151,8 @@ def _show(trained: Trained, as_json: bool) -> None:
 
 
 def show_rows(count: int, model: str, data: list[str], **options: Any) -> None:
-    """Print the first rows as the model will see them, with the labelled tokens in colour and the others dim.
-
-    Args:
-        options: see `training_rows`.
-    """
+    """Print the first rows as the model will see them (see `training_rows`), with the labelled tokens in colour, the others
+    dim."""
     from itertools import islice
 
     from rich.console import Console

@@ -140,13 +140,8 @@ class Endpoint:
         (self.sleep or self._stopped.wait)(seconds)
 
     def concurrently(self, work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
-        """The results of all tasks, in the order in which they finish; at most `at_once` run at a time.
-
-        If stopped from outside or by an error, it waits for the running requests and makes no more.
-
-        Args:
-            work: computes a task's result, with requests to this endpoint.
-        """
+        """The results of work with requests to this endpoint, in the order in which the tasks finish; at most `at_once` run at
+        a time. If stopped from outside or by an error, it waits for the running requests and makes no more."""
         waiting: set[Future] = set()
         stopped = threading.Event()
 

@@ -79,14 +79,11 @@ def answer_questions(
     prompter: Prompter,
     journal: Journal,
     rounds: int,
-    room: int | None,
+    room: int | None,  # length of the longest prompt that leaves room for an answer; a longer turn ends its conversation
 ) -> None:
     """Have every decoder answer every question in every round, in turn within each; runs found in the journal are not repeated.
 
     Each decoder answers the first question once beforehand, untimed.
-
-    Args:
-        room: length of the longest prompt that leaves room for an answer; a longer turn ends its conversation.
     """
     names = list(decoders)
     order = [

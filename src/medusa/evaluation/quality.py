@@ -107,11 +107,7 @@ def code_compiles(prompt: str, answer: str, continues: bool) -> bool | None:
 
 
 def _is_python(code: str, cut: bool) -> bool:
-    """Whether the code is Python, or the beginning of a valid program.
-
-    Args:
-        cut: the code was truncated, so its last line may be incomplete.
-    """
+    """Whether the code is Python, or the beginning of a valid program; if it was cut, its last line may be incomplete."""
     if cut and _is_python(code[: code.rfind("\n") + 1], cut=False):
         return True
     with warnings.catch_warnings():

@@ -157,12 +157,8 @@ def circumstances(record: dict[str, Any]) -> str:
     )
 
 
-def bench_page(record: dict[str, Any]) -> Page:
-    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens per step.
-
-    Args:
-        record: the object of `results.json`.
-    """
+def bench_page(record: dict[str, Any]) -> Page:  # the object of `results.json`
+    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens per step."""
     made, found = record["made_with"], record["decoders"]
     first = next(iter(found.values()))
     blocks: list[Block] = [

@@ -55,14 +55,8 @@ def digest(value: Any) -> str:
 
 
 def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
-    """The text of a UTF-8 file, without the byte-order mark that some editors add.
-
-    Args:
-        wrong: class of the error.
-
-    Raises:
-        wrong: the file is missing, unreadable or in another encoding.
-    """
+    """The text of a UTF-8 file, without the byte-order mark that some editors add; an error of class `wrong` if it cannot be
+    read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -54,14 +54,7 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
 
 
 def refuse_claimed(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuse a folder whose records are made with something else.
-
-    Args:
-        made_by: what records would be made with, as far as it is known so far.
-
-    Raises:
-        InvalidInput: something differs, and is named.
-    """
+    """Refuse a folder whose records are made with something else than is known so far; InvalidInput names what differs."""
     if path.exists():
         found = read_yaml(path, InvalidInput)
         refuse_other(path.parent, found if isinstance(found, dict) else {}, _as_read(made_by))

@@ -33,7 +33,7 @@ class Hardware:
     layer: float = 0.0  # seconds per layer that do not grow with size; measured machines only
     step: float = 0.0  # and per step
     pointwise: float | None = None  # bytes per second of elementwise passes over activations; None: not counted
-    # By dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows ascending; measured
+    # By dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows rising; measured
     # machines only, and used instead of peak and bandwidth.
     linear: dict[str, list[list[float]]] = field(default_factory=dict)
     asynchronous: bool = True  # the host runs ahead of the device: a step takes the longer of fixed costs and work

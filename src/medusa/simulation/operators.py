@@ -98,11 +98,7 @@ def attention(
 def layers(
     shape: ModelShape, b: int, s: int, q: int, element: float = 2, weight: float = 2, count: int | None = None
 ) -> list[Operator]:
-    """The operators of the model's layers.
-
-    Args:
-        count: number of layers; None: all.
-    """
+    """The operators of `count` layers of the model, or of all."""
     rows, h, d = b * q, shape.hidden, shape.head_dim
     times = shape.layers if count is None else count
     queries, keys = shape.heads * d, shape.kv_heads * d

@@ -82,16 +82,12 @@ def load_rows(
     tokenizer: Any,
     max_length: int,
     vocab_size: int,
-    packing: bool = False,
-    progress: bool = False,
+    packing: bool = False,  # put several short samples into one row, where they cannot see each other
+    progress: bool = False,  # show a bar on stderr
 ) -> Rows:
     """Every usable sample of one or several data sets as rows of at most `max_length` tokens.
 
     Plain text is cut into several rows; a conversation or a prompt with its completion that is longer is cut at the end.
-
-    Args:
-        packing: put several short samples into one row, where they cannot see each other.
-        progress: show a bar on stderr.
 
     Raises:
         InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or no tokens to learn.

@@ -77,11 +77,7 @@ class Calibration:
             raise CheckpointError(f"{path} is not a calibration written by medusa tune: {one_line(error)}") from None
 
     def save(self, path: Path, made_with: dict[str, Any]) -> None:
-        """Write a `calibration.json`.
-
-        Args:
-            made_with: model, machine and settings, kept in the file.
-        """
+        """Write a `calibration.json`, with the model, machine and settings that it was made with."""
         write_text(path, json.dumps({**self.to_dict(), "made_with": made_with}) + "\n")
 
     @property

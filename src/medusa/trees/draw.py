@@ -22,12 +22,8 @@ Places = dict[Path_, tuple[float, float]]
 
 
 def draw_tree(tree: MedusaTree, file: Path, chances: Mapping[Path_, float] | None = None, mark: Sequence[int] = ()) -> None:
-    """Write a drawing of a tree in the format of the file's suffix; see `tree_figure`.
-
-    Raises:
-        InvalidInput: another suffix than .png and .svg, no matplotlib, a marked path that the tree lacks, or a file that cannot
-            be written.
-    """
+    """Write a drawing of a tree, see `tree_figure`, in the format of the file's suffix; InvalidInput for another than .png and
+    .svg."""
     if file.suffix not in PLOT_SUFFIXES:  # before the work
         raise InvalidInput(f"a drawing is {' or '.join(PLOT_SUFFIXES)}, got {file}")
     save_plot(tree_figure(tree, chances, mark), file, text=True)

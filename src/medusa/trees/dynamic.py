@@ -216,11 +216,8 @@ class DynamicDrafter:
         return own, tree_tensors(above, self.depth)
 
     def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of all candidates as a tree: the token of every node (B, N), and its parent (B, N).
-
-        Args:
-            parents: (B, M) long: the candidate above each, -1 for the root.
-        """
+        """The best of all candidates, whose parents are candidates, -1 for the root, as a tree: the token (B, N) and parent (B,
+        N) of every node."""
         batch, candidates = values.shape
         nodes = min(self.num_nodes - self.copied, candidates + 1)
         chosen = values.topk(nodes - 1, dim=-1).indices  # best first: parents before children

@@ -54,21 +54,14 @@ class Recorded:
 def record(
     model: MedusaModel,
     prompts: Sequence[Tensor],  # each (P,) long
-    max_new_tokens: int = 128,
-    ranks: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int = 128,  # number of places in each text
+    ranks: int = 64,  # number of guesses recorded for each head
+    temperature: float = 0.0,  # 0 is greedy; above 0 continuations are drawn from the backbone's distribution
     seed: int = 0,
-    batch_size: int = 8,
-    folder: Path | None = None,
+    batch_size: int = 8,  # number of prompts continued together; greedy texts depend on it only through rounding
+    folder: Path | None = None,  # folder to save recordings in, batch by batch; batches found there are not recorded again
 ) -> list[Recorded]:
     """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads.
-
-    Args:
-        max_new_tokens: number of places in each text.
-        ranks: number of guesses recorded for each head.
-        temperature: 0 is greedy; above 0 continuations are drawn from the backbone's distribution.
-        batch_size: number of prompts continued together; greedy texts depend on it only through rounding.
-        folder: folder to save recordings in, batch by batch; batches found there are not recorded again.
 
     Raises:
         InvalidInput: there are no heads, no text is long enough, or the folder has recordings of something else.
