@@ -54,9 +54,7 @@ def load_model(
         return MedusaModel.from_pretrained(source, heads=heads, tree=found, **options)
 
 
-def load_backbone(
-    model: str, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False, quantization: str = "none"
-) -> Any:
+def load_backbone(model: str, dtype: str | None, device: str | None, trust_remote_code: bool, quantization: str) -> Any:
     """The backbone alone; the arguments are those of `load_model`."""
     options = backbone_options(dtype, device, trust_remote_code, quantization)
     return loading.load_backbone(find_model(model, code=trust_remote_code), **options)
@@ -118,44 +116,35 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
     )
 
 
-def max_length_named(model: str, trust_remote_code: bool = False) -> int | None:
-    """The maximum length of a text for a model, in tokens, from its config; None if the config does not state it."""
-    return max_length_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
-
-
 def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:
     """Refuse a prompt that is too long before the model is loaded; a GGUF file's config takes too long to read for that.
 
     Raises:
         ContextOverflow: prompt and new tokens do not fit.
     """
-    if find_model(model, code=trust_remote_code).gguf_file is None:
-        check_length(prompt_tokens, max_new_tokens, max_length_named(model, trust_remote_code), "--max-new-tokens")
+    source = find_model(model, code=trust_remote_code)
+    if source.gguf_file is None:
+        config = loading.load_config(source, trust_remote_code=trust_remote_code)
+        check_length(prompt_tokens, max_new_tokens, max_length_of(config), "--max-new-tokens")
 
 
 def note_advice_on_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:
     """Note that the tree of a model loaded from these names is, or may be slower than, plain decoding, if nobody chose it."""
-    if (advice := _advice_on_tree(medusa, model, heads, tree)) is not None:
-        note(advice)
-
-
-def _advice_on_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> str | None:
     if medusa.heads is None or tree is not None:
-        return None
+        return
     folder, nodes = find_heads(heads if heads is not None else model), len(medusa.tree)
     tuned = _made_with(folder / "tuning.json")
     dtype = str(medusa.backbone.dtype).removeprefix("torch.")
     command = "`medusa tune` finds the fastest on this machine"
     if nodes == 1:
         why = ", as medusa tune chose: no tree paid" if tuned else ""
-        return f"the tree of these heads is the root alone{why}. This is plain decoding; heads trained for longer may pay"
-    if not (folder / TREE_FILE).is_file():
-        return f"these heads have no tree file: a dynamic tree of {nodes} nodes, maybe slower than --tree root; {command}"
-    if tuned and tuned.get("dtype") not in (None, dtype):
-        return f"the tree of these heads was tuned in {tuned['dtype']} and runs in {dtype} now, maybe slower than --tree root"
-    if not tuned and heads is not None:
-        return f"the tree of these heads, {nodes} nodes, is not tuned, maybe slower than --tree root; {command}"
-    return None
+        note(f"the tree of these heads is the root alone{why}. This is plain decoding; heads trained for longer may pay")
+    elif not (folder / TREE_FILE).is_file():
+        note(f"these heads have no tree file: a dynamic tree of {nodes} nodes, maybe slower than --tree root; {command}")
+    elif tuned and tuned.get("dtype") not in (None, dtype):
+        note(f"the tree of these heads was tuned in {tuned['dtype']} and runs in {dtype} now, maybe slower than --tree root")
+    elif not tuned and heads is not None:
+        note(f"the tree of these heads, {nodes} nodes, is not tuned, maybe slower than --tree root; {command}")
 
 
 def _made_with(file: Path) -> dict[str, Any]:

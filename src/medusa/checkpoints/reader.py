@@ -58,14 +58,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.source} shares the backbone's LM head and has no {CONFIG_FILE} that gives vocab_size; name the backbone"
             )
-        with torch.device("meta"):
-            heads = MedusaHeads.of(dataclasses.replace(self.config, vocab_size=vocab_size))
         # Of several dtypes, the one that can represent all: nothing is rounded.
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP]
         dtype = dtype or functools.reduce(torch.promote_types, floats)
         held = {name: tensor.to(torch.long if name == TOKEN_MAP else dtype) for name, tensor in self.tensors.items()}
-        heads.load_state_dict(held, assign=True)
-        return heads
+        return MedusaHeads.around(dataclasses.replace(self.config, vocab_size=vocab_size), held)
 
 
 def has_heads(folder: Path) -> bool:

@@ -110,7 +110,8 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
             raise CheckpointError(
                 f"{to} has no draft vocabulary, and these heads have LM heads of {heads.scored} tokens; write medusa or merged"
             )
-        heads = _without_draft_vocabulary(heads)
+        held = {name: tensor for name, tensor in heads.state_dict().items() if name != TOKEN_MAP}
+        heads = MedusaHeads.around(dataclasses.replace(heads.config, medusa_draft_vocabulary=None), held)  # they score all
     if not wants_lm_head(heads.config.medusa_shared_lm_head, to):
         if to in ("v0.1", "vllm") and heads.config.medusa_lm_head_bias:
             raise CheckpointError(f"{to} has no bias on LM heads, these have one; write medusa or merged")
@@ -131,19 +132,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
         own = {name.removeprefix(place): held.pop(name) for name in list(held) if name.startswith(place)}
         if own.keys() != theirs.keys() or not all(torch.equal(own[name], theirs[name]) for name in own):
             raise CheckpointError(f"v2 heads predict through the backbone's LM head; head {k + 1} has another; write v0.1")
-    with torch.device("meta"):
-        fitted = MedusaHeads.of(dataclasses.replace(heads.config, medusa_shared_lm_head=to == "v2"))
-    fitted.load_state_dict(held, assign=True)
-    return fitted
-
-
-def _without_draft_vocabulary(heads: MedusaHeads) -> MedusaHeads:
-    """A copy of heads that share the LM head, without their draft vocabulary: they score all tokens."""
-    with torch.device("meta"):
-        whole = MedusaHeads.of(dataclasses.replace(heads.config, medusa_draft_vocabulary=None))
-    held = {name: tensor for name, tensor in heads.state_dict().items() if name != TOKEN_MAP}
-    whole.load_state_dict(held, assign=True)
-    return whole
+    return MedusaHeads.around(dataclasses.replace(heads.config, medusa_shared_lm_head=to == "v2"), held)
 
 
 def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_head: nn.Module | None) -> None:

@@ -116,7 +116,8 @@ def draw_static(
         if draw is not None or mark:
             raise InvalidInput("only a static tree can be drawn: a dynamic one changes at every step, a choice holds several")
         return (), None
-    marked = tuple(mark) if mark else first_guesses(tree)
+    first_guesses = max((path for path in tree.paths if not any(path)), default=(), key=len)
+    marked = tuple(mark) if mark else first_guesses
     if marked and marked not in tree.paths:
         raise InvalidInput(f"the tree has no path {list(marked)} to --mark")
     chances = chances_of(tree) if chances_of is not None else None
@@ -163,11 +164,6 @@ def list_presets(as_json: bool) -> None:
         return
     for name, heads in presets().items():
         print(f"{name:28}{heads}")
-
-
-def first_guesses(tree: MedusaTree) -> tuple[int, ...]:
-    """The longest path of first guesses."""
-    return max((path for path in tree.paths if not any(path)), default=(), key=len)
 
 
 def figures(tree: Tree) -> dict[str, Any]:

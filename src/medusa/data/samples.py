@@ -92,9 +92,7 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
         try:
             yield _sample(where, record, found)
         except _Unusable as error:
-            if skips is None:
-                raise InvalidInput(f"{where}: {error}") from None
-            skips.add(str(error), where)
+            _skip(skips, str(error), where, f"{where}: {error}")
     if empty:
         raise InvalidInput(f"{source} holds no records")
 
@@ -132,16 +130,19 @@ def read_prompts(source: str | Path, skips: Skips | None = None) -> Iterator[Ask
         try:
             asked = _asked(where, record)
         except _Unusable as error:
-            if skips is None:
-                raise InvalidInput(f"{where} is a record {error}") from None
-            skips.add(str(error), where)
+            _skip(skips, str(error), where, f"{where} is a record {error}")
             continue
         if asked.ids or (asked.turns and all(text.strip() for text in asked.turns)):
             yield asked
-        elif skips is None:
-            raise InvalidInput(f"{where} has an empty prompt")
         else:
-            skips.add("with nothing to answer", where)
+            _skip(skips, "with nothing to answer", where, f"{where} has an empty prompt")
+
+
+def _skip(skips: Skips | None, reason: str, where: str, error: str) -> None:
+    """Count a record that is left out; without a count it is an error."""
+    if skips is None:
+        raise InvalidInput(error)
+    skips.add(reason, where)
 
 
 def _asked(where: str, record: Any) -> Asked:

@@ -16,7 +16,7 @@ from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
 from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicTree
-from medusa.trees.search import search_tree
+from medusa.trees.search import random_dense_tree, search_tree
 from medusa.trees.static import MedusaTree
 from medusa.tuning.recording import Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
@@ -66,22 +66,13 @@ class Setup:
 
 def speeds(setup: Setup) -> Entries:
     """The model's own tree, and Medusa-2's."""
-    found = setup.baselines() | {"Medusa-1": Entry(setup.ours())}
-    return found | medusa_2(setup)
+    return setup.baselines() | {"Medusa-1": Entry(setup.ours())} | medusa_2(setup)
 
 
 def medusa_2(setup: Setup, tree: MedusaTree | None = None) -> Entries:
     if setup.medusa_2 is None:
         return {}
     return {"Medusa-2": Entry(setup.ours(tree, setup.medusa_2), tree=tree, exact=False)}
-
-
-def beside_drafts(setup: Setup) -> Entries:
-    return speeds(setup) | setup.drafted(GAMMAS[2:3])
-
-
-def drafts(setup: Setup) -> Entries:
-    return setup.baselines() | setup.drafted(GAMMAS)
 
 
 def techniques(setup: Setup) -> Entries:
@@ -123,8 +114,6 @@ def best_dense_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Me
 
 def trees_by_size(setup: Setup) -> Entries:
     """Random dense trees and the best tree of each kind, at every size."""
-    from medusa.trees.search import random_dense_tree
-
     texts = setup.recorded(setup.model)
     calibration = Calibration.of(texts)
     sizes = setup.nodes or SIZES
@@ -219,7 +208,7 @@ EXPERIMENTS = {
     ),
     "table-1": Experiment(
         "Acceleration, overhead, quality and speedup, beside speculative decoding",
-        beside_drafts,
+        lambda setup: speeds(setup) | setup.drafted(GAMMAS[2:3]),
         (*SPEED_COLUMNS, *QUALITY_COLUMNS[:2]),
         paper.TABLE_1,
         ("medusa-2", "draft", "gamma"),
@@ -235,7 +224,7 @@ EXPERIMENTS = {
     "table-4": Experiment("Speedup on AlpacaEval", speeds, SPEED_COLUMNS, paper.TABLE_4, ("medusa-2",), ("prompts",)),
     "figure-7": Experiment(
         "Speculative decoding by draft model and gamma",
-        drafts,
+        lambda setup: setup.baselines() | setup.drafted(GAMMAS),
         SPEED_COLUMNS,
         paper.FIGURE_7,
         ("draft", "gamma"),

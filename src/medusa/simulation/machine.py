@@ -35,7 +35,8 @@ def measure_machine(
     check_positive(megabytes=megabytes, rounds=rounds, width=min(widths))
     kind = getattr(torch, dtype)
     bandwidth = copy_bandwidth(device, megabytes)
-    launch = _launch(device, kind, rounds)
+    small = torch.ones(1, 8, device=device).to(kind), torch.ones(8, 8, device=device).to(kind)  # too small to compute much
+    launch = timed(lambda: [apply_linear(*small) for _ in range(256)], device, rounds) / 256
     samples = []
     for width in sorted(widths):
         weight = torch.randn(width, width, device=device).to(kind)
@@ -153,12 +154,6 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
         target.copy_(source)
         seconds.append(now(device) - start)
     return 2 * source.numel() * source.element_size() / min(seconds)
-
-
-def _launch(device: str, kind: torch.dtype, rounds: int) -> float:
-    """Seconds of a linear layer too small to compute much."""
-    x, w = torch.ones(1, 8, device=device).to(kind), torch.ones(8, 8, device=device).to(kind)
-    return timed(lambda: [apply_linear(x, w) for _ in range(256)], device, rounds) / 256
 
 
 def _pointwise(device: str, kind: torch.dtype, width: int, rounds: int) -> float:

@@ -102,12 +102,13 @@ def shape_of(config: Any) -> ModelShape:
     chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts") or 0
     if experts and not 1 <= chosen <= experts:
         raise ConfigError(f"the {kind} config has {experts} experts but not how many of them each token passes")
+    one_key = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return ModelShape(
         hidden=hidden,
         intermediate=intermediate,
         layers=config.num_hidden_layers,
         heads=heads,
-        kv_heads=_kv_heads(config, heads),
+        kv_heads=1 if one_key else _first(config, "num_key_value_heads", "num_kv_heads") or heads,
         head_dim=_first(config, "head_dim") or hidden // heads,
         vocabulary=config.vocab_size,
         gated=kind not in UNGATED,
@@ -115,12 +116,6 @@ def shape_of(config: Any) -> ModelShape:
         experts_chosen=chosen if experts else 0,
         expert_intermediate=expert_intermediate,
     )
-
-
-def _kv_heads(config: Any, heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    return _first(config, "num_key_value_heads", "num_kv_heads") or heads
 
 
 def _first(config: Any, *names: str) -> int | None:

@@ -99,8 +99,6 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _is_whole(path: Path, tokens: int) -> bool:
-    if not path.is_file():
-        return False
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_slice("hidden_states").get_shape()[0] == tokens

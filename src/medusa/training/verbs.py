@@ -15,7 +15,7 @@ from medusa.checkpoints import named
 from medusa.checkpoints.hub import find_heads, find_model
 from medusa.checkpoints.loading import load_config
 from medusa.checkpoints.reader import has_heads, load_heads
-from medusa.config import from_mapping, integer
+from medusa.config import from_mapping
 from medusa.data.endpoint import Endpoint
 from medusa.data.samples import Skips, read_samples
 from medusa.errors import InvalidInput
@@ -179,12 +179,12 @@ def distill(
     Raises:
         MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
     """
-    samples, ray = integer("samples", samples, 1), integer("ray", ray, 0)
+    if samples < 1 or (limit is not None and limit < 1) or ray < 0:
+        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}; expected at least 1, and at least 0 for ray")
     if data == "self" and (endpoint is not None or ray):
         raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
     how = from_mapping(Distillation, options, "distillation options")
-    made_by = {"model": model, "heads": heads, "endpoint": endpoint, **how.lasting}
-    Shards.refuse_other(Path(output), made_by)
+    Shards.refuse_other(Path(output), made_by := {"model": model, "heads": heads, "endpoint": endpoint, **how.lasting})
 
     def answerer() -> Answerer:
         if endpoint is not None:
@@ -195,7 +195,7 @@ def distill(
 
     if data == "self":
         return _answer_own_questions(answerer(), Path(output), samples, how, made_by)
-    seeds = read_seeds(data, skips := Skips())[: limit if limit is None else integer("limit", limit, 1)]
+    seeds = read_seeds(data, skips := Skips())[:limit]
     if not seeds:
         raise InvalidInput(f"{data} holds no prompts: {skips or 'it is empty'}")
     chosen = RayAnswerer(answerer, ray, how.batch_size) if ray else answerer()

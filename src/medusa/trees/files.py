@@ -59,10 +59,9 @@ Tree = MedusaTree | DynamicTree | TreeChoice
 
 def save_tree(tree: Tree, path: str | Path) -> None:
     """Write a tree file; it is complete or absent. CheckpointError if it cannot be written."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(tree.to_dict()) + "\n")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(path), json.dumps(tree.to_dict()) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
@@ -100,12 +99,13 @@ def load_tree(path: str | Path) -> Tree:
         InvalidTree: its tree is malformed.
         ConfigError: a dynamic tree with an unknown key, or a value of the wrong type.
     """
-    if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
-        return preset(str(path))
+    if not Path(path).exists():
+        if Path(path).stem == str(path):  # a bare name
+            return preset(str(path))
+        raise CheckpointError(f"no tree file {path}")
     if not Path(path).is_file():
-        what = f"cannot read the tree file {path}: not a file" if Path(path).exists() else f"no tree file {path}"
-        raise CheckpointError(what)
-    return _tree(read_json(Path(path), CheckpointError), str(path))
+        raise CheckpointError(f"cannot read the tree file {path}: not a file")
+    return _tree(read_json(path, CheckpointError), str(path))
 
 
 def _tree(found: Any, source: str) -> Tree:
