@@ -86,11 +86,7 @@ class MedusaConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> MedusaConfig:
-        """Read `config.json`, ignoring unknown keys, since other tools share the file.
-
-        Raises:
-            CheckpointError: the file is missing, is not a JSON object or lacks a size.
-        """
+        """Read `config.json`, ignoring unknown keys, since other tools share the file; CheckpointError if it lacks a size."""
         path = Path(folder) / CONFIG_FILE
         found = read_json_object(path)
         missing = [name for name in ("hidden_size", "vocab_size", "medusa_num_heads") if name not in found]

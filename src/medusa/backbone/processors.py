@@ -64,11 +64,7 @@ def classify(
     unseen: int = 0,  # leading slots that hold no token (soft prompts)
     min_length_counts_padding: bool = False,  # it was made from min_new_tokens and the padded length
 ) -> Processors:
-    """Mark each processor with what it reads.
-
-    Raises:
-        InvalidInput: a processor, which is named, depends on more than the tokens and scores of a path.
-    """
+    """Mark each processor with what it reads; InvalidInput, which names it, for one that depends on more than a path."""
     steps: list[tuple[LogitsProcessor, Reads]] = []
     for processor in processors:
         kind = type(processor)

@@ -53,13 +53,8 @@ def adapted_model(folder: Path) -> str | None:
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
-    """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding.
-
-    A quantised or offloaded backbone keeps the adapter separate.
-
-    Raises:
-        CheckpointError: the adapter is broken, or made for another model.
-    """
+    """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding; a quantised or
+    offloaded backbone keeps it separate. CheckpointError if it is broken, or made for another model."""
     peft = require("peft", "train", "an adapter")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))

@@ -38,11 +38,7 @@ def load_model(
     quantization: str = "none",  # none, nf4 or int8
     heads_wanted: bool = True,  # whether a model without heads is refused; otherwise it decodes plainly
 ) -> MedusaModel:
-    """The Medusa model of these names, on its device.
-
-    Raises:
-        MedusaError: something named is missing, broken or does not fit together.
-    """
+    """The Medusa model of these names, on its device; MedusaError if something is missing, broken or does not fit together."""
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
     options = backbone_options(dtype, device, trust_remote_code, quantization)
@@ -117,11 +113,7 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
 
 
 def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:
-    """Refuse a prompt that is too long before the model is loaded; a GGUF file's config takes too long to read for that.
-
-    Raises:
-        ContextOverflow: prompt and new tokens do not fit.
-    """
+    """Refuse a prompt that is too long before the model is loaded; a GGUF file's config takes too long to read for that."""
     source = find_model(model, code=trust_remote_code)
     if source.gguf_file is None:
         config = loading.load_config(source, trust_remote_code=trust_remote_code)

@@ -44,15 +44,8 @@ class Checkpoint:
         return self.config.base_model_name_or_path
 
     def heads(self, dtype: torch.dtype | None = None, vocab_size: int | None = None) -> MedusaHeads:
-        """Build the heads around the tensors, without copying them.
-
-        Args:
-            dtype: dtype of the heads; default: the tensors' own.
-            vocab_size: size of the backbone's vocabulary, for heads that share its LM head and do not state it.
-
-        Raises:
-            CheckpointError: the vocabulary size is unknown.
-        """
+        """Build the heads around the tensors, without copying them, in a dtype (default: their own); `vocab_size` is the
+        backbone's, for heads that share its LM head and do not state it. CheckpointError if it is unknown."""
         vocab_size = self.vocab_size or vocab_size
         if vocab_size is None:
             raise CheckpointError(
@@ -71,11 +64,7 @@ def has_heads(folder: Path) -> bool:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Find and memory-map the heads of any format in a folder or file.
-
-    Raises:
-        CheckpointError: there are no heads, a file is broken or contains code, or the tensors do not form heads.
-    """
+    """Find and memory-map the heads of any format in a folder or file; CheckpointError if there are none that can be read."""
     path = Path(path)
     if path.is_file():
         file, folder = path, path.parent
@@ -97,14 +86,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_heads(folder: str | Path, dtype: torch.dtype | None = None, backbone: str | Path | None = None) -> MedusaHeads:
-    """Load heads from a folder or file of any format; the tensors determine the numbers of heads and layers.
+    """Load heads from a folder or file of any format; CheckpointError if there are none that can be read.
 
-    Args:
-        dtype: dtype of the heads; default: the tensors' own.
-        backbone: folder of the backbone, whose config gives the vocabulary size if the heads' does not.
-
-    Raises:
-        CheckpointError: see `open_checkpoint`.
+    The tensors determine the numbers of heads and layers, and, if it is not given, the dtype. The config of the backbone's
+    folder gives the vocabulary size if the heads' own does not.
     """
     checkpoint = open_checkpoint(folder)
     for note in checkpoint.notes:

@@ -51,12 +51,8 @@ def tensor_sizes(path: Path) -> dict[str, int]:
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a file, or of an index of shards, whose names are wanted; memory-mapped, so pages are read when used.
-
-    Raises:
-        CheckpointError: a file is broken or truncated, a shard or tensor named in the index is missing, a tensor is not of
-            floats, or a pickle contains code.
-    """
+    """The wanted tensors of a file, or of an index of shards, memory-mapped, so that pages are read when used; CheckpointError
+    if a file is broken, something is missing, a tensor is not of floats, or a pickle contains code."""
     if not path.name.endswith(INDEX):
         return _mapped(path, wanted) if path.suffix == ".safetensors" else _pickled(path, wanted)
     shards: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
 from medusa.evaluation.answers import PromptSet, answer_prompt_set
 from medusa.evaluation.catalog import EXPERIMENTS, Entry, Experiment, Setup
-from medusa.evaluation.page import Block, Heading, Page, Plot, Table
+from medusa.evaluation.page import Block, Page, Plot, Table
 from medusa.evaluation.quality import Scorer
 from medusa.evaluation.report import (
     GENERATE,
@@ -103,7 +103,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
     if categories := shown_categories(found)[1:]:
         base = "generate" if GENERATE in found else "plain"
         rows = [[part, *(interval_text(each[part][f"speedup_vs_{base}"]) for each in found.values())] for part in categories]
-        blocks += [Heading(f"Speedup over {base}, by category"), Table(["category", *found], rows)]
+        blocks += [f"## Speedup over {base}, by category", Table(["category", *found], rows)]
     if plot is not None:
         blocks.append(plot)
     if record["missing"]:
@@ -117,7 +117,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
 
 def _beside(printed: dict[str, Any], experiment: Experiment, made: dict[str, Any]) -> list[Block]:
     """What the paper prints, and how its experiment differs."""
-    blocks: list[Block] = [Heading("In the paper"), f"{printed['setting']}."]
+    blocks: list[Block] = ["## In the paper", f"{printed['setting']}."]
     if printed["rows"]:
         blocks.append(Table(printed["rows"][0], printed["rows"][1:]))
     if printed["says"]:

@@ -18,11 +18,6 @@ svg { max-width: 100%; height: auto } pre { background: #f5f5f5; padding: 1rem; 
 
 
 @dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
 class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -36,7 +31,7 @@ class Plot:
     file: str | None = None  # name of the plot's file beside the page, for Markdown; None: Markdown omits the plot
 
 
-Block = str | Heading | Table | Plot  # a string is a paragraph, or a list if its lines begin with "- "
+Block = str | Table | Plot  # a string is a heading if it begins with "## ", a list if its lines do with "- ", or a paragraph
 
 
 @dataclass(frozen=True)
@@ -61,8 +56,6 @@ class Page:
 
 
 def _markdown(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"## {block.text}"
     if isinstance(block, Table):
         rule = ["---", *["--:"] * (len(block.header) - 1)]
         return "\n".join("| " + " | ".join(row) + " |" for row in [block.header, rule, *block.rows])
@@ -72,12 +65,12 @@ def _markdown(block: Block) -> str:
 
 
 def _html(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{html.escape(block.text)}</h2>"
     if isinstance(block, Table):
         return "<table>" + _row("th", block.header) + "".join(_row("td", row) for row in block.rows) + "</table>"
     if isinstance(block, Plot):
         return block.svg
+    if block.startswith("## "):
+        return f"<h2>{html.escape(block[3:])}</h2>"
     if block.startswith("- "):
         return "<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in block.splitlines()) + "</ul>"
     return f"<p>{_inline(block)}</p>"

@@ -10,7 +10,7 @@ from typing import Any
 
 from medusa.data.prompt_sets import OVERALL, Question
 from medusa.evaluation.measurement import Estimate, Measurement, estimate, overhead
-from medusa.evaluation.page import Block, Heading, Page, Plot, Table
+from medusa.evaluation.page import Block, Page, Plot, Table
 from medusa.evaluation.quality import LIKELIHOOD, Scorer, repeated_ngrams
 from medusa.runs.files import write_json, write_text
 from medusa.runs.plotting import can_plot
@@ -171,9 +171,9 @@ def bench_page(record: dict[str, Any]) -> Page:  # the object of `results.json`
         blocks += [Plot(svg) for svg in speed_plots(found)]
     for category in shown_categories(found):
         if category != OVERALL:
-            blocks.append(Heading(f"{category} ({first[category]['questions']} questions)"))
+            blocks.append(f"## {category} ({first[category]['questions']} questions)")
         blocks.append(figures_table(found, category))
-    blocks.append(Heading("Tokens per step"))
+    blocks.append("## Tokens per step")
     if can_plot():
         from medusa.evaluation.plots import lengths_plot
 

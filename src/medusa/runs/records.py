@@ -73,14 +73,8 @@ def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
-    """The records of a JSONL file by their `id`; the last record of an id counts. A half-written last line is cut off.
-
-    Args:
-        what: name of a record, for errors.
-
-    Raises:
-        InvalidInput: a line is not a record; the file is left unchanged.
-    """
+    """The records of a JSONL file by their `id`; the last record of an id counts. A half-written last line is cut off; another
+    that is not a record is an InvalidInput, and the file is left unchanged."""
     if not path.exists():
         return {}
     try:

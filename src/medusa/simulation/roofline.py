@@ -66,13 +66,10 @@ def scatter(shape: ModelShape, hardware: Hardware, dtype: str = "bfloat16") -> l
 
 
 def paper_table(number: int, hardware: Hardware, shape: ModelShape = BUILT_IN["llama-33b"]) -> list[RooflinePoint]:
-    """The cells of the paper's Table 6, 7 or 8, row by row, for any hardware and shape.
+    """The cells of the paper's Table 6, 7 or 8, row by row, for any hardware and shape; Figures 18-20 draw them.
 
-    Table 6 is an attention product at batch 16 over lengths, Table 7 one at length 1024 over batches, Table 8 a linear layer
-    of the MLP over batches. Figures 18-20 draw them.
-
-    Raises:
-        InvalidInput: no such table.
+    Table 6 is an attention product at batch 16 over lengths, Table 7 one at length 1024 over batches, Table 8 a linear layer of
+    the MLP over batches.
     """
     if number not in PAPER_TABLES:
         raise InvalidInput(f"paper table {number}, expected one of {', '.join(map(str, PAPER_TABLES))}")

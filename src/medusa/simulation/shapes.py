@@ -75,12 +75,9 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The shape that a transformers text config describes.
+    """The shape that a transformers text config describes; ConfigError if it lacks a size or describes what is not modelled.
 
     Layers are assumed to be alike: if only some have experts, or attend to a window, the costs are those of a full layer.
-
-    Raises:
-        ConfigError: a size is missing or not positive, or attention has a form that is not modelled.
     """
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "kv_lora_rank", None):

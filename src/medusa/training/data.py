@@ -85,12 +85,9 @@ def load_rows(
     packing: bool = False,  # put several short samples into one row, where they cannot see each other
     progress: bool = False,  # show a bar on stderr
 ) -> Rows:
-    """Every usable sample of one or several data sets as rows of at most `max_length` tokens.
+    """Every usable sample of one or several data sets as rows of at most `max_length` tokens; InvalidInput if there is none.
 
     Plain text is cut into several rows; a conversation or a prompt with its completion that is longer is cut at the end.
-
-    Raises:
-        InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or no tokens to learn.
     """
     skips = Skips()
     samples: Iterable[Sample] = chain.from_iterable(read_samples(one, skips) for one in sources_of(data))

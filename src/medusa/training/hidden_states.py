@@ -51,15 +51,8 @@ class RowsWithHiddenStates:
 def save_hidden_states(
     model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS
 ) -> RowsWithHiddenStates:
-    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept.
-
-    Args:
-        batch_size: number of rows in a forward pass.
-        shard_tokens: number of tokens in a file, at least.
-
-    Raises:
-        InvalidInput: the folder holds the hidden states of other data or another backbone, or the disk is full.
-    """
+    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept; those of other data or
+    another backbone are refused. A forward pass takes `batch_size` rows, a shard at least `shard_tokens` tokens."""
     folder = Path(folder)
     made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model.backbone), "shard_tokens": shard_tokens}
     claim(folder / CLAIM, made_of)

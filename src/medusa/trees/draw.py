@@ -32,12 +32,8 @@ def draw_tree(tree: MedusaTree, file: Path, chances: Mapping[Path_, float] | Non
 def tree_figure(tree: MedusaTree, chances: Mapping[Path_, float] | None = None, mark: Sequence[int] = ()) -> Figure:
     """A tree from its root down: a row for each head, each node with the rank of its guess.
 
-    Args:
-        chances: how often each path comes true; shades the nodes, and stands below them in per cent.
-        mark: an accepted path, drawn red.
-
-    Raises:
-        InvalidInput: no matplotlib, or a marked path that the tree lacks.
+    How often each path comes true (`chances`) shades the nodes, and stands below them in per cent; an accepted path (`mark`) is
+    red. InvalidInput if the tree lacks it.
     """
     marked = [tuple(mark[:depth]) for depth in range(1, len(mark) + 1)]
     if missing := [path for path in marked if path not in tree.paths]:

@@ -61,11 +61,8 @@ def record(
     batch_size: int = 8,  # number of prompts continued together; greedy texts depend on it only through rounding
     folder: Path | None = None,  # folder to save recordings in, batch by batch; batches found there are not recorded again
 ) -> list[Recorded]:
-    """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads.
-
-    Raises:
-        InvalidInput: there are no heads, no text is long enough, or the folder has recordings of something else.
-    """
+    """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads; InvalidInput if there are
+    none, no text is long enough, or the folder has recordings of something else."""
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.scored)
