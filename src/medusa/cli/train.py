@@ -78,16 +78,12 @@ def print_training_options(method: str) -> None:
             choices = typing.get_args(HINTS[name]) if typing.get_origin(HINTS[name]) is typing.Literal else ()
             shown = f"{'|'.join(choices)}: " if choices else ""
             flag = f"--{name.replace('_', '-')}"
-            grid.add_row(flag, _shown(getattr(values, name)), Text(shown + FIELDS[name].metadata["help"]))
+            value = getattr(values, name)
+            words = {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else f"{value}"
+            grid.add_row(flag, f"{value:g}" if isinstance(value, float) else words, Text(shown + FIELDS[name].metadata["help"]))
         out.print(Text(f"\n {title}", style="dim"))
         out.print(Padding(grid, (0, 0, 0, 1)))
     out.print()
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "yes" if value else "no" if value is False else "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @common.with_options(TrainingConfig, unset=True)  # shown by print_training_options

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from medusa.errors import InvalidInput
 from medusa.evaluation.decoders import Decoded, Decoder
 from medusa.evaluation.measurement import Measurement, in_turn, time_run
 from medusa.model import MedusaModel
-from medusa.runs.console import progress
-from medusa.runs.files import digest, write_text
-from medusa.runs.records import Journal, claim
+from medusa.runs.console import note, progress
+from medusa.runs.files import digest
+from medusa.runs.records import Journal
 
 BENCH_FILE, RUNS_FILE, ANSWERS_FILE = "bench.yaml", "runs.jsonl", "answers.jsonl"
 
@@ -34,13 +32,16 @@ class PromptSet:
 
     @classmethod
     def of(cls, model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
-        """The questions that fit a model's context; InvalidInput if none fits."""
+        """The questions that fit a model's context; the others are noted. InvalidInput if none fits."""
         stops = sorted({*model.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
         prompter = Prompter(tokenizer, stops)
         room = None if model.max_length is None else model.max_length - max_new_tokens
         fit, others = fitting(questions, prompter, room)
         if not fit:
             raise InvalidInput(f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens")
+        if others:
+            names = ", ".join(question.id for question in others)
+            note(f"left out, since their prompts are empty or too long for the context: {names}")
         return cls(fit, others, prompter, room, {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None})
 
     @property
@@ -56,21 +57,6 @@ def fitting(questions: Sequence[Question], prompter: Prompter, room: int | None)
         length = len(prompter.ids(question))
         (fit if 0 < length <= (length if room is None else room) else others).append(question)
     return fit, others
-
-
-def answer_prompt_set(
-    prompt_set: PromptSet, decoders: dict[str, Decoder], folder: Path, made_with: dict[str, Any], rounds: int
-) -> dict[str, Measurement]:
-    """Have decoders answer a prompt set, and save every answer in a folder; answers found there are not made again, and folders
-    made with other models or settings are refused. At the end all answers are written as text, for a judge."""
-    journal = Journal(folder / RUNS_FILE, "run of a bench")
-    claim(folder / BENCH_FILE, made_with)
-    questions, prompter = prompt_set.questions, prompt_set.prompter
-    answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room)
-    measured = measurements(journal, questions, list(decoders), rounds)
-    answers = answer_records(questions, measured, prompter)
-    write_text(folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-    return measured
 
 
 def answer_questions(
@@ -123,14 +109,11 @@ def converse(decoder: Decoder, question: Question, prompter: Prompter, room: int
 def measurements(journal: Journal, questions: Sequence[Question], names: Sequence[str], rounds: int) -> dict[str, Measurement]:
     """The journal's runs by decoder, an item per question."""
 
-    def run_of(question: Question, name: str, round_: int) -> Decoded:
-        record = journal.records[run_id(question, name, round_)]
-        return Decoded(**{field.name: record[field.name] for field in dataclasses.fields(Decoded)})
+    def runs_of(question: Question, name: str) -> list[Decoded]:
+        records = [journal.records[run_id(question, name, round_)] for round_ in range(rounds)]
+        return [Decoded(**{field.name: record[field.name] for field in dataclasses.fields(Decoded)}) for record in records]
 
-    return {
-        name: Measurement([[run_of(question, name, round_) for round_ in range(rounds)] for question in questions])
-        for name in names
-    }
+    return {name: Measurement([runs_of(question, name) for question in questions]) for name in names}
 
 
 def answer_records(questions: Sequence[Question], measured: dict[str, Measurement], prompter: Prompter) -> list[dict[str, Any]]:

@@ -10,7 +10,15 @@ from typing import Any
 
 from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
-from medusa.evaluation.answers import PromptSet, answer_prompt_set
+from medusa.evaluation.answers import (
+    ANSWERS_FILE,
+    BENCH_FILE,
+    RUNS_FILE,
+    PromptSet,
+    answer_questions,
+    answer_records,
+    measurements,
+)
 from medusa.evaluation.catalog import EXPERIMENTS, Entry, Experiment, Setup
 from medusa.evaluation.page import Block, Page, Plot, Table
 from medusa.evaluation.quality import Scorer
@@ -23,8 +31,9 @@ from medusa.evaluation.report import (
     shown_categories,
     summarise,
 )
-from medusa.runs.files import digest
+from medusa.runs.files import digest, write_text
 from medusa.runs.plotting import PLOT_SUFFIXES, can_plot, save_plot, svg_of
+from medusa.runs.records import Journal, claim
 
 
 def find_experiment(name: str) -> Experiment:
@@ -42,15 +51,25 @@ def measure_entries(
     rounds: int,
     scorer: Scorer | None = None,
 ) -> dict[str, Any]:
-    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`."""
-    decoders = {name: entry.decoder for name, entry in entries.items()}
-    measured = answer_prompt_set(prompt_set, decoders, folder, made_with, rounds)
+    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`. All
+    answers are written as text, for a judge."""
+    decoders, questions, prompter = (
+        {name: entry.decoder for name, entry in entries.items()},
+        prompt_set.questions,
+        prompt_set.prompter,
+    )
+    journal = Journal(folder / RUNS_FILE, "run of a bench")
+    claim(folder / BENCH_FILE, made_with)
+    answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room)
+    measured = measurements(journal, questions, list(decoders), rounds)
+    answers = answer_records(questions, measured, prompter)
+    write_text(folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     exact = [name for name, entry in entries.items() if entry.exact]
     record = {
         "made_with": made_with,
         "rounds": rounds,
         "left_out": [question.id for question in prompt_set.left_out],
-        "decoders": summarise(measured, prompt_set.questions, exact, scorer),
+        "decoders": summarise(measured, questions, exact, scorer),
     }
     return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 

@@ -105,7 +105,7 @@ def bench(
     drafting = dataclasses.replace(loading, quantization="none").model(config.draft) if config.draft is not None else None
     if not trees:
         named.note_advice_on_tree(medusa, model, heads, None)
-    prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
+    prompt_set = PromptSet.of(medusa, tokenizer, questions, config.max_new_tokens)
     entries = bench_entries(config, medusa, prompt_set.limits, trees, drafting)
     settings |= {
         "trees": {name: tree.to_dict() for name, tree in (trees or {"own": medusa.tree}).items() if tree is not None},
@@ -157,7 +157,7 @@ def experiment(
     loading = _Loading(dtype, device, trust_remote_code)
     tokenizer = loading.tokenizer(model, prompts)
     medusa = loading.model(model, heads, "draft" not in chosen.needs)
-    prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
+    prompt_set = PromptSet.of(medusa, tokenizer, questions, config.max_new_tokens)
     folder = Path("experiments") / name if output is None else Path(output)
 
     def recorded(which: MedusaModel) -> list[Recorded]:
@@ -220,15 +220,6 @@ def _short_names(paths: Sequence[str], part: str) -> dict[str, str]:
     """Paths by a part of each, `name` or `stem`, or by the whole path if two share that part."""
     shorts = [getattr(Path(path), part) for path in paths]
     return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
-
-
-def _prompt_set(model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
-    """The questions that fit the context; the others are noted."""
-    prompt_set = PromptSet.of(model, tokenizer, questions, max_new_tokens)
-    if prompt_set.left_out:
-        names = ", ".join(question.id for question in prompt_set.left_out)
-        note(f"left out, since their prompts are empty or too long for the context: {names}")
-    return prompt_set
 
 
 def _made_with(

@@ -111,12 +111,11 @@ class Calibration:
         return 1 + sum(self.path_chances(tree).values())
 
     def to_dict(self) -> dict[str, Any]:
-        best = [(0,) * depth for depth in range(len(self.hits))]
         return {
             **asdict(self),
             "accuracies": self.accuracies,
             "intervals": self.intervals(),
-            "after_first_guesses": [self.conditional(path)[:8] for path in best],
+            "after_first_guesses": [self.conditional((0,) * depth)[:8] for depth in range(len(self.hits))],
         }
 
 
