@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -143,7 +142,7 @@ def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_hea
         assert lm_head is not None
         tensors[ONE_LM_HEAD] = _parameters(lm_head, heads)["weight"]
     _save(tensors, folder / SAFETENSORS)
-    found: dict[str, Any] = {
+    found = {
         "model_type": "medusa",
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,

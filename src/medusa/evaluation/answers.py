@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +13,14 @@ import torch
 from medusa.data.prompt_sets import Prompter, Question
 from medusa.errors import InvalidInput
 from medusa.evaluation.decoders import Decoded, Decoder
+from medusa.evaluation.entries import Entry
 from medusa.evaluation.measurement import Measurement, in_turn, time_run
+from medusa.evaluation.quality import Scorer
+from medusa.evaluation.report import summarise
 from medusa.model import MedusaModel
 from medusa.runs.console import note, progress
-from medusa.runs.files import digest
-from medusa.runs.records import Journal
+from medusa.runs.files import digest, write_text
+from medusa.runs.records import Journal, claim
 
 BENCH_FILE, RUNS_FILE, ANSWERS_FILE = "bench.yaml", "runs.jsonl", "answers.jsonl"
 
@@ -57,6 +62,37 @@ def fitting(questions: Sequence[Question], prompter: Prompter, room: int | None)
         length = len(prompter.ids(question))
         (fit if 0 < length <= (length if room is None else room) else others).append(question)
     return fit, others
+
+
+def measure_entries(
+    entries: Mapping[str, Entry],
+    prompt_set: PromptSet,
+    folder: Path,
+    made_with: dict[str, Any],
+    rounds: int,
+    scorer: Scorer | None = None,
+) -> dict[str, Any]:
+    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`. All
+    answers are written as text, for a judge."""
+    decoders, questions, prompter = (
+        {name: entry.decoder for name, entry in entries.items()},
+        prompt_set.questions,
+        prompt_set.prompter,
+    )
+    journal = Journal(folder / RUNS_FILE, "run of a bench")
+    claim(folder / BENCH_FILE, made_with)
+    answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room)
+    measured = measurements(journal, questions, list(decoders), rounds)
+    answers = answer_records(questions, measured, prompter)
+    write_text(folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    exact = [name for name, entry in entries.items() if entry.exact]
+    record = {
+        "made_with": made_with,
+        "rounds": rounds,
+        "left_out": [question.id for question in prompt_set.left_out],
+        "decoders": summarise(measured, questions, exact, scorer),
+    }
+    return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 
 
 def answer_questions(

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
-from medusa.evaluation.answers import (
-    ANSWERS_FILE,
-    BENCH_FILE,
-    RUNS_FILE,
-    PromptSet,
-    answer_questions,
-    answer_records,
-    measurements,
-)
-from medusa.evaluation.catalog import EXPERIMENTS, Entry, Experiment, Setup
+from medusa.evaluation.answers import PromptSet, measure_entries
+from medusa.evaluation.catalog import EXPERIMENTS, Experiment, Setup
 from medusa.evaluation.page import Block, Page, Plot, Table
 from medusa.evaluation.quality import Scorer
-from medusa.evaluation.report import (
-    GENERATE,
-    circumstances,
-    figures_table,
-    interval_text,
-    save_report,
-    shown_categories,
-    summarise,
-)
-from medusa.runs.files import digest, write_text
+from medusa.evaluation.report import GENERATE, circumstances, figures_table, interval_text, save_report, shown_categories
+from medusa.runs.files import digest
 from medusa.runs.plotting import PLOT_SUFFIXES, can_plot, save_plot, svg_of
-from medusa.runs.records import Journal, claim
 
 
 def find_experiment(name: str) -> Experiment:
@@ -41,37 +23,6 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise InvalidInput(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
-
-
-def measure_entries(
-    entries: Mapping[str, Entry],
-    prompt_set: PromptSet,
-    folder: Path,
-    made_with: dict[str, Any],
-    rounds: int,
-    scorer: Scorer | None = None,
-) -> dict[str, Any]:
-    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`. All
-    answers are written as text, for a judge."""
-    decoders, questions, prompter = (
-        {name: entry.decoder for name, entry in entries.items()},
-        prompt_set.questions,
-        prompt_set.prompter,
-    )
-    journal = Journal(folder / RUNS_FILE, "run of a bench")
-    claim(folder / BENCH_FILE, made_with)
-    answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room)
-    measured = measurements(journal, questions, list(decoders), rounds)
-    answers = answer_records(questions, measured, prompter)
-    write_text(folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-    exact = [name for name, entry in entries.items() if entry.exact]
-    record = {
-        "made_with": made_with,
-        "rounds": rounds,
-        "left_out": [question.id for question in prompt_set.left_out],
-        "decoders": summarise(measured, questions, exact, scorer),
-    }
-    return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 
 
 def measure_experiment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -96,13 +97,8 @@ class Column:
 
 
 def _at(*keys: str) -> Callable[[Figures], Any]:
-    def value(figures: Figures) -> Any:
-        found: Any = figures
-        for key in keys:
-            found = None if found is None else found.get(key)
-        return found
-
-    return value
+    """The figure under keys inside one another; None if there is none."""
+    return lambda figures: functools.reduce(lambda found, key: found and found.get(key), keys, figures)  # type: ignore[arg-type]
 
 
 COLUMNS = {

@@ -14,11 +14,11 @@ from medusa.checkpoints.hub import find_heads
 from medusa.config import from_mapping
 from medusa.data.prompt_sets import HELD_OUT, Prompter, Question, calibration_ids, default_prompts, read_questions, select
 from medusa.errors import InvalidInput
-from medusa.evaluation.answers import BENCH_FILE, PromptSet
+from medusa.evaluation.answers import BENCH_FILE, PromptSet, measure_entries
 from medusa.evaluation.catalog import Experiment, Setup
 from medusa.evaluation.config import BenchConfig, ExperimentConfig
 from medusa.evaluation.entries import bench_entries
-from medusa.evaluation.experiments import find_experiment, measure_entries, measure_experiment, save_experiment
+from medusa.evaluation.experiments import find_experiment, measure_experiment, save_experiment
 from medusa.evaluation.quality import Scorer
 from medusa.evaluation.report import bench_page, save_report
 from medusa.model import MedusaModel

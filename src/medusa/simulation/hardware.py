@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 from medusa.config import from_mapping, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
@@ -82,12 +83,8 @@ def _seconds_a_weight(samples: Sequence[Sequence[float]], inputs: int, rows: flo
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    if x <= points[0][0]:
-        return points[0][1]
-    for (low, before), (high, after) in pairwise(points):
-        if x <= high:
-            return before * (after / before) ** (math.log(x / low) / math.log(high / low))
-    return points[-1][1]
+    xs, ys = np.log(np.array(points)).T
+    return math.exp(np.interp(math.log(x), xs, ys))
 
 
 def known_hardware() -> dict[str, Hardware]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +226,5 @@ def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
 
 def masked_runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
     """The row's token ids in runs with the same loss mask, each with its mask."""
-    start = 0
-    for end in range(1, len(row) + 1):
-        if end == len(row) or row.loss_mask[end] != row.loss_mask[start]:
-            yield bool(row.loss_mask[start]), row.ids[start:end].tolist()
-            start = end
+    for mask, run in groupby(zip(row.loss_mask.tolist(), row.ids.tolist(), strict=True), key=lambda token: token[0]):
+        yield mask, [token for _, token in run]

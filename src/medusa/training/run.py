@@ -331,7 +331,7 @@ def _report(
         "cut": rows.cut,
         "metrics": metrics,
         "measured_on": "rows held out" if held_out else "rows that were learnt",
-        "accuracies": evaluated.to_dict(),
+        "accuracies": {**dataclasses.asdict(evaluated), "accuracies": evaluated.accuracies},
         "log": trainer.state.log_history,
         "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
         "versions": {"medusa": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}},
