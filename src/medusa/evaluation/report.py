@@ -98,7 +98,7 @@ class Column:
 
 def _at(*keys: str) -> Callable[[Figures], Any]:
     """The figure under keys inside one another; None if there is none."""
-    return lambda figures: functools.reduce(lambda found, key: found and found.get(key), keys, figures)  # type: ignore[arg-type]
+    return lambda figures: functools.reduce(lambda found, key: found and found.get(key), keys, figures)  # type: ignore
 
 
 COLUMNS = {
