@@ -71,7 +71,7 @@ def weight_bytes(model: MedusaModel, tree: MedusaTree) -> int:
 
 def cache_bytes(state: DecodingState) -> int:
     layers = state.cache.layers
-    length = len(state.prompts[0])
+    length = len(state.rows[0].prompt)
     return sum(t[:, :, :length].numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
@@ -86,7 +86,7 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
         for nodes, state in states.items():
             for _ in range(args.steps):
                 start = now(device)
-                step(decodable, state, options)
+                step(decodable, state)
                 if round_:  # the first round warms up
                     seconds[nodes].append(now(device) - start)
     bandwidth = copy_bandwidth(device)
@@ -99,7 +99,7 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
                 "nodes": nodes,
                 "milliseconds": 1e3 * median,
                 "overhead": median / statistics.median(seconds[sizes[0]]),
-                "parts": split(decodable, state, options, args.steps, device),
+                "parts": split(decodable, state, args.steps, device),
                 "bytes": moved,
                 "bandwidth_share": moved / median / bandwidth,
             }
@@ -118,14 +118,14 @@ def add_prediction(rows: list[dict], model: MedusaModel, hardware: Hardware, arg
         row |= {"predicted_milliseconds": 1e3 * seconds, "predicted_overhead": overhead, "overhead_error": error}
 
 
-def split(model: Decodable, state: DecodingState, options: DecodingOptions, steps: int, device: str) -> dict[str, float]:
+def split(model: Decodable, state: DecodingState, steps: int, device: str) -> dict[str, float]:
     """The share of each part of a step's time, from the profiler."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     start = now(device)
     with profile(activities=activities) as profiler:
         start = now(device)
         for _ in range(steps):
-            step(model, state, options)
+            step(model, state)
         total = now(device) - start
     averages = {event.key: event for event in profiler.key_averages()}
     shares = {}

@@ -33,12 +33,20 @@ class FakeCache:
         self.tokens[:, slots.start : slots.stop] = tokens
 
     def keep(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self.tokens = self.tokens.scatter(1, target, self.tokens.gather(1, source))
+        self.tokens.scatter_(1, target, self.tokens.gather(1, source))
 
     def place(self, other: "FakeCache", rows: torch.Tensor, batch: int) -> None:
         if self.tokens is None:
             self.tokens = torch.full((batch, self.capacity), -1)
         self.tokens[rows, : other.capacity] = other.tokens
+
+    def rows(self, start: int, stop: int) -> "FakeCache":
+        part = FakeCache(self.capacity)
+        part.tokens = self.tokens[start:stop]
+        return part
+
+    def swap(self, row: int, other: int, slots: int) -> None:
+        self.tokens[[row, other], :slots] = self.tokens[[other, row], :slots]
 
     def grow(self, capacity: int) -> None:
         self.tokens, self.capacity = pad(self.tokens, (0, capacity - self.capacity), value=-1), capacity
@@ -75,6 +83,15 @@ class FakeModel:
         cache.write(range(ids.shape[1]), ids)
         rows = ids if attention_mask is None else [row[mask.bool()] for row, mask in zip(ids, attention_mask)]
         return self._read([self.state(row.tolist()) for row in rows])
+
+    def extend(self, ids, frame, cache):
+        (base, length), (row,) = (int(frame.base), int(frame.lengths[0])), ids.tolist()
+        assert base == length and base + len(row) <= frame.visible <= cache.capacity
+        cache.write(range(base, base + len(row)), ids)
+        return self._read([self.state(cache.tokens[0, : base + n + 1].tolist()) for n in range(len(row))])[0][None]
+
+    def logits(self, hidden):
+        return self.table[hidden.argmax(-1)]
 
     def draft_and_verify(self, root, hidden, drafter, history, frame, cache):
         guesses = None

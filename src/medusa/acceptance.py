@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class Accepted:
     path: Tensor  # (B, D + 1) long: nodes from the root to it, then -1
     length: Tensor  # (B,) long: nodes on the path, the root included
     bonus: Tensor  # (B,) long: the backbone's token after the path, the next root
+
+    def replaced(
+        self,
+        rows: Tensor,  # (B,) bool
+        other: Accepted,
+    ) -> Accepted:
+        """The other's paths in some rows, these in the rest."""
+        pairs = {field.name: (getattr(other, field.name), getattr(self, field.name)) for field in fields(self)}
+        return Accepted(**{name: torch.where(rows[:, None] if a.ndim > 1 else rows, a, b) for name, (a, b) in pairs.items()})
 
 
 def accept_exact(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_exact, accept_typical
 from medusa.errors import ContextOverflow, InvalidInput
-from medusa.sampling import NodePrefixes, choose, levels_of
-from medusa.state import Decodable, DecodingOptions, DecodingState, admit, room, vacant
+from medusa.sampling import NodePrefixes, levels_of
+from medusa.state import Decodable, DecodingOptions, DecodingState, Row, admit, room, vacant
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 
@@ -59,10 +60,12 @@ def _steps(
     start = time.perf_counter()
     state = prefill(model, ids, attention_mask, tree, options)
     prefill_seconds = time.perf_counter() - start
+    raise_errors(state)
     while not state.finished:
-        emitted = step(model, state, options)
+        emitted = step(model, state).tokens
+        raise_errors(state)
         now = time.perf_counter()
-        yield DecodingStep(emitted, list(state.finish_reasons), now - start, prefill_seconds)
+        yield DecodingStep(emitted, state.finish_reasons, now - start, prefill_seconds)
         start, prefill_seconds = time.perf_counter(), 0.0
 
 
@@ -71,99 +74,132 @@ def prefill(
 ) -> DecodingState:
     """Process the prompts and decide every row's first token, the first root."""
     drafter = tree.for_batch(len(ids)).drafter(ids.device)
-    state = vacant(model, len(ids), room(model, ids.shape[1], drafter, options), drafter, options)
-    admit(model, state, list(range(len(ids))), ids, attention_mask, [(options.seed, row) for row in range(len(ids))], options)
+    state = vacant(model, len(ids), room(model, ids.shape[1], drafter, options.max_new_tokens), drafter)
+    rows = [Row(options, stream=(options.seed, number)) for number in range(len(ids))]
+    admit(model, state, range(len(ids)), rows, ids, attention_mask)
     return state
 
 
+def raise_errors(state: DecodingState) -> None:
+    """Raise what a processor or criterion of a row raised."""
+    for row in state.rows:
+        if row.error is not None:
+            raise row.error
+
+
+class Stepped(NamedTuple):
+    """What a step did: the new tokens of every row, and the trees with their accepted paths, if there was a pass."""
+
+    tokens: list[list[int]]
+    drafted: Drafted | None = None
+    accepted: Accepted | None = None
+
+
 @torch.inference_mode()
-def step(model: Decodable, state: DecodingState, options: DecodingOptions) -> list[list[int]]:
-    """Draft, verify, accept, keep; returns the new tokens of every row."""
-    if (roots := last_roots(state, options)) is not None:
-        return emit(state, options, roots)
+def step(model: Decodable, state: DecodingState) -> Stepped:
+    """Draft, verify, accept, keep."""
+    if (roots := last_roots(state)) is not None:
+        return Stepped(emit(state, roots))
     frame = state.frame(model.static_shapes)
     drafted = model.draft_and_verify(state.root, state.hidden, state.drafter, state.history, frame, state.cache)
     with record_function("medusa.accept"):
-        accepted = accept(state, options, drafted)
+        accepted = accept(state, drafted)
     with record_function("medusa.keep"):
         paths = keep(state, drafted, accepted)
-    return emit(state, options, paths)
+    return Stepped(emit(state, paths), drafted, accepted)
 
 
-def accept(state: DecodingState, options: DecodingOptions, drafted: Drafted) -> Accepted:
+def accept(state: DecodingState, drafted: Drafted) -> Accepted:
     """The longest path of every row's tree that agrees with the backbone."""
-    tokens, tree = drafted.tokens, drafted.tree
-    prefixes, nodes = [], None
-    if options.processors.read_paths:
-        prefixes, nodes = state.prefixes(), NodePrefixes(tokens, state.levels or levels_of(tree))
-    scores = options.processors(drafted.logits, prefixes, state.host_pads, nodes)
-    if options.do_sample and options.typical is not None:
-        return accept_typical(tree, tokens, scores.float(), options.typical)
+    tokens, tree, settings = drafted.tokens, drafted.tree, state.settings
+    prefixes, nodes = state.prefixes(), None
+    if prefixes:
+        nodes = NodePrefixes(tokens, state.levels or levels_of(tree))
+    scores, errors = settings.processors(drafted.logits, prefixes, [row.pads for row in state.rows], nodes)
+    state.fail(errors)
     uniform = None
-    if state.uniforms is not None:
+    if settings.draws:
+        assert state.uniforms is not None
         # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
         number = (state.lengths - state.starts)[:, None] + tree.depths + 1
         uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
-    return accept_exact(tree, tokens, choose(scores, uniform))
+    if None in settings.typical.values():  # all rows
+        (thresholds,) = settings.typical
+        return accept_typical(tree, tokens, scores.float(), thresholds)
+    accepted = accept_exact(tree, tokens, settings.choose(scores, uniform))
+    for thresholds, rows in settings.typical.items():
+        assert rows is not None
+        accepted = accepted.replaced(rows, accept_typical(tree, tokens, scores.float(), thresholds))
+    return accepted
 
 
 def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[list[int]]:
     """Move the accepted keys and values behind the committed ones; returns the tokens of every path."""
     tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
     rows = torch.arange(len(tokens), device=tokens.device)
-    state.hidden, state.root = drafted.hidden[rows, accepted.node], accepted.bonus
+    state.hidden.copy_(drafted.hidden[rows, accepted.node])
+    state.root.copy_(accepted.bonus)
     if state.history is not None:
         state.history.extend(tokens, accepted.length, accepted.bonus)
     # The one host-device sync of the step.
     packet = torch.cat([tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
     base = state.base
     moved = any(
-        committed != base or node != length - 1  # nodes 0, 1, 2, ... right behind the row are in place
-        for (*_, node, length, _), committed, done in zip(packet, state.committed, state.finish_reasons, strict=True)
-        if not done
+        row.committed != base or node != length - 1  # nodes 0, 1, 2, ... right behind the row are in place
+        for (*_, node, length, _), row in zip(packet, state.rows, strict=True)
+        if row.finish_reason is None
     )
     if moved:
         behind = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
         state.cache.keep(base + accepted.path.clamp(min=0), behind)
-    state.lengths = torch.where(state.active, state.lengths + accepted.length, state.lengths)
-    state.host_roots = [row[-1] for row in packet]
-    return [row[: row[-2]] for row in packet]
+    state.lengths.add_(accepted.length * state.active)
+    for row, found in zip(state.rows, packet, strict=True):
+        row.root = found[-1]
+    return [found[: found[-2]] for found in packet]
 
 
-def last_roots(state: DecodingState, options: DecodingOptions) -> list[list[int]] | None:
+def last_roots(state: DecodingState) -> list[list[int]] | None:
     """The roots as paths if each ends its row, so that nothing is left to verify; else None."""
-    for root, tokens, done in zip(state.host_roots, state.generated, state.finish_reasons, strict=True):
-        if not done and root not in options.eos_token_ids and len(tokens) + 1 < options.max_new_tokens:
+    for row in state.rows:
+        own = row.options
+        last = row.root in own.eos_token_ids or len(row.generated) + 1 >= own.max_new_tokens
+        if row.finish_reason is None and not last:
             return None
-    return [[root] for root in state.host_roots]
+    return [[row.root] for row in state.rows]
 
 
-def emit(state: DecodingState, options: DecodingOptions, paths: list[list[int]]) -> list[list[int]]:
+def emit(state: DecodingState, paths: list[list[int]]) -> list[list[int]]:
     """Append the accepted tokens of every row, up to the one that ends it, where plain decoding would end too."""
     emitted: list[list[int]] = []
-    for row, path in enumerate(paths):
+    for number, (row, path) in enumerate(zip(state.rows, paths, strict=True)):
         emitted.append([])
-        if state.finish_reasons[row]:
+        if row.finish_reason:
             continue
         for token in path:
-            state.generated[row].append(token)
-            emitted[row].append(token)
-            if reason := _finish_reason(state, options, row, token):
-                state.finish_reasons[row] = reason
-                state.active[row] = False
+            row.generated.append(token)
+            emitted[number].append(token)
+            try:
+                reason = _finish_reason(row, token)
+            except Exception as error:  # criteria are foreign code, which may raise anything
+                state.fail({number: error})
+                break
+            if reason:
+                state.end(number, reason)
                 break
     return emitted
 
 
-def _finish_reason(state: DecodingState, options: DecodingOptions, row: int, token: int) -> str | None:
-    if token in options.eos_token_ids:
+def _finish_reason(row: Row, token: int) -> str | None:
+    own = row.options
+    if token in own.eos_token_ids:
         return "eos"
-    if options.stopping_criteria:
-        prompt = state.prompts[row]
-        so_far = torch.cat([prompt, prompt.new_tensor(state.generated[row])])[None]
-        if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in options.stopping_criteria):
+    if row.ends is not None and row.ends(token):
+        return "stop"
+    if own.stopping_criteria:
+        so_far = row.text()[None]
+        if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in own.stopping_criteria):
             return "stop"
-    return "length" if len(state.generated[row]) >= options.max_new_tokens else None
+    return "length" if len(row.generated) >= own.max_new_tokens else None
 
 
 def check_request(

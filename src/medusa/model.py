@@ -30,7 +30,7 @@ from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
 from medusa.trees.history import History
 from medusa.trees.static import MedusaTree
-from medusa.trees.tensors import Drafted, Drafter, Frame
+from medusa.trees.tensors import Drafted, Drafter, Frame, chain
 
 
 class MedusaModel(MedusaGenerationMixin):
@@ -184,6 +184,15 @@ class MedusaModel(MedusaGenerationMixin):
     def logits(self, hidden: Tensor, lm_head: Any = None) -> Tensor:
         """The backbone's logits of hidden states; see `TreeLM.logits`."""
         return self.lm.logits(hidden, lm_head)
+
+    def extend(
+        self,
+        ids: Tensor,  # (B, T) long
+        frame: Frame,
+        cache: TreeCache,
+    ) -> Tensor:  # (B, T, d)
+        """Process more tokens of texts whose beginnings are in a cache; returns their last hidden states."""
+        return self.lm.verify(ids, chain(ids.shape[1], ids.device), frame, cache)
 
     def draft_and_verify(
         self,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from medusa.data.prompts import left_padded
-from medusa.decoding import check_request, step
-from medusa.state import Decodable, DecodingOptions, DecodingState, admit, room, vacant
+from medusa.decoding import check_request, raise_errors, step
+from medusa.state import Decodable, DecodingOptions, DecodingState, Row, admit, room, vacant
 from medusa.trees.files import Tree
 
 JOIN_SHARE = 16  # requests join once 1 / JOIN_SHARE of the rows is free: a pass over several prompts costs little more
@@ -59,20 +59,22 @@ def decode_queue(
             if state is None:
                 drafter = tree.for_batch(rows).drafter(model.device)
                 longest = max(len(request.ids) for request in joining.values())
-                state = vacant(model, rows, room(model, longest, drafter, options), drafter, options)
+                state = vacant(model, rows, room(model, longest, drafter, options.max_new_tokens), drafter)
             _join(model, state, joining, tree, options)
         if state is None or state.finished:
             return
-        step(model, state, options)
+        step(model, state)
+        raise_errors(state)
         for row, request in enumerate(requests):
-            reason = state.finish_reasons[row]
+            reason = state.rows[row].finish_reason
             if request is not None and reason is not None:
                 requests[row] = None
-                yield Finished(request, state.generated[row], reason)
+                yield Finished(request, state.rows[row].generated, reason)
 
 
 def _join(model: Decodable, state: DecodingState, joining: dict[int, Request], tree: Tree, options: DecodingOptions) -> None:
     """Admit requests to rows, left-padded to the longest of them."""
     ids, mask = left_padded([request.ids for request in joining.values()])
     ids, checked = check_request(model, ids, mask, tree, options)
-    admit(model, state, list(joining), ids, checked, [(request.seed, 0) for request in joining.values()], options)
+    admit(model, state, list(joining), [Row(options, (request.seed, 0)) for request in joining.values()], ids, checked)
+    raise_errors(state)

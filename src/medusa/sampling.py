@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from medusa.trees.tensors import TreeTensors
+from medusa.warpers import RowWarpers, Warpers
 
 BLOCK = 256  # tokens per block of a draw's first level
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -20,13 +21,14 @@ Reads = Literal["scores", "tokens", "length"]  # scores alone; also the row's to
 
 @dataclass(frozen=True)
 class Processors:
-    """Logits processors in order, and what each of them reads."""
+    """The logits processors of a row in order, and what each of them reads."""
 
     steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
+    warpers: Warpers = field(default_factory=Warpers)  # after the steps
     unseen: int = 0  # leading slots of every prefix that hold no token (soft prompts); processors do not see them
 
     def __bool__(self) -> bool:
-        return bool(self.steps)
+        return bool(self.steps or self.warpers)
 
     @property
     def read_paths(self) -> bool:
@@ -39,10 +41,8 @@ class Processors:
         prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, left-padded; None: the row has finished
         pads: Sequence[int],  # per row, the number of padding tokens
         nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the prefixes
-    ) -> Tensor:  # (B, N, V), float32 if there are processors
-        """Scores of every node: each processor sees the prefix of that node's own path. Without processors, the logits."""
-        if not self.steps:
-            return logits
+    ) -> Tensor:  # (B, N, V) float32
+        """Scores of every node before the warpers: each processor sees the prefix of that node's own path."""
         scores = logits.float()
         prefixes = [prefix if prefix is None else prefix[self.unseen :] for prefix in prefixes]
         pads = [max(0, pad - self.unseen) for pad in pads]
@@ -76,6 +76,56 @@ class NodePrefixes:
 
     def of(self, row: int) -> Levels:
         return self.levels[row if len(self.levels) > 1 else 0]
+
+    def of_rows(
+        self,
+        rows: Sequence[int],
+        at: Tensor,  # the same, (n,) long
+    ) -> NodePrefixes:
+        """Those of some rows."""
+        return NodePrefixes(self.tokens[at], self.levels if len(self.levels) == 1 else [self.levels[row] for row in rows])
+
+
+class RowProcessors:
+    """The processors of all rows of a batch. Rows that share theirs are processed together.
+
+    Args:
+        processors: those of each row, B.
+    """
+
+    def __init__(self, processors: Sequence[Processors], device: torch.device):
+        self._warpers = RowWarpers([own.warpers for own in processors], device)
+        groups: dict[int, list[int]] = {}
+        for row, own in enumerate(processors):
+            if own.steps:
+                groups.setdefault(id(own.steps), []).append(row)
+        self._groups = [
+            (processors[rows[0]], rows, torch.tensor(rows, device=device) if len(rows) < len(processors) else None)
+            for rows in groups.values()
+        ]
+        self.readers = [row for own, rows, _ in self._groups if own.read_paths for row in rows]  # rows whose tokens are read
+
+    def __call__(
+        self,
+        logits: Tensor,  # (B, N, V)
+        prefixes: Mapping[int, Tensor],  # the tokens so far of each reader, left-padded, unless the row has finished
+        pads: Sequence[int],  # per row, the number of padding tokens
+        nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the prefixes
+    ) -> tuple[Tensor, dict[int, Exception]]:
+        """Scores of every node (B, N, V), float32 if there are processors; and the error of each row whose processor failed."""
+        if not self._groups and not self._warpers:
+            return logits, {}
+        scores, errors = logits.float(), {}
+        for own, rows, at in self._groups:
+            of_group = nodes.of_rows(rows, at) if nodes is not None and at is not None else nodes
+            given = [prefixes.get(row) for row in rows]
+            try:
+                found = own(scores if at is None else scores[at], given, [pads[row] for row in rows], of_group)
+            except Exception as error:  # foreign code may raise anything
+                errors.update(dict.fromkeys(rows, error))
+                continue
+            scores = found if at is None else scores.index_copy(0, at, found)
+        return self._warpers(scores), errors
 
 
 def levels_of(tree: TreeTensors) -> list[Levels]:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.config import integer
-from medusa.sampling import Levels, Processors, choose, levels_of, uniforms
+from medusa.sampling import Levels, Processors, RowProcessors, choose, levels_of, uniforms
 from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
 CAPACITY_STEP = 256  # static shapes: capacities are rounded up to this, so that requests share a graph
 VACANT = "vacant"  # the finish reason of a row without a request
+READING = "reading"  # of a row whose prompt is being processed in chunks
 
 
 class RequestCache(Protocol):
-    """The KV cache of a request; `TreeCache` is one."""
+    """The KV cache of some rows; `TreeCache` is one."""
 
     capacity: int
 
@@ -30,6 +31,10 @@ class RequestCache(Protocol):
     def place(self, other: Any, rows: Tensor, batch: int) -> None: ...
 
     def grow(self, capacity: int) -> None: ...
+
+    def rows(self, start: int, stop: int) -> Self: ...
+
+    def swap(self, row: int, other: int, slots: int) -> None: ...
 
 
 class Decodable(Protocol):
@@ -48,6 +53,10 @@ class Decodable(Protocol):
 
     def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
 
+    def extend(self, ids: Tensor, frame: Frame, cache: Any) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
     def draft_and_verify(
         self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted: ...
@@ -55,16 +64,16 @@ class Decodable(Protocol):
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Options of decoding, the same for all rows.
+    """Options of decoding. Rows of one batch may have different ones.
 
     Args:
-        max_new_tokens: limit of new tokens per row.
+        max_new_tokens: limit of new tokens.
         do_sample: draw from the backbone's distribution instead of taking its argmax.
         typical: thresholds of typical acceptance; None: acceptance is exact.
         processors: logits processors, temperature among them.
-        eos_token_ids: ids that end a row; the id itself is part of the output.
+        eos_token_ids: ids that end it; the id itself is part of the output.
         stopping_criteria: transformers' criteria, applied after every token as in plain decoding.
-        seed: seed of the draws; row b has its own stream, (seed, b).
+        seed: seed of the draws; row b of a call has its own stream, (seed, b).
     """
 
     max_new_tokens: int
@@ -81,13 +90,69 @@ class DecodingOptions:
 
 
 @dataclass
-class DecodingState:
-    """B rows that decode together, each at its own length: left-padded prompts and the tokens generated so far.
+class Row:
+    """A request in its row: its settings, and what the host knows of it.
 
-    A row without a request, or whose request has ended, takes part in every step without effect, until `admit` fills it.
+    A row without a request, or whose request has ended, takes part in every step without effect, until `start` fills it.
     """
 
-    prompts: list[Tensor]  # per row (P,) long, padding included
+    options: DecodingOptions = DecodingOptions(max_new_tokens=1)
+    stream: tuple[int, int] = (0, 0)  # of its draws, see `uniforms`
+    ends: Callable[[int], bool] | None = None  # called with each token in order; True ends the row
+    prompt: Tensor | None = None  # (P,) long, padding included
+    pads: int = 0
+    root: int = 0
+    generated: list[int] = field(default_factory=list)
+    finish_reason: str | None = VACANT  # None: it is being decoded
+    error: Exception | None = None  # what one of its processors or criteria raised; the reason is then "error"
+
+    @property
+    def committed(self) -> int:
+        """The number of its committed slots, padding included."""
+        return (0 if self.prompt is None else len(self.prompt)) + len(self.generated)
+
+    def text(self) -> Tensor:  # (committed,) long
+        """Its tokens so far, padding included."""
+        assert self.prompt is not None
+        return torch.cat([self.prompt, self.prompt.new_tensor(self.generated)])
+
+
+class RowSettings:
+    """The settings of all rows, arranged so that a step follows them for all rows at once."""
+
+    def __init__(self, rows: Sequence[Row], device: torch.device):
+        options = [row.options for row in rows]
+        self.processors = RowProcessors([own.processors for own in options], device)
+        drawing = [number for number, own in enumerate(options) if draws(own)]
+        self.draws = bool(drawing)
+        self.drawing = torch.tensor(drawing, device=device) if 0 < len(drawing) < len(rows) else None  # None: all, or none
+        self.typical: dict[TypicalAcceptance, Tensor | None] = {}  # which rows accept by these thresholds, (B,) bool; None: all
+        for thresholds in dict.fromkeys(own.typical for own in options if own.do_sample and own.typical is not None):
+            chosen = [own.do_sample and own.typical == thresholds for own in options]
+            self.typical[thresholds] = None if all(chosen) else torch.tensor(chosen, device=device)
+
+    def choose(
+        self,
+        scores: Tensor,  # (B, N, V)
+        uniform: Tensor | None,  # (B, N)
+    ) -> Tensor:  # (B, N) long
+        """The backbone's token after every node: a draw where the row samples, else the likeliest."""
+        if self.drawing is None or uniform is None:
+            return choose(scores, uniform if self.draws else None)
+        drawn = choose(scores[self.drawing], uniform[self.drawing])
+        return choose(scores, None).index_copy(0, self.drawing, drawn)
+
+
+def draws(options: DecodingOptions) -> bool:
+    """Whether tokens are drawn; typical acceptance takes the likeliest for roots."""
+    return options.do_sample and options.typical is None
+
+
+@dataclass
+class DecodingState:
+    """B rows that decode together, each at its own length: left-padded prompts and the tokens generated so far."""
+
+    rows: list[Row]
     pads: Tensor  # (B,) long
     starts: Tensor  # (B,) long: slots of the prompt, padding included
     lengths: Tensor  # (B,) long: committed slots, padding included
@@ -96,28 +161,37 @@ class DecodingState:
     hidden: Tensor  # (B, d): hidden state of the last committed token
     drafter: Drafter
     history: History | None  # None: the drafter does not read it
-    levels: list[Levels] | None  # of a fixed tree, if processors read paths
     cache: RequestCache
-    uniforms: Tensor | None  # (B, max_new_tokens + depth + 2): one number per token position; None: nothing is drawn
-    # On the host, from the sync of each step.
-    host_pads: list[int]
-    host_roots: list[int]
-    generated: list[list[int]]
-    finish_reasons: list[str | None]
+    uniforms: Tensor | None = None  # (B, limit + 2): one number per token position; None: no row has drawn yet
+    _settings: RowSettings | None = None
+    _levels: list[Levels] | None = None
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        return [row.finish_reason for row in self.rows]
 
     @property
     def finished(self) -> bool:
         return None not in self.finish_reasons
 
     @property
-    def committed(self) -> list[int]:
-        """The number of committed slots of every row, padding included: `lengths` on the host."""
-        return [len(prompt) + len(tokens) for prompt, tokens in zip(self.prompts, self.generated, strict=True)]
+    def settings(self) -> RowSettings:
+        """The settings of the rows as they are now."""
+        if self._settings is None:
+            self._settings = RowSettings(self.rows, self.root.device)
+        return self._settings
+
+    @property
+    def levels(self) -> list[Levels] | None:
+        """The levels of the tree, if it is the same at every step."""
+        if self._levels is None and self.drafter.fixed is not None:
+            self._levels = levels_of(self.drafter.fixed)
+        return self._levels
 
     @property
     def base(self) -> int:
-        """The slot of the next roots, behind the longest unfinished row."""
-        return max(length for length, reason in zip(self.committed, self.finish_reasons, strict=True) if reason is None)
+        """The slot of the next roots, behind the longest row that is decoded or whose prompt is being processed."""
+        return max(row.committed for row in self.rows if row.finish_reason in (None, READING))
 
     def frame(self, static_shapes: bool) -> Frame:
         """Where the next trees stand in the cache."""
@@ -133,49 +207,72 @@ class DecodingState:
             if self.history is not None:
                 self.history.grow(capacity)
 
-    def place(self, rows: Tensor, **of_rows: Tensor) -> None:
-        """Replace tensors of the state in some rows, (n,) long."""
-        for name, tensor in of_rows.items():
-            setattr(self, name, getattr(self, name).index_copy(0, rows, tensor))
+    def part(self, start: int, stop: int, drafter: Drafter, cache: RequestCache) -> DecodingState:
+        """Rows start .. stop - 1 as a state of their own that shares their tensors: what is done to it is done to this one.
 
-    def prefixes(self) -> list[Tensor | None]:
-        """The tokens of every unfinished row, its padding included, for processors that read them."""
-        return [
-            None if done else torch.cat([prompt, prompt.new_tensor(tokens)])
-            for prompt, tokens, done in zip(self.prompts, self.generated, self.finish_reasons, strict=True)
-        ]
+        Args:
+            cache: the cache of these rows.
+        """
+        tensors = ("pads", "starts", "lengths", "active", "root", "hidden", "uniforms")
+        of_rows = {name: t[start:stop] for name in tensors if (t := getattr(self, name)) is not None}
+        history = self.history.part(start, stop) if self.history is not None else None
+        shared = replace(self, rows=self.rows[start:stop], history=history, _settings=None, _levels=None, **of_rows)
+        return replace(shared, drafter=drafter, cache=cache)
+
+    def swap(self, row: int, other: int, slots: int) -> None:
+        """Let two rows change places, with the first `slots` slots of their cache."""
+        at, to = (torch.tensor(pair, device=self.root.device) for pair in ((row, other), (other, row)))
+        held = [self.pads, self.starts, self.lengths, self.active, self.root, self.hidden]
+        held += [t for t in (self.uniforms, *(self.history.tensors() if self.history is not None else ())) if t is not None]
+        for tensor in held:
+            tensor.index_copy_(0, at, tensor[to])
+        self.rows[row], self.rows[other] = self.rows[other], self.rows[row]
+        self.cache.swap(row, other, slots)
+        self._settings = None
+
+    def prefixes(self) -> dict[int, Tensor]:
+        """The tokens of every unfinished row whose processors read them, its padding included."""
+        readers = self.settings.processors.readers
+        return {number: self.rows[number].text() for number in readers if self.rows[number].finish_reason is None}
+
+    def fail(self, errors: Mapping[int, Exception]) -> None:
+        """End rows whose processors failed."""
+        for number, error in errors.items():
+            if self.rows[number].finish_reason is None:
+                self.end(number, "error")
+                self.rows[number].error = error
+
+    def end(self, number: int, reason: str) -> None:
+        """End the request of a row."""
+        self.rows[number].finish_reason = reason
+        self.active[number] = False
 
 
-def room(model: Decodable, prompt_length: int, drafter: Drafter, options: DecodingOptions) -> int:
-    """The number of slots that a row may need."""
+def room(model: Decodable, prompt_length: int, drafter: Drafter, limit: int) -> int:
+    """The number of slots that a row of `limit` new tokens may need."""
     # The tree is written behind the longest row, and a path may be moved to the end of any other.
-    slots = prompt_length + options.max_new_tokens + drafter.num_nodes + drafter.depth + 1
+    slots = prompt_length + limit + drafter.num_nodes + drafter.depth + 1
     return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if model.static_shapes else slots
 
 
 @torch.inference_mode()
-def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, options: DecodingOptions) -> DecodingState:
+def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter) -> DecodingState:
     """Rows without requests, with room for `capacity` slots each."""
-    zeros = torch.zeros(batch, dtype=torch.long, device=model.device)
-    draws = options.do_sample and options.typical is None
-    width = options.max_new_tokens + drafter.depth + 2
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.long, device=model.device)
+
     return DecodingState(
-        prompts=[zeros[:0]] * batch,
-        pads=zeros,
-        starts=zeros,
-        lengths=zeros,
-        active=zeros.bool(),
-        root=zeros,
-        hidden=zeros[:, None],  # its width and dtype are set with the first prompts
+        rows=[Row() for _ in range(batch)],
+        pads=zeros(batch),
+        starts=zeros(batch),
+        lengths=zeros(batch),
+        active=zeros(batch).bool(),
+        root=zeros(batch),
+        hidden=zeros(batch, 1),  # its width and dtype are set with the first prompts
         drafter=drafter,
         history=History.empty(batch, capacity, model.device) if drafter.reads_history else None,
-        levels=levels_of(drafter.fixed) if drafter.fixed is not None and options.processors.read_paths else None,
         cache=model.new_cache(capacity),
-        uniforms=uniforms([(0, 0)], width, model.device).expand(batch, -1) if draws else None,  # replaced when a request joins
-        host_pads=[0] * batch,
-        host_roots=[0] * batch,
-        generated=[[] for _ in range(batch)],
-        finish_reasons=[VACANT] * batch,
     )
 
 
@@ -183,36 +280,59 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter, option
 def admit(
     model: Decodable,
     state: DecodingState,
-    rows: Sequence[int],  # n rows without a request, or whose request has ended
+    at: Sequence[int],  # n numbers of rows without a request, or whose request has ended
+    rows: Sequence[Row],  # n: the new requests
     ids: Tensor,  # (n, P) long, left-padded
     attention_mask: Tensor | None,  # (n, P), 1 for tokens
-    streams: Sequence[tuple[int, int]],  # n streams of draws, see `uniforms`
-    options: DecodingOptions,
 ) -> None:
     """Process the prompts of new requests and decide the first token of each. Other rows are not affected."""
     number, length = ids.shape
-    batch, at = len(state.prompts), torch.tensor(rows, device=ids.device)
-    state.grow(room(model, length, state.drafter, options))
-    cache = state.cache if number == batch else model.new_cache(length)  # all rows at once need no copy
+    state.grow(max(room(model, length, state.drafter, row.options.max_new_tokens) for row in rows))
+    cache = state.cache if number == len(state.rows) else model.new_cache(length)  # all rows at once need no copy
     hidden, logits = model.prefill(ids, attention_mask, cache)
     if cache is not state.cache:
-        state.cache.place(cache, at, batch)
+        state.cache.place(cache, torch.tensor(at, device=ids.device), len(state.rows))
     pads = length - attention_mask.sum(-1) if attention_mask is not None else ids.new_zeros(number)
-    host_pads = pads.tolist()
-    scores, first = options.processors(logits[:, None], list(ids), host_pads), None
-    if state.uniforms is not None:
-        numbers = uniforms(streams, state.uniforms.shape[1], ids.device)
-        state.place(at, uniforms=numbers)
+    start(state, at, rows, ids, pads, hidden, logits)
+
+
+@torch.inference_mode()
+def start(
+    state: DecodingState,
+    at: Sequence[int],  # n
+    rows: Sequence[Row],  # n
+    ids: Tensor,  # (n, P) long, left-padded: prompts whose keys and values are in the cache
+    pads: Tensor,  # (n,) long
+    hidden: Tensor,  # (n, d): of the last token
+    logits: Tensor,  # (n, V): after the last token
+) -> None:
+    """Decide the first token of requests whose prompts have been processed; from now on their rows are decoded."""
+    batch, device, places = len(state.rows), ids.device, torch.tensor(at, device=ids.device)
+    for row, prompt, padding in zip(rows, ids, pads.tolist(), strict=True):
+        row.prompt, row.pads, row.generated, row.finish_reason = prompt, padding, [], None
+    settings = RowSettings(rows, device)
+    readers = {number: rows[number].text() for number in settings.processors.readers}
+    scores, errors = settings.processors(logits[:, None], readers, [row.pads for row in rows])
+    first = None
+    if settings.draws:
+        longest = max(row.options.max_new_tokens for row in rows) + 2
+        numbers = uniforms([row.stream for row in rows], longest, device)
         first = numbers[:, :1]
-    root = choose(scores, first)[:, 0]
+        if state.uniforms is None or state.uniforms.shape[1] < longest:
+            held, state.uniforms = state.uniforms, numbers.new_zeros(batch, longest)
+            if held is not None:
+                state.uniforms[:, : held.shape[1]] = held
+        state.uniforms[places, :longest] = numbers
+    root = settings.choose(scores, first)[:, 0]
     if state.hidden.shape[1] != hidden.shape[1]:
         state.hidden = hidden.new_zeros(batch, hidden.shape[1])
-    start = torch.full_like(pads, length)
-    state.place(
-        at, hidden=hidden, root=root, pads=pads, starts=start, lengths=start, active=torch.ones_like(pads, dtype=torch.bool)
-    )
+    length = torch.full_like(pads, ids.shape[1])
+    filled = dict(pads=pads, starts=length, lengths=length, root=root, hidden=hidden, active=torch.ones_like(pads).bool())
+    for name, values in filled.items():
+        getattr(state, name).index_copy_(0, places, values)
     if state.history is not None:
-        state.history.place(at, ids, pads, root)
-    for row, prompt, padding, token in zip(rows, ids, host_pads, root.tolist(), strict=True):
-        state.prompts[row], state.host_pads[row], state.host_roots[row] = prompt, padding, token
-        state.generated[row], state.finish_reasons[row] = [], None
+        state.history.place(places, ids, pads, root)
+    for number, row, token in zip(at, rows, root.tolist(), strict=True):
+        row.root, state.rows[number] = token, row
+    state._settings = None
+    state.fail({at[number]: error for number, error in errors.items()})

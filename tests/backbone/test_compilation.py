@@ -87,7 +87,7 @@ def test_step_synchronises_once(tree):
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as caught:
-            step(model, state, options)
+            step(model, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(caught) == 1

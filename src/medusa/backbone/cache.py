@@ -46,6 +46,15 @@ class TreeCacheLayer(CacheLayerMixin):
                 states = getattr(self, name)
                 self._hold(name, pad(states, (0, 0, 0, capacity - states.shape[2])))
 
+    def rows(self, start: int, stop: int) -> TreeCacheLayer:
+        """Rows start .. stop - 1; both share their keys and values."""
+        part = TreeCacheLayer(self.capacity, self.cursor)
+        if self.is_initialized:
+            part.dtype, part.device, part.is_initialized = self.dtype, self.device, True
+            for name in ("keys", "values"):
+                part._hold(name, getattr(self, name)[start:stop])
+        return part
+
     def _hold(self, name: str, states: Tensor) -> None:
         setattr(self, name, states)
         torch._dynamo.mark_static_address(states)  # CUDA graphs write in place
@@ -111,6 +120,24 @@ class TreeCache(Cache):
                 layer.allocate(source.keys, source.values, batch)
             layer.keys[rows.to(layer.device), :, : source.capacity] = source.keys
             layer.values[rows.to(layer.device), :, : source.capacity] = source.values
+
+    def rows(self, start: int, stop: int) -> TreeCache:
+        """Rows start .. stop - 1 as a cache of their own; both share their keys and values. Everything must be allocated."""
+        part = TreeCache(len(self.layers), self.capacity)
+        part.layers = [layer.rows(start, stop) for layer in self.layers]
+        for layer in part.layers:
+            layer.cursor = part.cursor
+        return part
+
+    def swap(self, row: int, other: int, slots: int) -> None:
+        """Let two rows change places, as far as the first `slots` slots."""
+        for layer in self.layers:
+            if not layer.is_initialized:
+                continue
+            for states in (layer.keys, layer.values):
+                held = states[row, :, :slots].clone()
+                states[row, :, :slots] = states[other, :, :slots]
+                states[other, :, :slots] = held
 
     def grow(self, capacity: int) -> None:
         """Extend every row to `capacity` slots; the contents stay."""

@@ -16,6 +16,7 @@ from transformers.generation import logits_process as hf
 from medusa.config import integer
 from medusa.errors import InvalidInput
 from medusa.sampling import LogitsProcessor, Processors, Reads
+from medusa.warpers import Warpers
 
 # What transformers' processors read. The exact class: a subclass may read more.
 READS: dict[type, Reads] = {
@@ -44,6 +45,13 @@ READS: dict[type, Reads] = {
     hf.ForcedEOSTokenLogitsProcessor: "length",
     hf.ExponentialDecayLengthPenalty: "length",
     hf.SuppressTokensAtBeginLogitsProcessor: "length",
+}
+# Those that rows may each have with a value of their own, in transformers' order: the field of `Warpers`.
+PLAIN: dict[type, str] = {
+    hf.TemperatureLogitsWarper: "temperature",
+    hf.TopKLogitsWarper: "top_k",
+    hf.TopPLogitsWarper: "top_p",
+    hf.MinPLogitsWarper: "min_p",
 }
 # Processors that cannot follow a tree, with the setting that makes them.
 REFUSED: dict[type, str] = {
@@ -82,7 +90,26 @@ def classify(
         elif kind is hf.MinLengthLogitsProcessor and min_length_counts_padding:
             reads = "length"
         steps.append((processor, reads))
-    return Processors(tuple(steps))
+    return _with_plain_warpers(steps)
+
+
+def _with_plain_warpers(steps: list[tuple[LogitsProcessor, Reads]]) -> Processors:
+    """The processors, of which the last that are plain warpers, in the usual order, are applied to all rows at once."""
+    found: dict[str, Any] = {}
+    order = [*PLAIN]
+    while steps:
+        processor = steps[-1][0]
+        place = order.index(type(processor)) if type(processor) in order else None
+        if place is None or not _is_plain(processor):
+            break
+        found[PLAIN[order[place]]] = getattr(processor, PLAIN[order[place]])
+        steps, order = steps[:-1], order[:place]
+    return Processors(tuple(steps), Warpers(**found))
+
+
+def _is_plain(processor: Any) -> bool:
+    """Whether a warper has no settings but its own."""
+    return getattr(processor, "min_tokens_to_keep", 1) == 1 and getattr(processor, "filter_value", -torch.inf) == -torch.inf
 
 
 def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tuple[LogitsProcessor, Reads]:

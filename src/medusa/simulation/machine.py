@@ -190,7 +190,7 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
     model, steps = MedusaModel(backbone), 16
     options = DecodingOptions(max_new_tokens=(rounds + 1) * steps + 2)
     state = prefill(model, torch.ones(1, 16, dtype=torch.long, device=device), None, MedusaTree([]), options)
-    return timed(lambda: [step(model, state, options) for _ in range(steps)], device, rounds) / steps
+    return timed(lambda: [step(model, state) for _ in range(steps)], device, rounds) / steps
 
 
 def _memory(device: str) -> int:

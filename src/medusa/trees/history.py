@@ -29,7 +29,7 @@ class History:
         """The history of rows without tokens, which may have `capacity` of them, padding and root included."""
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         table = zeros.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
-        return cls(table, zeros.new_zeros(batch, capacity + 1), torch.ones_like(zeros), zeros, zeros)
+        return cls(table, zeros.new_zeros(batch, capacity + 1), torch.ones_like(zeros), zeros, zeros.clone())
 
     @classmethod
     def of(
@@ -61,8 +61,16 @@ class History:
         at = torch.arange(-1, width + 1, device=prompts.device).expand(number, -1)  # the index of each token
         place = at - pads[:, None]  # and its index without padding
         part._remember(text, at + 1, place >= 1, place >= 2, length)
-        for name in ("table", "tokens", "length", "last", "after"):
-            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(part, name)))
+        for tensor, values in zip(self.tensors(), part.tensors(), strict=True):
+            tensor.index_copy_(0, rows, values)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of its tensors; row b of each is row b's."""
+        return self.table, self.tokens, self.length, self.last, self.after
+
+    def part(self, start: int, stop: int) -> History:
+        """Rows start .. stop - 1; both share their tensors."""
+        return History(*(tensor[start:stop] for tensor in self.tensors()))
 
     def grow(self, capacity: int) -> None:
         """Make room for more tokens per row. The tables keep their size: more collisions, hence worse drafts."""
@@ -83,8 +91,8 @@ class History:
         at = self.length[:, None] + number - 2
         trash = self.tokens.shape[1] - 1
         self.tokens.scatter_(1, at.where(wanted & (at < trash), trash), new)
-        self.length = (self.length + length).clamp(max=trash)
-        self.last = path[rows, length - 1]
+        self.length.add_(length).clamp_(max=trash)
+        self.last.copy_(path[rows, length - 1])
         self._remember(new, at + 1, wanted, wanted, length + 1)
 
     def _remember(self, tokens: Tensor, after: Tensor, pairs: Tensor, triples: Tensor, end: Tensor) -> None:
@@ -113,7 +121,7 @@ class History:
         led = self.tokens.gather(1, (places[..., None] + before).clamp(min=0).flatten(1)).view(len(run), 2, 3)
         same = led == run[:, None]
         pair, triple = places.where(torch.stack([same[:, 0, 1:].all(-1), same[:, 1].all(-1)], 1), 0).unbind(1)
-        self.after = torch.where(triple > 0, triple, pair)
+        self.after.copy_(torch.where(triple > 0, triple, pair))
 
     def contains(
         self,

@@ -50,6 +50,13 @@ def paths_up(
     return up, ancestors.scatter_(2, up, True)
 
 
+def chain(length: int, device: torch.device | str | None = None) -> TreeTensors:
+    """A path of so many nodes as a tree: how a text is read behind the committed tokens."""
+    at = torch.arange(length, device=device)
+    below = at <= at[:, None]  # [n, m]: m is n or above it
+    return TreeTensors((at - 1).clamp(min=0)[None], at[None], at.where(below, -1)[None], below[None])
+
+
 # Scores along paths: of a depth k (from 0) and paths (B, W, k) long, the k tokens behind the root, (B, W, R) float32: the
 # logarithm of p(guess | path), up to a constant that leaves all other tokens as likely as they are from the root alone.
 Along = Callable[[int, Tensor], Tensor]
