@@ -116,11 +116,8 @@ LIMITS = {
 
 
 def check_options(options: Any, of: str = "") -> None:
-    """Raise InvalidInput unless the values of a dataclass of options are finite, within their limits and among their choices.
-
-    Args:
-        of: what the options are of, for the error.
-    """
+    """Raise InvalidInput unless the values of a dataclass of options, which are `of` something, are finite, within their limits
+    and among their choices."""
     for field in dataclasses.fields(options):
         value, known = getattr(options, field.name), field.metadata.get("choices")
         name = f"{field.name}{of and f' of {of}'}"

@@ -37,7 +37,9 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     checkpoint = open_checkpoint(path)
     config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {"model_type": "medusa"}
     alone = config.get("model_type") == "medusa" or not any((folder / name).is_file() for name in MODEL_FILES)  # no backbone
-    base_model = backbone or (checkpoint.base_model if alone else str(source if path.is_file() else find_model(source)))
+    base_model = backbone or (
+        checkpoint.config.base_model_name_or_path if alone else str(source if path.is_file() else find_model(source))
+    )
     needs_lm_head = wants_lm_head(checkpoint.config.medusa_shared_lm_head, to)
     base = None
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":

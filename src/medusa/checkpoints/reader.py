@@ -39,10 +39,6 @@ class Checkpoint:
     def num_heads(self) -> int:
         return self.config.medusa_num_heads
 
-    @property
-    def base_model(self) -> str | None:
-        return self.config.base_model_name_or_path
-
     def heads(self, dtype: torch.dtype | None = None, vocab_size: int | None = None) -> MedusaHeads:
         """Build the heads around the tensors, without copying them, in a dtype (default: their own); `vocab_size` is the
         backbone's, for heads that share its LM head and do not state it. CheckpointError if it is unknown."""

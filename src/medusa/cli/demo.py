@@ -214,14 +214,11 @@ def _measure(demo: _Demo, compile: bool) -> dict[str, Any]:
     with progress("Measuring", len(batches) * len(decoders), "runs", leave=False) as bar:
         results = compare_decoders(decoders, batches, warmup=0, on_progress=bar.update)
     generate, plain, medusa = (results[name] for name in decoders)
+    gains = {"acceleration_rate": medusa.acceleration_rate, "overhead": float(overhead(medusa.totals(), plain.totals()))}
     return {
         "generate": {"tokens_per_second": generate.tokens_per_second},
         "plain": {"tokens_per_second": plain.tokens_per_second},
-        "medusa": {
-            "tokens_per_second": medusa.tokens_per_second,
-            "acceleration_rate": medusa.acceleration_rate,
-            "overhead": float(overhead(medusa.totals(), plain.totals())),
-        },
+        "medusa": {"tokens_per_second": medusa.tokens_per_second, **gains},
         "speedup_vs_generate": medusa.tokens_per_second / generate.tokens_per_second,
         "speedup_vs_plain": medusa.tokens_per_second / plain.tokens_per_second,
         "identical": generate.outputs == plain.outputs == medusa.outputs,

@@ -94,7 +94,7 @@ def heads_facts(found: Checkpoint) -> dict[str, Any]:
         "tied_blocks": found.tied_blocks,
         "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
         "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),
-        "base_model": found.base_model,
+        "base_model": config.base_model_name_or_path,
         "notes": list(found.notes),
     }
 

@@ -35,12 +35,8 @@ class Prompt:
 
 def held_out_prompts(split: str = "test") -> list[Prompt]:
     """Held-out prompts that ship with the embedded model; neither its backbone nor its heads saw their files."""
-    prompts = []
-    for line in HELD_OUT_FILE.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["split"] == split:
-            prompts.append(Prompt(record["source"], split, torch.tensor(record["input_ids"])))
-    return prompts
+    records = map(json.loads, HELD_OUT_FILE.read_text(encoding="utf-8").splitlines())
+    return [Prompt(each["source"], split, torch.tensor(each["input_ids"])) for each in records if each["split"] == split]
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
 # ShareGPT's names of the speakers, and OpenAI's.
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}

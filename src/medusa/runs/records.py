@@ -112,11 +112,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class Journal:
-    """A JSONL file of records by id that one process appends to, and from which it resumes.
-
-    Args:
-        what: name of a record, for errors.
-    """
+    """A JSONL file of records by id that one process appends to, and from which it resumes; errors say what a record is."""
 
     def __init__(self, path: Path, what: str):
         self._held = hold(path)

@@ -47,10 +47,13 @@ def measure_machine(
             samples.append([width, rows, max(seconds - launch, seconds / 10) / width**2])
     per_step, per_layer = _fixed(device, kind, launch, rounds)
     best = max(2 * rows / seconds for _, rows, seconds in samples)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(device).total_memory
     return Hardware(
         peak={dtype: best},
         bandwidth=bandwidth,
-        memory=float(_memory(device)),
+        memory=float(memory),
         source=f"measured: {device_name(device)}, torch {torch.__version__}",
         compute_share=1.0,
         bandwidth_share=1.0,
@@ -191,12 +194,6 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
     options = DecodingOptions(max_new_tokens=(rounds + 1) * steps + 2)
     state = prefill(model, torch.ones(1, 16, dtype=torch.long, device=device), None, MedusaTree([]), options)
     return timed(lambda: [step(model, state) for _ in range(steps)], device, rounds) / steps
-
-
-def _memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_name(device: str) -> str:

@@ -96,10 +96,9 @@ def _written(
     model: MedusaModel, tokenizer: Any, prompt: list[int], numbers: Iterator[int], rows: int, seed: int, compiled: bool
 ) -> Iterator[tuple[int, str | None]]:
     """Questions with their numbers, in the order in which they finish; None for one that did not end."""
+    ends = list(ends_of_turns(tokenizer, model.eos_token_ids))
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
-    options = options_of_rows(
-        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)), **sampling
-    )
+    options = options_of_rows(model, "distill", max_new_tokens=LONGEST, eos_token_id=ends, **sampling)
 
     def take() -> Request | None:
         number = next(numbers, None)
