@@ -102,7 +102,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
     Args:
         text: its description, for `--help` and the documents.
         more: limits of its values (`least`, `above`, `most`, `below`), or its `choices`; of a tuple those of each value. For
-            the command line (`medusa.cli.common`) its `flags`, if they are not made from its name, and arguments of typer.
+            the command line (`medusa.cli.common`) its `flags`, if they are not made from its name.
     """
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
