@@ -196,9 +196,8 @@ def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
 def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
     """Read the heads back: every tensor must be bit-identical."""
     found, wanted = open_checkpoint(folder), _on_cpu(heads.state_dict())
-    if (
-        lm_head is not None and heads.config.medusa_shared_lm_head and not found.config.medusa_shared_lm_head
-    ):  # vLLM's copy of it
+    copied = heads.config.medusa_shared_lm_head and not found.config.medusa_shared_lm_head
+    if lm_head is not None and copied:  # as vLLM's format has it
         wanted |= {f"{k}.{heads.num_layers}.weight": _parameters(lm_head, heads)["weight"] for k in range(len(heads))}
     assert found.notes == () and found.tensors.keys() == wanted.keys(), found.notes
     for name, tensor in wanted.items():

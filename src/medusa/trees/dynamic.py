@@ -213,8 +213,8 @@ class DynamicDrafter:
         return own, tree_tensors(above, self.depth)
 
     def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of all candidates, whose parents are candidates, -1 for the root, as a tree: the token (B, N) and parent (B,
-        N) of every node."""
+        """The best of all candidates as a tree: the token (B, N) and the parent (B, N) of every node. The parents given are the
+        candidates' own, -1 for the root."""
         batch, candidates = values.shape
         nodes = min(self.num_nodes - self.copied, candidates + 1)
         chosen = values.topk(nodes - 1, dim=-1).indices  # best first: parents before children
