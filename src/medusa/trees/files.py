@@ -105,16 +105,17 @@ def load_tree(path: str | Path) -> Tree:
         raise CheckpointError(f"no tree file {path}")
     if not Path(path).is_file():
         raise CheckpointError(f"cannot read the tree file {path}: not a file")
-    return _tree(read_json(path, CheckpointError), str(path))
+    return tree_from(read_json(path, CheckpointError), str(path))
 
 
-def _tree(found: Any, source: str) -> Tree:
+def tree_from(found: Any, source: str) -> Tree:
+    """The tree that parsed JSON describes; the errors of `load_tree` name its source."""
     if isinstance(found, dict) and isinstance(found.get("dynamic"), dict):
         return DynamicTree.from_dict(found, source)
     if isinstance(found, dict) and isinstance(found.get("batches"), dict):
         trees = {}
         for batch, inner in found["batches"].items():
-            tree = _tree(inner, source)
+            tree = tree_from(inner, source)
             if not batch.isdecimal() or isinstance(tree, TreeChoice):
                 raise CheckpointError(f"{source}: batches are numbers with a tree each, got {batch!r}")
             trees[int(batch)] = tree
