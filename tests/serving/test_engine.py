@@ -378,7 +378,7 @@ def test_a_receiver_that_fails_is_gone(model, engine):
 
 def test_requests_that_do_not_fit_are_refused_at_once(model, engine):
     options = DecodingOptions(20)
-    with pytest.raises(ContextOverflow, match="a slot holds 200"):
+    with pytest.raises(ContextOverflow, match="that a slot of 200"):
         engine.submit(Request([5] * 190, options), print)
     with pytest.raises(ContextOverflow, match="context of 512"):
         engine.submit(Request([5] * 510, options), print)
