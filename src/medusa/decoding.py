@@ -122,7 +122,7 @@ def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText])
         assert state.uniforms is not None
         # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
         number = (state.lengths - state.starts)[:, None] + tree.depths + 1
-        uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
+        uniform = state.uniforms.gather(1, number.clamp(0, state.uniforms.shape[1] - 1))  # idle rows may have any number
     if None in settings.typical.values():  # all rows
         (thresholds,) = settings.typical
         return accept_typical(tree, tokens, scores.float(), thresholds)

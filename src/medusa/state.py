@@ -169,6 +169,7 @@ class DecodingState:
     drafter: Drafter
     history: History | None  # None: the drafter does not read it
     cache: RequestCache
+    pooled: bool = False  # with static shapes, attention sees no more than `visible_slots`, rather than the whole capacity
     uniforms: Tensor | None = None  # (B, limit + 2): one number per token position; None: no row has drawn yet
     _settings: RowSettings | None = None
     _levels: list[Levels] | None = None
@@ -203,7 +204,9 @@ class DecodingState:
     def frame(self, static_shapes: bool) -> Frame:
         """Where the next trees stand in the cache."""
         base = self.base
-        visible = self.cache.capacity if static_shapes else base + self.drafter.num_nodes
+        visible = base + self.drafter.num_nodes
+        if static_shapes:
+            visible = visible_slots(visible, self.cache.capacity) if self.pooled else self.cache.capacity
         slot = torch.full((), base, device=self.root.device)  # filled on the device: no copy from the host
         return Frame(slot, self.lengths, self.pads, visible)
 
@@ -272,6 +275,11 @@ def room(model: Decodable, prompt_length: int, drafter: Drafter, limit: int) -> 
     """The number of slots that a row of `limit` new tokens may need."""
     slots = prompt_length + limit + overhang(drafter)
     return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if model.static_shapes else slots
+
+
+def visible_slots(needed: int, capacity: int) -> int:
+    """The number of slots that a graph sees which needs so many: a power of two, so that a few graphs do for all lengths."""
+    return min(capacity, max(CAPACITY_STEP, 1 << (needed - 1).bit_length()))
 
 
 def overhang(drafter: Drafter) -> int:

@@ -3,13 +3,16 @@
 import queue
 import random
 import threading
+import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import medusa.serving.engine
 from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.backbone.compilation import Compiled
 from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
 from medusa.generation import Collected
@@ -397,6 +400,25 @@ def test_one_request_costs_what_a_batch_of_one_costs(model, monkeypatch):
     steps = submitted(engine, Request(ids, options_of(model, ids)))[0].deliveries
     assert set(batches) == {1} and len(batches) in (len(steps), len(steps) - 1)
     engine.close()
+
+
+def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(medusa.serving.engine, "PAUSE", 0.01)
+    monkeypatch.setattr(model, "compiled", Compiled(model, noise=0.0))
+    chance = random.Random(5)
+    requests = [random_request(model, chance) for _ in range(24)]
+    engine = Engine(model, slots=6, capacity=400, chunk=16, compiled=True)
+    first = submitted(engine, requests[0])[0]  # uncompiled, if no graph is ready yet
+    while engine._graphs.waiting:
+        time.sleep(0.01)
+    shapes = set(model.compiled._usable)
+    found = [first, *submitted(engine, *requests[1:])]
+    engine.close()
+    # A tree for 1 row, one for 2, for 4 the trees of 3 rows and of 4, one for 6; each sees 256 slots or all.
+    assert len(shapes) == 2 * 5 and shapes == set(model.compiled._usable)
+    for request, got in zip(requests, found, strict=True):
+        assert got.tokens == alone(model, request)
 
 
 def test_the_pool_takes_half_of_what_is_free(model):

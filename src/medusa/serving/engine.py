@@ -6,12 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from medusa.decoding import check_request, step
 from medusa.errors import ContextOverflow
+from medusa.serving.graphs import Graphs
 from medusa.serving.jobs import Job
 from medusa.serving.requests import Delivery, Load, QueueFull, Request
 from medusa.serving.slots import Slots
@@ -22,6 +24,18 @@ from medusa.trees.files import Tree
 from medusa.trees.static import MedusaTree
 
 STALLED = 300.0  # seconds without progress after which the engine does not count as alive; compiling a step takes long
+PAUSE = 1.0  # seconds without requests after which a graph is made
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slots that are stepped together."""
+
+    first: int
+    rows: int
+    tree: MedusaTree | DynamicTree
+    state: DecodingState
+    wide: DecodingState | None = None  # the same rows, and idle ones behind them up to the number of a graph
 
 
 class Engine:
@@ -32,15 +46,25 @@ class Engine:
     of their own stand in the last, and are stepped by themselves.
 
     Args:
-        model: the model, or `model.compiled`.
+        model: a `MedusaModel`, or another `Decodable` with a tree.
         tree: the tree for requests that name none; None: the model's.
         slots: number of requests decoded at a time.
         capacity: number of tokens that a slot holds: prompt, new tokens and tree.
         queue: number of requests that may wait for a slot.
         chunk: number of prompt tokens processed between two steps.
+        compiled: whether to compile steps, while there is nothing to decode; until a graph is ready, steps run uncompiled.
     """
 
-    def __init__(self, model: Any, slots: int, capacity: int, tree: Tree | None = None, queue: int = 256, chunk: int = 128):
+    def __init__(
+        self,
+        model: Any,
+        slots: int,
+        capacity: int,
+        tree: Tree | None = None,
+        queue: int = 256,
+        chunk: int = 128,
+        compiled: bool = False,
+    ):
         self.model: Decodable = model
         self.tree: Tree = model.tree if tree is None else tree
         self.tree.check(model.num_heads, model.scored)
@@ -51,7 +75,8 @@ class Engine:
         self._pool = Slots(model, slots, capacity, (readers or [*self._drafters.values()])[0])
         self._at: list[Job | None] = [None] * slots  # the request in each slot
         self._reading: Job | None = None  # the request whose prompt is being processed
-        self._parts: list[tuple[DecodingState, int, int]] | None = None  # what is stepped; None: to be arranged
+        self._graphs = Graphs(model, self._pool, self._by_load, self._drafters) if compiled else None
+        self._parts: list[Part] | None = None  # what is stepped; None: to be arranged
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closing = self._cancelling = False
@@ -119,22 +144,29 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         """Decode until the engine is closed."""
-        while True:
-            with self._wake:
-                while not (self._waiting or any(self._at) or self._closing):
-                    self._last = time.monotonic()
-                    self._wake.wait()
-                if self._closing and not (self._waiting or any(self._at)):
-                    return
+        while self._awaits():
             try:
+                if self._graphs is not None and not (self._waiting or any(self._at)):
+                    self._graphs.make()
+                    continue
                 self._leave()
                 self._read()
-                for state, first, stop in self._arranged():
-                    self._step(state, first, stop)
+                for part in self._arranged():
+                    self._step(part)
             except Exception as error:  # a fault of the engine must not end it
                 for job in filter(None, [*self._at]):
                     self._end(job, "error", error)
             self._last = time.monotonic()
+
+    def _awaits(self) -> bool:
+        """Wait for something to do, if only a graph to be made; False: the engine is closed and nothing is left."""
+        with self._wake:
+            while not (self._waiting or any(self._at) or self._closing):
+                self._last = time.monotonic()
+                graphs = self._graphs is not None and self._graphs.waiting
+                if not self._wake.wait(PAUSE if graphs else None) and graphs:
+                    return True
+            return bool(self._waiting or any(self._at))
 
     def _leave(self) -> None:
         """End the requests that were cancelled."""
@@ -173,8 +205,8 @@ class Engine:
         except Exception as error:  # of the model or of a processor: this request fails, others do not
             self._end(job, "error", error, keep=False)
 
-    def _arranged(self) -> list[tuple[DecodingState, int, int]]:
-        """The parts of the pool to be stepped, with their first slot and the one behind their last."""
+    def _arranged(self) -> list[Part]:
+        """The parts of the pool to be stepped."""
         live = [job for job in self._at if job is not None and job is not self._reading]
         shared = [job for job in live if job.tree is None]
         before = self._by_load.used
@@ -189,12 +221,15 @@ class Engine:
                 own.setdefault(job.tree, []).append(job)
         self._gather(shared, 0)
         if shared:
-            self._parts.append((self._pool.part(0, len(shared), self._drafters[tree]), 0, len(shared)))
-        for jobs in own.values():
+            drafter, wide = self._drafters[tree], None
+            if self._graphs is not None and (width := self._graphs.width(len(shared))) <= self.slots - len(live) + len(shared):
+                wide = self._pool.part(0, width, drafter)
+            self._parts.append(Part(0, len(shared), tree, self._pool.part(0, len(shared), drafter), wide))
+        for tree, jobs in own.items():
             first, stop = stop - len(jobs), stop - len(jobs)
             self._gather(jobs, first)
             assert jobs[0].drafter is not None
-            self._parts.append((self._pool.part(first, first + len(jobs), jobs[0].drafter), first, first + len(jobs)))
+            self._parts.append(Part(first, len(jobs), tree, self._pool.part(first, first + len(jobs), jobs[0].drafter)))
         return self._parts
 
     def _gather(self, jobs: list[Job], first: int) -> None:
@@ -209,19 +244,22 @@ class Engine:
             if other is not None:
                 other.slot = slot
 
-    def _step(self, state: DecodingState, first: int, stop: int) -> None:
+    def _step(self, part: Part) -> None:
         """Step some slots, and deliver what their requests get."""
-        jobs = [job for job in self._at[first:stop] if job is not None]
+        jobs = [job for job in self._at[part.first : part.first + part.rows] if job is not None]
+        model, state = self.model, part.state
+        if self._graphs is not None and part.wide is not None and self._graphs.ready(part.rows, part.tree, part.wide.base):
+            model, state = self._graphs.model, part.wide
         began, base = time.perf_counter(), state.base
         try:
-            stepped = step(self.model, state)
+            stepped = step(model, state)
         except Exception as error:  # the model failed on these rows: what is in their slots cannot be trusted
             for job in jobs:
                 self._end(job, "error", error, keep=False)
             return
         seconds = time.perf_counter() - began
         if stepped.drafted is not None:
-            self._pool.stepped(first, stop, base)
+            self._pool.stepped(part.first, part.first + len(state.rows), base)
         for place, job in enumerate(jobs):
             self._deliver(job, job.delivery(stepped, place, state.drafter, seconds))
 
