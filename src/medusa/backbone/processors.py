@@ -21,7 +21,22 @@ from medusa.penalties import RepetitionPenalty
 from medusa.sampling import LogitsProcessor, Processors, Reads, TreeProcessor
 from medusa.warpers import Warpers
 
-# What transformers' processors read. The exact class: a subclass may read more.
+
+class LogitBias:
+    """Adds a number to the score of each token, as OpenAI's `logit_bias` does.
+
+    Args:
+        bias: (V,) float32.
+    """
+
+    def __init__(self, bias: Tensor):
+        self._bias = bias
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + self._bias
+
+
+# What processors read. The exact class: a subclass may read more.
 READS: dict[type, Reads] = {
     # Nothing but the scores: applied to all nodes at once.
     hf.TemperatureLogitsWarper: "scores",
@@ -35,6 +50,7 @@ READS: dict[type, Reads] = {
     hf.SuppressTokensLogitsProcessor: "scores",
     hf.InfNanRemoveLogitsProcessor: "scores",
     hf.LogitNormalization: "scores",
+    LogitBias: "scores",
     # A row's own tokens, never its padding.
     hf.RepetitionPenaltyLogitsProcessor: "tokens",  # replaced by ours
     hf.NoRepeatNGramLogitsProcessor: "tokens",

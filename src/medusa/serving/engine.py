@@ -91,14 +91,13 @@ class Engine:
         """See `Serves.submit`."""
         tree = None if request.tree is None else request.tree.for_batch(1)
         ids, _ = check_request(self.model, torch.tensor([request.ids]).long(), None, tree or self.tree, request.options)
-        drafters = [tree.drafter(self.model.device)] if tree is not None else [*self._drafters.values()]
-        needed = len(request.ids) + request.options.max_new_tokens + max(map(overhang, drafters))
-        if needed > self.capacity:
+        drafter, room = None if tree is None else tree.drafter(self.model.device), self.room(tree)
+        if len(request.ids) + request.options.max_new_tokens > room:
             raise ContextOverflow(
-                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones need {needed} with the tree, "
-                f"a slot holds {self.capacity}; shorten the prompt, lower max_new_tokens or raise --capacity"
+                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones exceed the {room} that a slot "
+                f"of {self.capacity} has room for beside the tree; shorten the prompt, lower max_new_tokens or raise --capacity"
             )
-        job = Job(request, deliver, ids[0], drafters[0] if tree is not None else None, tree, self._notify)
+        job = Job(request, deliver, ids[0], drafter, tree, self._notify)
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise QueueFull("the engine is shutting down; send the request again later")
@@ -107,6 +106,11 @@ class Engine:
             self._waiting.append(job)
             self._wake.notify_all()
         return job
+
+    def room(self, tree: Tree | None = None) -> int:
+        """See `Serves.room`."""
+        own = None if tree is None else tree.for_batch(1).drafter(self.model.device)
+        return self.capacity - max(map(overhang, [*self._drafters.values()] if own is None else [own]))
 
     def load(self) -> Load:
         """What it is doing now."""
@@ -247,9 +251,7 @@ class Engine:
     def _step(self, part: Part) -> None:
         """Step some slots, and deliver what their requests get."""
         jobs = [job for job in self._at[part.first : part.first + part.rows] if job is not None]
-        model, state = self.model, part.state
-        if self._graphs is not None and part.wide is not None and self._graphs.ready(part.rows, part.tree, part.wide.base):
-            model, state = self._graphs.model, part.wide
+        model, state = self._compiled(part) or (self.model, part.state)
         began, base = time.perf_counter(), state.base
         try:
             stepped = step(model, state)
@@ -261,7 +263,13 @@ class Engine:
         if stepped.drafted is not None:
             self._pool.stepped(part.first, part.first + len(state.rows), base)
         for place, job in enumerate(jobs):
-            self._deliver(job, job.delivery(stepped, place, state.drafter, seconds))
+            self._deliver(job, job.delivery(stepped, place, seconds))
+
+    def _compiled(self, part: Part) -> tuple[Decodable, DecodingState] | None:
+        """The compiled model and the rows of its graph, if there is one for this step."""
+        if self._graphs is None or part.wide is None or part.state.settings.processors.guides:  # grammars add shapes
+            return None
+        return (self._graphs.model, part.wide) if self._graphs.ready(part.rows, part.tree, part.wide.base) else None
 
     def _deliver(self, job: Job, delivery: Delivery) -> None:
         if delivery.finish_reason is not None:
