@@ -26,9 +26,6 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
         to: one of `writer.FORMATS`; `merged` is the whole model, with the adapter of Medusa-2 added to its weights.
         backbone: folder or hub id; default: the source if it holds a backbone, otherwise the one its configuration names.
         kwargs: options for loading the backbone, if it has to be loaded (`trust_remote_code`).
-
-    Raises:
-        InvalidInput, CheckpointError: see `write_checkpoint`.
     """
     output = Path(output)
     check_request(output, to)
