@@ -1,5 +1,6 @@
 """Claims about the engine: whatever joins, leaves and fails beside it, a request gets what it gets alone."""
 
+import json
 import queue
 import random
 import threading
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import medusa.serving.engine
-from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa import DynamicTree, Grammar, MedusaModel, MedusaTree
 from medusa.backbone.compilation import Compiled
 from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
@@ -165,6 +166,29 @@ def test_real_prompts_in_a_crowd_get_what_plain_decoding_gives_them(embedded_mod
     assert sum(len(got.tokens) for got in found) > 1.3 * sum(len(got.deliveries) for got in found)  # drafts were accepted
     for request, got in zip(requests, found, strict=True):
         assert got.tokens == alone(embedded_model, request)
+
+
+def test_grammars_and_penalties_in_a_crowd(embedded_model, embedded_tokenizer):
+    pytest.importorskip("llguidance")
+    ids = embedded_tokenizer("# a record\nrecord = ")["input_ids"]
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "line": {"enum": [1, 20]}}}
+    strict = {**schema, "required": ["name", "line"], "additionalProperties": False}
+    grammars = Grammar.json(strict, embedded_tokenizer), Grammar.choice(["left", "right"], embedded_tokenizer), None
+    requests = []
+    for number in range(9):
+        given = {"grammar": grammars[number % 3], "do_sample": number > 3, "seed": number, "max_new_tokens": 48}
+        given |= {"eos_token_id": None, "frequency_penalty": 0.5 if number % 2 else None}
+        requests.append(Request(ids, options_of(embedded_model, ids, **given)))
+    engine = Engine(embedded_model, slots=4, capacity=256)
+    found = submitted(engine, *requests)
+    engine.close()
+    for number, (request, got) in enumerate(zip(requests, found, strict=True)):
+        assert got.tokens == alone(embedded_model, request)
+        text = embedded_tokenizer.decode(got.tokens, skip_special_tokens=True)
+        if number % 3 == 0:
+            assert got.reason == "eos" and set(json.loads(text)) == {"name", "line"}
+        if number % 3 == 1:
+            assert text in ("left", "right")
 
 
 def test_a_random_life_loses_no_slot(model):

@@ -251,9 +251,7 @@ class Engine:
     def _step(self, part: Part) -> None:
         """Step some slots, and deliver what their requests get."""
         jobs = [job for job in self._at[part.first : part.first + part.rows] if job is not None]
-        model, state = self.model, part.state
-        if self._graphs is not None and part.wide is not None and self._graphs.ready(part.rows, part.tree, part.wide.base):
-            model, state = self._graphs.model, part.wide
+        model, state = self._compiled(part) or (self.model, part.state)
         began, base = time.perf_counter(), state.base
         try:
             stepped = step(model, state)
@@ -265,7 +263,13 @@ class Engine:
         if stepped.drafted is not None:
             self._pool.stepped(part.first, part.first + len(state.rows), base)
         for place, job in enumerate(jobs):
-            self._deliver(job, job.delivery(stepped, place, state.drafter, seconds))
+            self._deliver(job, job.delivery(stepped, place, seconds))
+
+    def _compiled(self, part: Part) -> tuple[Decodable, DecodingState] | None:
+        """The compiled model and the rows of its graph, if there is one for this step."""
+        if self._graphs is None or part.wide is None or part.state.settings.processors.guides:  # grammars add shapes
+            return None
+        return (self._graphs.model, part.wide) if self._graphs.ready(part.rows, part.tree, part.wide.base) else None
 
     def _deliver(self, job: Job, delivery: Delivery) -> None:
         if delivery.finish_reason is not None:
