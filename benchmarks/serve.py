@@ -1,10 +1,10 @@
-"""Speed under load: Medusa, plain decoding and `transformers serve`, with 1 to 16 clients that stream chat completions, in one run.
+"""Speed under load: Medusa, plain decoding and `transformers serve`, with 1 to 16 clients that stream chat completions.
 
     python benchmarks/serve.py [MODEL] [--clients 1 2 4 8 16] [--requests 4] [--tokens 128] [--json results/serve.json]
 
 Every client sends its requests one after another, with prompts of its own. Medusa and plain decoding are the same server, asked
 in turn, round by round; transformers' server runs after it, with and without continuous batching. Tokens are counted by the
-tokenizer, in the text that arrived, for all alike. Needs `pip install 'medusa-decoding[serve]'`, and transformers' own `serving`.
+tokenizer, in the text that arrived, for all alike. Needs the extra `serve`, and transformers' own extra `serving`.
 """
 
 from __future__ import annotations

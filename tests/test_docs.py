@@ -51,6 +51,7 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/training.md",
         "docs/evaluation.md",
         "docs/simulation.md",
+        "docs/server.md",
         "docs/serving.md",
         "docs/trees.md",
         "examples/embedded_model/README.md",
@@ -73,7 +74,15 @@ def test_modules_that_documents_name_exist(document):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md", "docs/trees.md"],
+    [
+        "README.md",
+        "docs/training.md",
+        "docs/evaluation.md",
+        "docs/simulation.md",
+        "docs/server.md",
+        "docs/serving.md",
+        "docs/trees.md",
+    ],
 )
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
