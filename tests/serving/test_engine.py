@@ -18,12 +18,12 @@ from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
 from medusa.generation import Collected
 from medusa.preparation import prepare
+from medusa.rows import DecodingOptions
 from medusa.sampling import Processors
 from medusa.serving.engine import Engine
 from medusa.serving.memory import pool_size, token_bytes
 from medusa.serving.requests import QueueFull, Request
 from medusa.serving.trees import PATIENCE, TreeByLoad
-from medusa.state import DecodingOptions
 from medusa.trees.files import TreeChoice
 from test_decoding_fake import FakeModel, plain, trees
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
