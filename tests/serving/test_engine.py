@@ -404,6 +404,22 @@ def test_closing_finishes_or_cancels_what_there_is(model, drain):
         engine.submit(requests[0], print)
 
 
+def test_closing_cancels_what_takes_too_long(model):
+    engine = Engine(model, slots=1, capacity=500)
+    ids = random_prompt(30, 11)[0].tolist()
+    received, begun = Received(), threading.Event()
+
+    def slow(delivery):
+        received(delivery)
+        begun.set()
+        time.sleep(0.02)
+
+    engine.submit(Request(ids, options_of(model, ids, max_new_tokens=400), tree=MedusaTree([])), slow)
+    assert begun.wait(60)
+    engine.close(drain=True, timeout=0.05)
+    assert received.wait().reason == "cancelled"
+
+
 def test_rows_step_with_the_tree_of_their_number_and_not_at_every_change():
     by_load = TreeByLoad(CHOICE)
     assert by_load.choose(4, new=True) == CHOICE.trees[4]
