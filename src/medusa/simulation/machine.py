@@ -185,7 +185,7 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
 
     from medusa.decoding import prefill, step
     from medusa.model import MedusaModel
-    from medusa.state import DecodingOptions
+    from medusa.rows import DecodingOptions
     from medusa.trees.static import MedusaTree
 
     width = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_attention_heads=2)
