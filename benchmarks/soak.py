@@ -158,7 +158,7 @@ def report(seen: Seen, idle: float, args: argparse.Namespace) -> dict[str, Any]:
         "seconds_to_first_token": {name: round(quantile(first, share), 3) for name, share in shares.items()},
         "seconds_between_events": {name: round(quantile(gaps, share), 3) for name, share in shares.items()},
         "seconds_until_idle": round(idle, 1),
-        "server_mib": [(round(at), round(size)) for at, size in seen.memory[:: max(1, len(seen.memory) // 12)]],
+        "server_mib": {f"{at:.0f} s": round(size) for at, size in seen.memory[:: max(1, len(seen.memory) // 12)]},
         "faults": len(seen.faults),
     }
 

@@ -90,9 +90,9 @@ def test_commands_that_documents_show_have_those_options(document):
         assert all(option in help_of(line.split()[0]) for option in options), line
 
 
-@pytest.mark.parametrize("script", ["decode.py", "step_cost.py", "train.py", "recipes.py", "code_model.py", "grammar.py"])
+@pytest.mark.parametrize("script", ["decode", "step_cost", "train", "recipes", "code_model", "grammar", "serve", "soak"])
 def test_benchmark_scripts_start(script):
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
