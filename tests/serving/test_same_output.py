@@ -13,7 +13,7 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from running import SPECIAL, Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-REQUESTS = int(os.environ.get("MEDUSA_REQUESTS", "60"))  # 500 for the whole claim
+REQUESTS = int(os.environ.get("MEDUSA_REQUESTS", "40"))  # 500 for the whole claim
 WORDS = ["alpha", "beta", "gamma", "délta", "😀", "the", "a", "of", "to", "and", "code", "{", "}", "\n\n", ":"]
 
 

@@ -49,6 +49,7 @@ def serve_command(
         int | None, typer.Option(min=16, help="Tokens of a prompt and its answer together (default: what memory allows).")
     ] = None,
     quantization: common.QuantizationOption = "none",
+    compile: common.CompileOption = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -70,10 +71,9 @@ def serve_command(
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     settings = common.take(ServerSettings, options)
     name, full = settings.served_model_name or model, common.full_name(model, options)
-    plainly = not named.require_heads(full, options["heads"], tree == "root") if tree == "root" else False
+    named.require_heads(full, options["heads"], tree == "root")
     tokenizer = named.load_tokenizer(full, options["trust_remote_code"])
     medusa = named.load_model(full, tree=tree, quantization=quantization, **options)
-    if not plainly:
-        named.note_advice_on_tree(medusa, full, options["heads"], tree)
+    named.note_advice_on_tree(medusa, full, options["heads"], tree)
     log_to_stderr()
-    run(make_service(medusa, tokenizer, name, settings, slots, capacity))
+    run(make_service(medusa, tokenizer, name, settings, slots, capacity, compile))

@@ -65,12 +65,8 @@ class ResponsesRequest(Body):
     text: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    reasoning: dict[str, Any] | None = None
-    store: bool | None = None
-    user: Any = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
-    service_tier: Text | None = None
     include: list[Text] | None = None
     medusa: MedusaFields = Field(default_factory=MedusaFields)
     n: Literal[None] = None

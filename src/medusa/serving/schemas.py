@@ -44,6 +44,27 @@ UNSUPPORTED: dict[str, str] = {
     "lora": "this server has one model",
     "max_tool_calls": "a server without tools of its own makes no calls",
 }
+# Fields that change nothing here: accounts, caches and efforts of services, and what clients send back of earlier answers.
+IGNORED = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "verbosity",
+        "reasoning_effort",
+        "reasoning",
+        "prediction",
+        "refusal",
+        "annotations",
+        "index",
+        "strict",
+        "obfuscation",
+    ]
+)
 NEUTRAL_ONE = {"best_of", "length_penalty", "typical_p", "tfs_z"}  # 1 switches these off, 0 the others
 
 
@@ -79,7 +100,7 @@ class Body(BaseModel):
             why = (UNSUPPORTED | self.unsupported).get(name)
             if why is not None and name not in self.supported and not _asks_for_nothing(name, value):
                 raise ValueError(f"{name} is not supported; {why}, or leave it out")
-            if name not in _warned and len(_warned) < 1000:
+            if name not in IGNORED and name not in _warned and len(_warned) < 1000:
                 _warned.add(name)
                 log.warning("field %.60r is not known and is ignored", name)
         return self
@@ -163,7 +184,6 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    user: Any = None
     medusa: MedusaFields = Field(default_factory=MedusaFields)
 
     @model_validator(mode="after")

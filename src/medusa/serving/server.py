@@ -52,6 +52,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         self._service.draining = True
+        note("running requests finish, new ones are refused; a second signal ends at once")
         self._deadline = time.monotonic() + self._service.settings.shutdown_timeout
 
     async def on_tick(self, counter: int) -> bool:
@@ -92,19 +93,21 @@ def make_service(
     settings: ServerSettings,
     slots: int | None = None,
     capacity: int | None = None,
+    compiled: bool = False,
 ) -> Service:
     """An engine for a model, with what the endpoints need.
 
     Args:
         name: the model's name for clients.
         slots, capacity: see `pool_size`.
+        compiled: see `Engine`.
 
     Raises:
         InvalidInput: the pool does not fit the memory.
     """
     size = pool_size(model, slots, capacity)
     note(f"{size.slots} slots of {size.capacity} tokens: {size.bytes / 2**20:.0f} MiB of keys and values")
-    engine = Engine(model, size.slots, size.capacity, queue=settings.max_queue)
+    engine = Engine(model, size.slots, size.capacity, queue=settings.max_queue, compiled=compiled)
     return Service(engine, model, tokenizer, name, settings, Metrics(name, engine))
 
 
