@@ -161,7 +161,7 @@ def whole_folder(model: str, folder: Path, dtype: str) -> Path:
     """The backbone and tokenizer as a folder that transformers' server can load."""
     from medusa.checkpoints.named import load_backbone, load_tokenizer
 
-    load_backbone(model, dtype=dtype).save_pretrained(folder)
+    load_backbone(model, dtype, "cpu", False, "none").save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
     return folder
 

@@ -44,7 +44,7 @@ score() { # NAME: what lm-eval says of the server that runs
     (cd "$here" && HF_HUB_OFFLINE=1 "$environments/lm-eval/bin/lm_eval" run --model local-completions \
         --model_args "model=smollm2,base_url=$url/v1/completions,tokenizer=$environments/tokenizer,tokenizer_backend=huggingface,\
 tokenized_requests=False,num_concurrent=4" --include_path . --tasks capitals,generated) > "$environments/$1.out" 2>&1 || true
-    grep "|" "$environments/$1.out" | tee "$environments/$1.score"
+    grep "^|" "$environments/$1.out" | tee "$environments/$1.score"
 }
 
 trap 'kill $server 2> /dev/null || true' EXIT
@@ -77,7 +77,7 @@ for client in "$@"; do
             --output "kind=json,path=$environments/guidellm.json" --disable-progress || true
         ;;
     lm-eval)
-        environment lm-eval "lm-eval[api]==0.4.13" torch
+        environment lm-eval "lm-eval[api]==0.4.13" torch transformers
         tokenizer
         score medusa
         stop

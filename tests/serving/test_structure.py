@@ -126,3 +126,26 @@ def test_a_json_answer_that_is_cut_off_says_so(client):
     form = {"type": "json_schema", "json_schema": {"name": "found", "schema": SCHEMA}}
     choice = client.chat.completions.create(model="tiny", messages=HELLO, response_format=form, max_tokens=3).choices[0]
     assert choice.finish_reason == "length" and len(choice.message.content) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("<tool_call>", 'Let me see. <tool_call>{"name": "first", "arguments": {"kind": "a"}}</tool_call>'),
+        ('<|python_tag|>"parameters":', '{"name": "first", "parameters": {"kind": "a"}}'),
+    ],
+)
+def test_calls_that_a_model_makes_by_itself_are_read(model, family, said):
+    """The text of such a model is written by a random one here, under a grammar that leaves it no choice."""
+    template = "{# " + family + " #}{{ tools or 0 }}{{ messages[0]['content'] }}"
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 120, "tools": TOOLS, "structured_outputs": {"choice": [said]}}
+    with serve(model, byte_tokenizer(template)) as other:
+        choice = other.post("/v1/chat/completions", body).json()["choices"][0]
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and json.loads(call["function"]["arguments"]) == {"kind": "a"}
+        deltas = [event["choices"][0]["delta"] for event in other.stream("/v1/chat/completions", body)]
+        assert [each["function"]["name"] for delta in deltas for each in delta.get("tool_calls", ())] == ["first"]
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        assert text == (choice["message"]["content"] or "") and "tool_call" not in text
+        without = other.post("/v1/chat/completions", {**body, "tool_choice": "none"}).json()["choices"][0]
+        assert without["message"]["content"] == said and "tool_calls" not in without["message"]

@@ -27,7 +27,6 @@ KEPT = (
     "presence_penalty",
     "frequency_penalty",
     "parallel_tool_calls",
-    "user",
     "medusa",
 )
 

@@ -45,26 +45,12 @@ UNSUPPORTED: dict[str, str] = {
     "max_tool_calls": "a server without tools of its own makes no calls",
 }
 # Fields that change nothing here: accounts, caches and efforts of services, and what clients send back of earlier answers.
-IGNORED = frozenset(
-    [
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "verbosity",
-        "reasoning_effort",
-        "reasoning",
-        "prediction",
-        "refusal",
-        "annotations",
-        "index",
-        "strict",
-        "obfuscation",
-    ]
-)
+# fmt: off
+IGNORED = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity",
+    "reasoning_effort", "reasoning", "prediction", "refusal", "annotations", "index", "strict", "obfuscation",
+})
+# fmt: on
 NEUTRAL_ONE = {"best_of", "length_penalty", "typical_p", "tfs_z"}  # 1 switches these off, 0 the others
 
 
