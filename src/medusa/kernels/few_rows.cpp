@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -195,7 +196,7 @@ void range(
   }
 }
 
-// Results rounded to bfloat16.
+// Results in the dtype of the inputs.
 template <typename Count>
 void narrow(const float* from, Count count, BFloat16* to) {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
@@ -211,6 +212,11 @@ void narrow(const float* from, Count count, BFloat16* to) {
   }
 #endif
   for (int j = 0; j < count; ++j) to[j] = BFloat16(from[j]);
+}
+
+template <typename Count>
+void narrow(const float* from, Count count, float* to) {
+  for (int j = 0; j < count; ++j) to[j] = from[j];
 }
 
 // The rows of several matrices, end to end, are divided among the threads.
@@ -262,34 +268,37 @@ std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, at::TensorLi
   return found;
 }
 
+// The bits of a number without its sign, which are ordered as the numbers are.
+uint32_t magnitude(BFloat16 value) { return uint32_t(value.x & 0x7fff) << 16; }
+uint32_t magnitude(float value) { return std::bit_cast<uint32_t>(value) & 0x7fffffff; }
+
 // Each input row scaled to its own largest value: it depends on that row alone.
-void quantize(const BFloat16* x, int64_t M, int64_t K, uint8_t* to, float* scales) {
+template <typename Value>
+void quantize(const Value* x, int64_t M, int64_t K, uint8_t* to, float* scales) {
   for (int64_t m = 0; m < M; ++m) {
-    const BFloat16* row = x + m * K;
-    uint16_t bits = 0;  // without their signs, the bits of floats are ordered as the floats are
-    for (int64_t k = 0; k < K; ++k) bits = std::max<uint16_t>(bits, row[k].x & 0x7fff);
-    const float most = BFloat16(bits, BFloat16::from_bits());
-    const float inverse = most > 0 ? 127.f / most : 0.f;
+    const Value* row = x + m * K;
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < K; ++k) bits = std::max(bits, magnitude(row[k]));
+    const float most = std::bit_cast<float>(bits), inverse = most > 0 ? 127.f / most : 0.f;
     for (int64_t k = 0; k < K; ++k) to[m * K + k] = uint8_t(int(std::nearbyint(float(row[k]) * inverse)) + 128);
     scales[m] = most / 127.f;
   }
 }
 
-// Weights are int8 with a scale for each row; `offsets` are 128 times the sum of each row.
-std::vector<Tensor> linear_int8(
-    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets,
-    at::TensorList biases) {
+template <typename Value>
+std::vector<Tensor> quantized_linear(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases) {
   const Tensor input = x.contiguous();
   const int64_t K = x.size(-1), M = x.numel() / K;
   auto found = outputs(x, weights);
   std::vector<uint8_t> quantized(M * K);
   std::vector<float> sizes(M);
-  quantize(input.const_data_ptr<BFloat16>(), M, K, quantized.data(), sizes.data());
+  quantize(input.const_data_ptr<Value>(), M, K, quantized.data(), sizes.data());
   divide(weights, [&](size_t i, int64_t begin, int64_t end) {
-    BFloat16* y = found[i].mutable_data_ptr<BFloat16>();
+    Value* y = found[i].mutable_data_ptr<Value>();
     const float* scale = scales[i].const_data_ptr<float>();
     const int32_t* offset = offsets[i].const_data_ptr<int32_t>();
-    const BFloat16* bias = bias_of(biases, i);
+    const float* bias = biases.empty() ? nullptr : biases[i].const_data_ptr<float>();
     const int64_t N = weights[i].size(0);
     range<Int8>(
         quantized.data(), weights[i].const_data_ptr<int8_t>(), M, K, begin, end,
@@ -297,12 +306,19 @@ std::vector<Tensor> linear_int8(
           float results[16];
           for (int j = 0; j < count; ++j) {
             results[j] = float(sums[j] - offset[n + j]) * scale[n + j] * sizes[m];
-            if (bias) results[j] += float(bias[n + j]);
+            if (bias) results[j] += bias[n + j];
           }
           narrow(results, count, y + m * N + n);
         });
   });
   return found;
+}
+
+// Weights are int8 with a scale for each row; `offsets` are 128 times the sum of each row. Biases are float32.
+std::vector<Tensor> linear_int8(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases) {
+  const auto map = x.scalar_type() == at::kFloat ? quantized_linear<float> : quantized_linear<BFloat16>;
+  return map(x, weights, scales, offsets, biases);
 }
 
 }  // namespace

@@ -21,23 +21,39 @@ def few_rows_backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., 
 
 
 def fuse_linear_maps(graph: fx.GraphModule) -> None:
-    """Replace linear maps of a few bfloat16 rows by the kernel, one call for all maps of the same input."""
-    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    """Replace linear maps of a few bfloat16 rows by the kernel, and make one call of all maps of the same input."""
+    groups: dict[tuple[fx.Node, Any, bool], list[tuple[fx.Node, list[list[Any]]]]] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._nn.linear and _fits(node):
-            groups.setdefault((node.args[0], _bias(node) is not None), []).append(node)
-    for (x, biased), nodes in groups.items():
-        # At the first of them: their weights are inputs of the graph, and so come before.
-        with graph.graph.inserting_before(nodes[0]):
-            biases = [_bias(node) for node in nodes] if biased else []
-            weights = [node.args[1] for node in nodes]
-            mapped = graph.graph.call_function(torch.ops.medusa.linear.default, (x, weights, biases))
-            found = [graph.graph.call_function(operator.getitem, (mapped, index)) for index in range(len(nodes))]
-        for node, output in zip(nodes, found, strict=True):
+        if (found := _map(node)) is not None:
+            x, kernel, operands = found
+            groups.setdefault((x, kernel, bool(operands[-1])), []).append((node, operands))
+    for (x, kernel, _), maps in groups.items():
+        # At the first of them: their operands are inputs of the graph, and so come before.
+        with graph.graph.inserting_before(maps[0][0]):
+            operands = [[item for _, each in maps for item in each[place]] for place in range(len(maps[0][1]))]
+            outputs = graph.graph.call_function(kernel, (x, *operands))
+            found = [graph.graph.call_function(operator.getitem, (outputs, number)) for number in range(len(maps))]
+        for (node, _), output in zip(maps, found, strict=True):
             output.meta = dict(node.meta)
             node.replace_all_uses_with(output)
             graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _map(node: fx.Node) -> tuple[fx.Node, Any, list[list[Any]]] | None:
+    """A linear map that a kernel computes: its input, the kernel and the kernel's lists of operands, with one item each."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        call = node.args[0]
+        if call.target in (torch.ops.medusa.linear_int8, torch.ops.medusa.linear_int8.default):
+            x, *operands = call.args
+            return x, torch.ops.medusa.linear_int8.default, [list(operand) for operand in operands]
+    if node.target is torch._C._nn.linear and _fits(node):
+        bias = _bias(node)
+        return node.args[0], torch.ops.medusa.linear.default, [[node.args[1]], [] if bias is None else [bias]]
+    return None
 
 
 def _bias(node: fx.Node) -> Any:
