@@ -27,6 +27,10 @@ class FakeCache:
     def __init__(self, capacity: int):
         self.capacity, self.tokens = capacity, None
 
+    @property
+    def bytes(self) -> int:
+        return 0 if self.tokens is None else self.tokens.numel()
+
     def write(self, slots: range, tokens: torch.Tensor) -> None:
         if self.tokens is None:
             self.tokens = torch.full((len(tokens), self.capacity), -1)

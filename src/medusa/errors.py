@@ -33,6 +33,10 @@ class UnsupportedBackbone(MedusaError, ValueError):
     """A model for which tree decoding would be wrong; the message gives the reason."""
 
 
+class UnsupportedEngine(MedusaError, RuntimeError):
+    """An inference engine, or a setting of it, in which Medusa heads cannot draft; the message gives the reason."""
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """Another library's error message in one line of at most `most` characters; the error's class if it has no message."""
     text = " ".join(str(error).split())

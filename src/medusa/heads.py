@@ -55,7 +55,7 @@ def tokens_read(kind: HeadsKind, k: int) -> int:
     return {"medusa": 0, "root": 1, "path": k + 1}[kind]
 
 
-def _frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A frozen nn.Linear that holds these tensors, without copying them."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -187,7 +187,7 @@ class MedusaHeads(nn.ModuleList):
         bound.load_state_dict(held, assign=True)
         rows = self.config.medusa_draft_vocabulary is not None and is_plain(lm_head)
         if self.config.medusa_shared_lm_head and (rows or self.kind == "path"):
-            lm_head = _frozen_linear(*linear_map(lm_head))  # some of its rows are taken, of one that is not trained here
+            lm_head = frozen_linear(*linear_map(lm_head))  # some of its rows are taken, of one that is not trained here
         bound.share(lm_head, embedding)
         return bound.requires_grad_(False).eval()
 
@@ -216,7 +216,7 @@ class MedusaHeads(nn.ModuleList):
         if not is_plain(lm_head) or lm_head.weight.requires_grad:
             return DraftLMHead(lm_head, tokens)
         weight, bias = linear_map(lm_head)
-        return _frozen_linear(weight[tokens], bias[tokens] if bias is not None else None)
+        return frozen_linear(weight[tokens], bias[tokens] if bias is not None else None)
 
     @property
     def kind(self) -> HeadsKind:

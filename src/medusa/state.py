@@ -26,6 +26,9 @@ class RequestCache(Protocol):
 
     capacity: int
 
+    @property
+    def bytes(self) -> int: ...
+
     def keep(self, source: Tensor, target: Tensor) -> None: ...
 
     def place(self, other: Any, rows: Tensor, batch: int) -> None: ...
@@ -250,9 +253,14 @@ class DecodingState:
 
 def room(model: Decodable, prompt_length: int, drafter: Drafter, limit: int) -> int:
     """The number of slots that a row of `limit` new tokens may need."""
-    # The tree is written behind the longest row, and a path may be moved to the end of any other.
-    slots = prompt_length + limit + drafter.num_nodes + drafter.depth + 1
+    slots = prompt_length + limit + overhang(drafter)
     return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if model.static_shapes else slots
+
+
+def overhang(drafter: Drafter) -> int:
+    """The number of slots behind its last token that a row needs: for its tree, and for paths that are moved there."""
+    # The tree is written behind the longest row, and a path may be moved to the end of any other.
+    return drafter.num_nodes + drafter.depth + 1
 
 
 @torch.inference_mode()

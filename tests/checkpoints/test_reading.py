@@ -131,6 +131,14 @@ def test_file_is_believed_over_the_config(tmp_path, claimed, key):
         assert len(load_heads(tmp_path)) == 5
 
 
+def test_heads_without_the_lm_heads_that_their_config_names_do_not_load_in_silence(tmp_path):
+    save_heads(random_heads(tiny_backbone()), tmp_path)
+    held = load_file(tmp_path / "medusa_lm_head.safetensors")
+    save_file({name: t for name, t in held.items() if ".linear." in name}, tmp_path / "medusa_lm_head.safetensors")
+    with pytest.warns(UserWarning, match=r"LM heads of their own, .*safetensors holds none; the backbone's is used"):
+        assert load_heads(tmp_path).config.medusa_shared_lm_head
+
+
 def test_tied_blocks_of_the_old_bug_are_recognised(tmp_path):
     def tied(name):
         return {**tensors, **{f"{k}.1.linear.{kind}": tensors[f"{k}.0.linear.{kind}"] for k in range(2) for kind in KINDS}}[

@@ -121,6 +121,12 @@ class TreeCache(Cache):
             layer.keys[rows.to(layer.device), :, : source.capacity] = source.keys
             layer.values[rows.to(layer.device), :, : source.capacity] = source.values
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values that are allocated."""
+        held = [states for layer in self.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+        return sum(states.numel() * states.element_size() for states in held)
+
     def rows(self, start: int, stop: int) -> TreeCache:
         """Rows start .. stop - 1 as a cache of their own; both share their keys and values. Everything must be allocated."""
         part = TreeCache(len(self.layers), self.capacity)

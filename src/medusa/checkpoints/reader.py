@@ -158,6 +158,8 @@ def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], sour
         said = next((config[key] for key in keys if isinstance(config.get(key), int)), count)
         if said != count:
             notes.append(f"{CONFIG_FILE} says {said} {what}, {source} holds {count}; the latter is used")
+    if not own and config.get("medusa_shared_lm_head") is False:
+        notes.append(f"{CONFIG_FILE} says the heads have LM heads of their own, {source} holds none; the backbone's is used")
     kind = _format(style, source, own_config)
     tied = num_layers > 1 and _tied(held, num_heads, num_layers)
     return Checkpoint(source, kind, held, own_config, vocab_size, tied, tuple(notes))

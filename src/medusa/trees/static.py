@@ -162,6 +162,6 @@ class StaticDrafter:
     ) -> tuple[Tensor, TreeTensors]:
         """The token of every node (B, N), and the tree."""
         if guesses is None:
-            return root[:, None], self.fixed
+            return root[:, None].clone(), self.fixed  # the state's root changes in place
         tokens = guesses.tokens.transpose(0, 1).flatten(1)  # (B, D * R)
         return torch.cat([root[:, None], tokens[:, self.guesses]], dim=1), self.fixed

@@ -1,0 +1,1 @@
+"""Medusa heads inside other inference engines."""

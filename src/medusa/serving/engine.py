@@ -1,0 +1,246 @@
+"""The engine: requests join and leave the rows of a pool between two steps; one thread owns the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from medusa.decoding import check_request, step
+from medusa.errors import ContextOverflow
+from medusa.serving.jobs import Job
+from medusa.serving.requests import Delivery, Load, QueueFull, Request
+from medusa.serving.slots import Slots
+from medusa.serving.trees import TreeByLoad
+from medusa.state import Decodable, DecodingState, overhang
+from medusa.trees.dynamic import DynamicTree
+from medusa.trees.files import Tree
+from medusa.trees.static import MedusaTree
+
+STALLED = 300.0  # seconds without progress after which the engine does not count as alive; compiling a step takes long
+
+
+class Engine:
+    """Decodes requests of different settings together. A request's tokens depend on itself alone; see `Serves`.
+
+    Between two steps, requests that have ended or were cancelled leave, and one chunk of one waiting prompt is processed. The
+    rows that decode stand in the first slots, so that a step costs what a batch of their number costs; rows that ask for a tree
+    of their own stand in the last, and are stepped by themselves.
+
+    Args:
+        model: the model, or `model.compiled`.
+        tree: the tree for requests that name none; None: the model's.
+        slots: number of requests decoded at a time.
+        capacity: number of tokens that a slot holds: prompt, new tokens and tree.
+        queue: number of requests that may wait for a slot.
+        chunk: number of prompt tokens processed between two steps.
+    """
+
+    def __init__(self, model: Any, slots: int, capacity: int, tree: Tree | None = None, queue: int = 256, chunk: int = 128):
+        self.model: Decodable = model
+        self.tree: Tree = model.tree if tree is None else tree
+        self.tree.check(model.num_heads, model.scored)
+        self.slots, self.capacity, self.queue, self.chunk = slots, capacity, queue, chunk
+        self._by_load = TreeByLoad(self.tree)
+        self._drafters = {tree: tree.drafter(model.device) for tree in self._by_load.all}
+        readers = [drafter for drafter in self._drafters.values() if drafter.reads_history]
+        self._pool = Slots(model, slots, capacity, (readers or [*self._drafters.values()])[0])
+        self._at: list[Job | None] = [None] * slots  # the request in each slot
+        self._reading: Job | None = None  # the request whose prompt is being processed
+        self._parts: list[tuple[DecodingState, int, int]] | None = None  # what is stepped; None: to be arranged
+        self._waiting: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._closing = self._cancelling = False
+        self._idle = True  # no row was stepped with the shared tree just now
+        self._last = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
+        self._thread.start()
+
+    # From any thread.
+
+    def submit(self, request: Request, deliver: Callable[[Delivery], None]) -> Job:
+        """See `Serves.submit`."""
+        tree = None if request.tree is None else request.tree.for_batch(1)
+        ids, _ = check_request(self.model, torch.tensor([request.ids]).long(), None, tree or self.tree, request.options)
+        drafters = [tree.drafter(self.model.device)] if tree is not None else [*self._drafters.values()]
+        needed = len(request.ids) + request.options.max_new_tokens + max(map(overhang, drafters))
+        if needed > self.capacity:
+            raise ContextOverflow(
+                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones need {needed} with the tree, "
+                f"a slot holds {self.capacity}; shorten the prompt, lower max_new_tokens or raise --capacity"
+            )
+        job = Job(request, deliver, ids[0], drafters[0] if tree is not None else None, tree, self._notify)
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise QueueFull("the engine is shutting down; send the request again later")
+            if len(self._waiting) + sum(held is not None for held in self._at) >= self.slots + self.queue:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting, as many as may; send the request again later")
+            self._waiting.append(job)
+            self._wake.notify_all()
+        return job
+
+    def load(self) -> Load:
+        """What it is doing now."""
+        running = sum(job is not None for job in self._at)
+        return Load(
+            running=running,
+            waiting=len(self._waiting),
+            slots=self.slots,
+            cached_tokens=self._pool.committed,
+            capacity=self.capacity,
+            nodes=len(self._by_load.used),
+            last_step=self._last if running or self._waiting else time.monotonic(),
+        )
+
+    def alive(self) -> bool:
+        """See `Serves.alive`."""
+        return self._thread.is_alive() and time.monotonic() - self.load().last_step < STALLED
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests; finish (`drain`) or cancel those there are, the latter also after `timeout` seconds."""
+        with self._wake:
+            self._closing, self._cancelling = True, self._cancelling or not drain
+            self._wake.notify_all()
+        self._thread.join(timeout if drain else None)
+        if self._thread.is_alive():
+            self._cancelling = True
+            self._thread.join()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify_all()
+
+    # From the engine's thread alone.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        """Decode until the engine is closed."""
+        while True:
+            with self._wake:
+                while not (self._waiting or any(self._at) or self._closing):
+                    self._last = time.monotonic()
+                    self._wake.wait()
+                if self._closing and not (self._waiting or any(self._at)):
+                    return
+            try:
+                self._leave()
+                self._read()
+                for state, first, stop in self._arranged():
+                    self._step(state, first, stop)
+            except Exception as error:  # a fault of the engine must not end it
+                for job in filter(None, [*self._at]):
+                    self._end(job, "error", error)
+            self._last = time.monotonic()
+
+    def _leave(self) -> None:
+        """End the requests that were cancelled."""
+        with self._wake:
+            jobs = [job for job in (*self._at, *self._waiting) if job is not None]
+        for job in jobs:
+            if job.cancelled or self._cancelling:
+                self._end(job, "cancelled")
+
+    def _read(self) -> None:
+        """Process a chunk of a prompt, of the next request if none has been begun."""
+        if self._reading is None:
+            free = [slot for slot, held in enumerate(self._at) if held is None]
+            with self._wake:
+                if not free or not self._waiting:
+                    return
+                job = self._waiting.popleft()
+                job.slot = self._pool.choose(free, job.request.ids)
+                self._at[job.slot] = self._reading = job
+            job.begin(0 if job.request.prompt_logprobs is not None else self._pool.cached(job.slot, job.request.ids))
+            self._pool.take(job.slot, job.row, job.ids, job.done)
+            self._parts = None
+        job = self._reading
+        number = min(self.chunk, len(job.ids) - job.done)
+        try:
+            hidden = self._pool.read(job.slot, job.ids, job.done, number)
+            job.note_prompt(self.model, hidden, number)
+            if job.done == len(job.ids):
+                last = hidden[:, -1].clone(memory_format=torch.contiguous_format)
+                logits = self.model.logits(last)
+                self._pool.start(job.slot, job.ids, last, logits)
+                job.note_root(logits)
+                self._reading, self._parts = None, None
+                if job.row.error is not None:
+                    self._end(job, "error", job.row.error)
+        except Exception as error:  # of the model or of a processor: this request fails, others do not
+            self._end(job, "error", error, keep=False)
+
+    def _arranged(self) -> list[tuple[DecodingState, int, int]]:
+        """The parts of the pool to be stepped, with their first slot and the one behind their last."""
+        live = [job for job in self._at if job is not None and job is not self._reading]
+        shared = [job for job in live if job.tree is None]
+        before = self._by_load.used
+        tree = self._by_load.choose(len(shared), new=self._idle) if shared else before
+        self._idle = not shared
+        if self._parts is not None and tree == before:
+            return self._parts
+        self._parts, stop = [], self.slots
+        own: dict[MedusaTree | DynamicTree, list[Job]] = {}
+        for job in live:
+            if job.tree is not None:
+                own.setdefault(job.tree, []).append(job)
+        self._gather(shared, 0)
+        if shared:
+            self._parts.append((self._pool.part(0, len(shared), self._drafters[tree]), 0, len(shared)))
+        for jobs in own.values():
+            first, stop = stop - len(jobs), stop - len(jobs)
+            self._gather(jobs, first)
+            assert jobs[0].drafter is not None
+            self._parts.append((self._pool.part(first, first + len(jobs), jobs[0].drafter), first, first + len(jobs)))
+        return self._parts
+
+    def _gather(self, jobs: list[Job], first: int) -> None:
+        """Move requests to the slots from `first` on; those that stand there already stay."""
+        places = range(first, first + len(jobs))
+        holes = [slot for slot in places if self._at[slot] not in jobs]
+        for job, hole in zip([job for job in jobs if job.slot not in places], holes, strict=True):
+            other, slot = self._at[hole], job.slot
+            self._pool.swap(slot, hole)
+            self._at[slot], self._at[hole] = other, job
+            job.slot = hole
+            if other is not None:
+                other.slot = slot
+
+    def _step(self, state: DecodingState, first: int, stop: int) -> None:
+        """Step some slots, and deliver what their requests get."""
+        jobs = [job for job in self._at[first:stop] if job is not None]
+        began, base = time.perf_counter(), state.base
+        try:
+            stepped = step(self.model, state)
+        except Exception as error:  # the model failed on these rows: what is in their slots cannot be trusted
+            for job in jobs:
+                self._end(job, "error", error, keep=False)
+            return
+        seconds = time.perf_counter() - began
+        if stepped.drafted is not None:
+            self._pool.stepped(first, stop, base)
+        for place, job in enumerate(jobs):
+            self._deliver(job, job.delivery(stepped, place, state.drafter, seconds))
+
+    def _deliver(self, job: Job, delivery: Delivery) -> None:
+        if delivery.finish_reason is not None:
+            self._release(job)
+        job.send(delivery)
+
+    def _end(self, job: Job, reason: Any, error: Exception | None = None, keep: bool = True) -> None:
+        """End a request from outside of its decoding."""
+        with self._wake:
+            if job in self._waiting:
+                self._waiting.remove(job)
+        self._release(job, keep)
+        job.send(Delivery([], finish_reason=reason, error=error))
+
+    def _release(self, job: Job, keep: bool = True) -> None:
+        if job.slot >= 0 and self._at[job.slot] is job:
+            self._pool.free(job.slot, keep)
+            self._at[job.slot], self._parts = None, None
+        if self._reading is job:
+            self._reading = None
