@@ -60,6 +60,7 @@ class FakeModel:
     """All the tokens of a text, in order, lead to one of a few states, on which the next token depends, and so do guesses."""
 
     num_heads, max_length, vocab_size, scored, device = HEADS, None, VOCAB, VOCAB, torch.device("cpu")
+    draft_vocabulary = None
 
     def __init__(self, seed: int, static_shapes: bool = False):
         generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from medusa.config import MedusaConfig
     from medusa.evaluation.grading import judge
     from medusa.evaluation.verbs import bench, experiment
+    from medusa.grammar import Grammar
     from medusa.heads import MedusaHeads
     from medusa.model import MedusaModel
     from medusa.training.verbs import distill, train
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMBEDDED",
     "DynamicTree",
+    "Grammar",
     "MedusaConfig",
     "MedusaHeads",
     "MedusaModel",
@@ -36,6 +38,7 @@ EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
 """The folder of the embedded model: backbone, tokenizer, heads and tree; transformers' Auto classes load it too."""
 
 _HOMES = {
+    "Grammar": "medusa.grammar",
     "MedusaConfig": "medusa.config",
     "MedusaHeads": "medusa.heads",
     "MedusaModel": "medusa.model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_exact, accept_typical
 from medusa.errors import ContextOverflow, InvalidInput
-from medusa.sampling import NodePrefixes, levels_of
+from medusa.sampling import NodePrefixes, RowText
 from medusa.state import Decodable, DecodingOptions, DecodingState, Row, admit, room, vacant
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
@@ -101,28 +101,28 @@ def step(model: Decodable, state: DecodingState) -> Stepped:
     if (roots := last_roots(state)) is not None:
         return Stepped(emit(state, roots))
     frame = state.frame(model.static_shapes)
-    drafted = model.draft_and_verify(state.root, state.hidden, state.drafter, state.history, frame, state.cache)
+    texts = state.texts()
+    drafter = state.guided_drafter(texts, model.draft_vocabulary)
+    drafted = model.draft_and_verify(state.root, state.hidden, drafter, state.history, frame, state.cache)
     with record_function("medusa.accept"):
-        accepted = accept(state, drafted)
+        accepted = accept(state, drafted, texts)
     with record_function("medusa.keep"):
         paths = keep(state, drafted, accepted)
     return Stepped(emit(state, paths), drafted, accepted)
 
 
-def accept(state: DecodingState, drafted: Drafted) -> Accepted:
+def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText]) -> Accepted:
     """The longest path of every row's tree that agrees with the backbone."""
     tokens, tree, settings = drafted.tokens, drafted.tree, state.settings
-    prefixes, nodes = state.prefixes(), None
-    if prefixes:
-        nodes = NodePrefixes(tokens, state.levels or levels_of(tree))
-    scores, errors = settings.processors(drafted.logits, prefixes, [row.pads for row in state.rows], nodes)
+    nodes = NodePrefixes(tokens, tree, state.levels if len(tree.parents) == 1 else None) if texts else None
+    scores, errors = settings.processors(drafted.logits, texts, nodes)
     state.fail(errors)
     uniform = None
     if settings.draws:
         assert state.uniforms is not None
         # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
         number = (state.lengths - state.starts)[:, None] + tree.depths + 1
-        uniform = state.uniforms.gather(1, number.clamp(max=state.uniforms.shape[1] - 1))
+        uniform = state.uniforms.gather(1, number.clamp(0, state.uniforms.shape[1] - 1))  # idle rows may have any number
     if None in settings.typical.values():  # all rows
         (thresholds,) = settings.typical
         return accept_typical(tree, tokens, scores.float(), thresholds)
@@ -196,7 +196,7 @@ def _finish_reason(row: Row, token: int) -> str | None:
     if row.ends is not None and row.ends(token):
         return "stop"
     if own.stopping_criteria:
-        so_far = row.text()[None]
+        so_far = row.text().tokens[None]
         if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in own.stopping_criteria):
             return "stop"
     return "length" if len(row.generated) >= own.max_new_tokens else None

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from medusa.acceptance import TypicalAcceptance
 from medusa.decoding import DecodingStep, check_prompts
 from medusa.errors import InvalidInput
+from medusa.grammar import Grammar
 from medusa.preparation import OwnOptions, Preparable, Prepared, handed_over, prepare
 from medusa.trees.files import Tree
 
@@ -104,6 +105,9 @@ class MedusaGenerationMixin:
             seed: seed of the draws; default: drawn from torch's generator, so that `torch.manual_seed` decides.
             tree: the tree of this call: `MedusaTree` (`MedusaTree([])` decodes plainly), `DynamicTree` or `TreeChoice`.
             compile: run each step through `torch.compile` with static shapes.
+            presence_penalty, frequency_penalty: subtracted from the score of a token that has been generated: once, and once
+                for each time (OpenAI's meaning; the prompt does not count).
+            grammar: a `Grammar` that the continuation follows: JSON of a schema, a regex, a choice or Lark.
 
         Returns:
             (B, P + new) long, right-padded; MedusaGenerateOutput if return_dict_in_generate is set.
@@ -130,6 +134,9 @@ class MedusaGenerationMixin:
         seed: int | None = None,
         tree: Tree | None = None,
         compile: bool = False,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        grammar: Grammar | None = None,
         **model_kwargs: Any,  # transformers would give an attention_mask named here twice
     ) -> Tensor | MedusaGenerateOutput:
         """For `backbone.generate(..., custom_generate=model.custom_generate)`: transformers prepares, Medusa decodes.
@@ -142,7 +149,7 @@ class MedusaGenerationMixin:
         """
         if backbone is not self.backbone:
             raise InvalidInput("this Medusa model was made for another backbone object")
-        own = OwnOptions(acceptance, epsilon, delta, seed, tree, compile)
+        own = OwnOptions(acceptance, epsilon, delta, seed, tree, compile, presence_penalty, frequency_penalty, grammar)
         prepared = handed_over(
             self, own, backbone, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
         )

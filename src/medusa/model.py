@@ -76,6 +76,7 @@ class MedusaModel(MedusaGenerationMixin):
             nodes = 64 if self.device.type == "cuda" else 16
             tree = DynamicTree(nodes, self.num_heads) if self.num_heads else MedusaTree([])
         self.scored = heads.scored if heads is not None else self.vocab_size
+        self.draft_vocabulary = heads.token_map if heads is not None and self.scored < self.vocab_size else None
         tree.check(self.num_heads, self.scored)
         self.tree = tree
         self.compiled = Compiled(self, noise=self.lm.probe())  # the same model, with compiled steps

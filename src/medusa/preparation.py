@@ -21,6 +21,9 @@ from medusa.backbone.processors import check_sampling, classify
 from medusa.config import integer
 from medusa.decoding import DecodingStep, decode
 from medusa.errors import InvalidInput, MedusaError
+from medusa.grammar import Grammar, GrammarMask
+from medusa.penalties import OccurrencePenalty
+from medusa.sampling import TreeProcessor
 from medusa.settings import SAMPLING_KEYS, check_names, refuse, refuse_settings
 from medusa.state import Decodable, DecodingOptions, StoppingCriterion
 from medusa.trees.files import Tree
@@ -41,6 +44,9 @@ class OwnOptions:
     seed: int | None = None
     tree: Tree | None = None
     compile: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         if self.acceptance not in ("exact", "typical"):
@@ -50,6 +56,14 @@ class OwnOptions:
                 raise InvalidInput(f"{name} is for typical acceptance; pass acceptance='typical' or leave {name} out")
         if self.seed is not None:
             integer("seed", self.seed)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+                raise InvalidInput(f"{name} is {value!r}, expected a number, where 0 is off")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidInput(
+                f"grammar is a {type(self.grammar).__name__}, expected a Grammar, such as Grammar.json(schema, tokenizer)"
+            )
         if self.tree is not None and not isinstance(self.tree, Tree):
             raise InvalidInput(
                 f"tree is a {type(self.tree).__name__}, expected a MedusaTree or DynamicTree; load a file with load_tree"
@@ -59,6 +73,15 @@ class OwnOptions:
     def typical(self) -> TypicalAcceptance | None:
         """The thresholds of typical acceptance; None: acceptance is exact."""
         return TypicalAcceptance(self.epsilon, self.delta) if self.acceptance == "typical" else None
+
+    def processors(self, eos_token_ids: tuple[int, ...]) -> list[TreeProcessor]:
+        """Our own logits processors, in order."""
+        found: list[TreeProcessor] = []
+        if self.presence_penalty or self.frequency_penalty:
+            found.append(OccurrencePenalty(self.presence_penalty, self.frequency_penalty))
+        if self.grammar is not None:
+            found.append(GrammarMask(self.grammar, eos_token_ids))
+        return found
 
 
 OWN = frozenset(OwnOptions.__dataclass_fields__)
@@ -217,6 +240,7 @@ def handed_over(
     mask, embeds = _prompt(backbone, input_ids, model_kwargs)
     unseen = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
     pads = (mask.shape[1] - mask.long().sum(-1)).tolist() if mask is not None else [0] * len(input_ids)
+    eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in token_ids(c.eos_token_id)]
     processors = classify(
         logits_processor,
         input_ids,
@@ -224,10 +248,10 @@ def handed_over(
         model.vocab_size,
         unseen,
         min_length_counts_padding=generation_config.min_new_tokens is not None,
+        own=own.processors(tuple(eos)),
     )
     if processors and input_ids.device != model.device:  # transformers has made the processors on the device of the ids
         raise InvalidInput(f"input_ids are on {input_ids.device}, the backbone on {model.device}; move input_ids there")
-    eos = [token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in token_ids(c.eos_token_id)]
     pad = (token_ids(generation_config.pad_token_id) or eos or [0])[0]
     criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
     limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]

@@ -3,29 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from medusa.trees.guidance import Outlook
 from medusa.trees.tensors import TreeTensors
 from medusa.warpers import RowWarpers, Warpers
 
 BLOCK = 256  # tokens per block of a draw's first level
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 Levels = list[tuple[Tensor, Tensor]]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
-Reads = Literal["scores", "tokens", "length"]  # scores alone; also the row's tokens; also its tokens with padding
+# The scores alone; also the row's tokens; also its tokens with padding; or the row's text and tree, all nodes at once.
+Reads = Literal["scores", "tokens", "length", "tree"]
+
+
+@dataclass(frozen=True)
+class RowText:
+    """The tokens of a row so far, for processors that read them."""
+
+    tokens: Tensor  # (n,) long, left-padded
+    pads: int
+    prompt: int  # number of tokens of the prompt, padding included
+    generated: Sequence[int]  # the tokens behind the prompt, on the host
+    memory: dict[Any, Any]  # of the request: a processor may keep here what it has worked out of the tokens, under itself
+
+    def behind(self, unseen: int) -> RowText:
+        """The text without its first slots, which hold no tokens."""
+        cut = replace(self, tokens=self.tokens[unseen:], pads=max(0, self.pads - unseen), prompt=self.prompt - unseen)
+        return cut if unseen else self
+
+
+class TreeProcessor(Protocol):
+    """A logits processor that reads the tree of a row: a function of the text, the tokens of each path and the scores alone."""
+
+    def __call__(self, scores: Tensor, text: RowText, paths: NodePaths | None) -> Tensor:
+        """The scores (N, V) of all nodes; without paths, N = 1 and the scores follow the text."""
+
+
+class Guide(Protocol):
+    """A processor that knows before a step what may follow its root."""
+
+    def outlook(self, text: RowText, root: int, most: int) -> Outlook: ...
 
 
 @dataclass(frozen=True)
 class Processors:
     """The logits processors of a row in order, and what each of them reads."""
 
-    steps: tuple[tuple[LogitsProcessor, Reads], ...] = ()
+    steps: tuple[tuple[LogitsProcessor | TreeProcessor, Reads], ...] = ()
     warpers: Warpers = field(default_factory=Warpers)  # after the steps
-    unseen: int = 0  # leading slots of every prefix that hold no token (soft prompts); processors do not see them
+    unseen: int = 0  # leading slots of every text that hold no token (soft prompts); processors do not see them
+    guide: Guide | None = None  # one of the steps, if it knows what may follow
 
     def __bool__(self) -> bool:
         return bool(self.steps or self.warpers)
@@ -37,53 +70,90 @@ class Processors:
 
     def __call__(
         self,
-        logits: Tensor,  # (B, N, V)
-        prefixes: Sequence[Tensor | None],  # per row (length,) long: its tokens so far, left-padded; None: the row has finished
-        pads: Sequence[int],  # per row, the number of padding tokens
-        nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the prefixes
-    ) -> Tensor:  # (B, N, V) float32
+        logits: Tensor,  # (n, N, V)
+        texts: Sequence[RowText | None],  # n; None: the row has finished
+        rows: Sequence[int],  # n: the rows' numbers among those of the nodes
+        nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the texts
+    ) -> Tensor:  # (n, N, V) float32
         """Scores of every node before the warpers: each processor sees the prefix of that node's own path."""
         scores = logits.float()
-        prefixes = [prefix if prefix is None else prefix[self.unseen :] for prefix in prefixes]
-        pads = [max(0, pad - self.unseen) for pad in pads]
         for process, reads in self.steps:
             if reads == "scores":
                 flat = scores.flatten(0, 1)
-                scores = process(flat.new_empty((len(flat), 0), dtype=torch.long), flat).view_as(scores)
+                scores = process(flat.new_empty((len(flat), 0), dtype=torch.long), flat).view_as(scores)  # type: ignore[call-arg, arg-type]
                 continue
             scores = scores.clone()
-            for row, prefix in enumerate(prefixes):
-                if prefix is None:
+            for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                if text is None:
                     continue
-                if reads == "tokens":
-                    prefix = prefix[pads[row] :]
-                if nodes is None:
-                    scores[row] = process(prefix[None], scores[row])
-                    continue
-                for level, lineage in nodes.of(row):
-                    tail = nodes.tokens[row][lineage]  # (nodes of the level, depth + 1)
-                    ids = torch.cat([prefix.expand(len(tail), -1), tail], dim=1)
-                    scores[row, level] = process(ids, scores[row, level])
+                text = text.behind(self.unseen)
+                if reads == "tree":
+                    paths = None if nodes is None else NodePaths(nodes, row)
+                    scores[place] = process(scores[place], text, paths)  # type: ignore[call-arg, arg-type]
+                else:
+                    prefix = text.tokens[text.pads :] if reads == "tokens" else text.tokens
+                    scores[place] = _by_depth(process, scores[place], prefix, nodes, row)  # type: ignore[arg-type]
         return scores
 
 
-@dataclass(frozen=True)
-class NodePrefixes:
-    """The tokens along the path of every node, by depth, for processors that read tokens."""
+def _by_depth(process: LogitsProcessor, scores: Tensor, prefix: Tensor, nodes: NodePrefixes | None, row: int) -> Tensor:
+    """The scores of a row by a processor that takes texts of one length at a time."""
+    if nodes is None:
+        return process(prefix[None], scores)
+    scores = scores.clone()
+    for level, lineage in nodes.of(row):
+        tail = nodes.tokens[row][lineage]  # (nodes of the level, depth + 1)
+        ids = torch.cat([prefix.expand(len(tail), -1), tail], dim=1)
+        scores[level] = process(ids, scores[level])
+    return scores
 
-    tokens: Tensor  # (B, N) long
-    levels: Sequence[Levels]  # one per row, or one for all
+
+class NodePrefixes:
+    """The tokens along the path of every node, for processors that read tokens.
+
+    Args:
+        tokens: (B, N) long.
+        levels: the levels of a tree that is the same at every step.
+    """
+
+    def __init__(self, tokens: Tensor, tree: TreeTensors, levels: list[Levels] | None = None):
+        self.tokens, self.tree = tokens, tree
+        self._fixed = levels
+
+    @cached_property
+    def levels(self) -> list[Levels]:
+        """The nodes by depth: for every row, or once for all."""
+        return self._fixed or levels_of(self.tree)
+
+    @cached_property
+    def on_host(self) -> list[list[list[int]]]:  # B times (2, N): tokens and parents
+        """Syncs with the device, once for all rows."""
+        return torch.stack([self.tokens, self.tree.parents.expand_as(self.tokens)], 1).tolist()
 
     def of(self, row: int) -> Levels:
         return self.levels[row if len(self.levels) > 1 else 0]
 
-    def of_rows(
-        self,
-        rows: Sequence[int],
-        at: Tensor,  # the same, (n,) long
-    ) -> NodePrefixes:
-        """Those of some rows."""
-        return NodePrefixes(self.tokens[at], self.levels if len(self.levels) == 1 else [self.levels[row] for row in rows])
+
+@dataclass(frozen=True)
+class NodePaths:
+    """The tree of one row, for processors that read it."""
+
+    nodes: NodePrefixes
+    row: int
+
+    @property
+    def tokens(self) -> Tensor:  # (N,) long
+        return self.nodes.tokens[self.row]
+
+    @property
+    def lineage(self) -> Tensor:  # (N, D + 1) long: the nodes from the root to the node, then -1
+        lineage = self.nodes.tree.lineage
+        return lineage[self.row if len(lineage) > 1 else 0]
+
+    def on_host(self) -> tuple[list[int], list[int]]:
+        """The token and the parent of every node."""
+        tokens, parents = self.nodes.on_host[self.row]
+        return tokens, parents
 
 
 class RowProcessors:
@@ -103,24 +173,22 @@ class RowProcessors:
             (processors[rows[0]], rows, torch.tensor(rows, device=device) if len(rows) < len(processors) else None)
             for rows in groups.values()
         ]
+        self.guides = {row: own.guide for row, own in enumerate(processors) if own.guide is not None}
         self.readers = [row for own, rows, _ in self._groups if own.read_paths for row in rows]  # rows whose tokens are read
 
     def __call__(
         self,
         logits: Tensor,  # (B, N, V)
-        prefixes: Mapping[int, Tensor],  # the tokens so far of each reader, left-padded, unless the row has finished
-        pads: Sequence[int],  # per row, the number of padding tokens
-        nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the prefixes
+        texts: Mapping[int, RowText],  # of each reader, unless the row has finished
+        nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the texts
     ) -> tuple[Tensor, dict[int, Exception]]:
         """Scores of every node (B, N, V), float32 if there are processors; and the error of each row whose processor failed."""
         if not self._groups and not self._warpers:
             return logits, {}
         scores, errors = logits.float(), {}
         for own, rows, at in self._groups:
-            of_group = nodes.of_rows(rows, at) if nodes is not None and at is not None else nodes
-            given = [prefixes.get(row) for row in rows]
             try:
-                found = own(scores if at is None else scores[at], given, [pads[row] for row in rows], of_group)
+                found = own(scores if at is None else scores[at], [texts.get(row) for row in rows], rows, nodes)
             except Exception as error:  # foreign code may raise anything
                 errors.update(dict.fromkeys(rows, error))
                 continue

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.config import integer
-from medusa.sampling import Levels, Processors, RowProcessors, choose, levels_of, uniforms
+from medusa.sampling import Levels, Processors, RowProcessors, RowText, choose, levels_of, uniforms
+from medusa.trees.guidance import Outlook, guided, longest_chain
 from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
@@ -47,6 +48,7 @@ class Decodable(Protocol):
     max_length: int | None  # maximum number of tokens in a row; None: no limit
     vocab_size: int
     scored: int  # number of tokens that the heads score
+    draft_vocabulary: Tensor | None  # (V',) long: the tokens that the heads score; None: all
     static_shapes: bool  # every step must have the same shapes, as compiled graphs require
 
     @property
@@ -107,6 +109,7 @@ class Row:
     root: int = 0
     generated: list[int] = field(default_factory=list)
     finish_reason: str | None = VACANT  # None: it is being decoded
+    memory: dict[Any, Any] = field(default_factory=dict)  # what its processors have worked out, see `RowText`
     error: Exception | None = None  # what one of its processors or criteria raised; the reason is then "error"
 
     @property
@@ -114,10 +117,11 @@ class Row:
         """The number of its committed slots, padding included."""
         return (0 if self.prompt is None else len(self.prompt)) + len(self.generated)
 
-    def text(self) -> Tensor:  # (committed,) long
-        """Its tokens so far, padding included."""
+    def text(self) -> RowText:
+        """Its tokens so far."""
         assert self.prompt is not None
-        return torch.cat([self.prompt, self.prompt.new_tensor(self.generated)])
+        tokens = torch.cat([self.prompt, self.prompt.new_tensor(self.generated)])
+        return RowText(tokens, self.pads, len(self.prompt), self.generated, self.memory)
 
 
 class RowSettings:
@@ -165,6 +169,7 @@ class DecodingState:
     drafter: Drafter
     history: History | None  # None: the drafter does not read it
     cache: RequestCache
+    pooled: bool = False  # with static shapes, attention sees no more than `visible_slots`, rather than the whole capacity
     uniforms: Tensor | None = None  # (B, limit + 2): one number per token position; None: no row has drawn yet
     _settings: RowSettings | None = None
     _levels: list[Levels] | None = None
@@ -199,7 +204,9 @@ class DecodingState:
     def frame(self, static_shapes: bool) -> Frame:
         """Where the next trees stand in the cache."""
         base = self.base
-        visible = self.cache.capacity if static_shapes else base + self.drafter.num_nodes
+        visible = base + self.drafter.num_nodes
+        if static_shapes:
+            visible = visible_slots(visible, self.cache.capacity) if self.pooled else self.cache.capacity
         slot = torch.full((), base, device=self.root.device)  # filled on the device: no copy from the host
         return Frame(slot, self.lengths, self.pads, visible)
 
@@ -233,10 +240,23 @@ class DecodingState:
         self.cache.swap(row, other, slots)
         self._settings = None
 
-    def prefixes(self) -> dict[int, Tensor]:
-        """The tokens of every unfinished row whose processors read them, its padding included."""
+    def texts(self) -> dict[int, RowText]:
+        """The text of every unfinished row whose processors read it."""
         readers = self.settings.processors.readers
         return {number: self.rows[number].text() for number in readers if self.rows[number].finish_reason is None}
+
+    def guided_drafter(self, texts: Mapping[int, RowText], vocabulary: Tensor | None) -> Drafter:
+        """The drafter of this step, which follows the grammars of the rows."""
+        outlooks: dict[int, Outlook] = {}
+        for number, guide in self.settings.processors.guides.items() if longest_chain(self.drafter) else ():
+            if number in texts:
+                try:
+                    outlooks[number] = guide.outlook(texts[number], self.rows[number].root, longest_chain(self.drafter))
+                except Exception as error:  # a row's failure is its own
+                    self.fail({number: error})
+        if not outlooks:
+            return self.drafter
+        return guided(self.drafter, [outlooks.get(number) for number in range(len(self.rows))], vocabulary, self.root.device)
 
     def fail(self, errors: Mapping[int, Exception]) -> None:
         """End rows whose processors failed."""
@@ -255,6 +275,11 @@ def room(model: Decodable, prompt_length: int, drafter: Drafter, limit: int) -> 
     """The number of slots that a row of `limit` new tokens may need."""
     slots = prompt_length + limit + overhang(drafter)
     return -(-slots // CAPACITY_STEP) * CAPACITY_STEP if model.static_shapes else slots
+
+
+def visible_slots(needed: int, capacity: int) -> int:
+    """The number of slots that a graph sees which needs so many: a power of two, so that a few graphs do for all lengths."""
+    return min(capacity, max(CAPACITY_STEP, 1 << (needed - 1).bit_length()))
 
 
 def overhang(drafter: Drafter) -> int:
@@ -317,10 +342,10 @@ def start(
     """Decide the first token of requests whose prompts have been processed; from now on their rows are decoded."""
     batch, device, places = len(state.rows), ids.device, torch.tensor(at, device=ids.device)
     for row, prompt, padding in zip(rows, ids, pads.tolist(), strict=True):
-        row.prompt, row.pads, row.generated, row.finish_reason = prompt, padding, [], None
+        row.prompt, row.pads, row.generated, row.memory, row.finish_reason = prompt, padding, [], {}, None
     settings = RowSettings(rows, device)
     readers = {number: rows[number].text() for number in settings.processors.readers}
-    scores, errors = settings.processors(logits[:, None], readers, [row.pads for row in rows])
+    scores, errors = settings.processors(logits[:, None], readers)
     first = None
     if settings.draws:
         longest = max(row.options.max_new_tokens for row in rows) + 2

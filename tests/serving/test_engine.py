@@ -1,15 +1,19 @@
 """Claims about the engine: whatever joins, leaves and fails beside it, a request gets what it gets alone."""
 
+import json
 import queue
 import random
 import threading
+import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa import DynamicTree, MedusaModel, MedusaTree
+import medusa.serving.engine
+from medusa import DynamicTree, Grammar, MedusaModel, MedusaTree
+from medusa.backbone.compilation import Compiled
 from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
 from medusa.generation import Collected
@@ -162,6 +166,29 @@ def test_real_prompts_in_a_crowd_get_what_plain_decoding_gives_them(embedded_mod
     assert sum(len(got.tokens) for got in found) > 1.3 * sum(len(got.deliveries) for got in found)  # drafts were accepted
     for request, got in zip(requests, found, strict=True):
         assert got.tokens == alone(embedded_model, request)
+
+
+def test_grammars_and_penalties_in_a_crowd(embedded_model, embedded_tokenizer):
+    pytest.importorskip("llguidance")
+    ids = embedded_tokenizer("# a record\nrecord = ")["input_ids"]
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "line": {"enum": [1, 20]}}}
+    strict = {**schema, "required": ["name", "line"], "additionalProperties": False}
+    grammars = Grammar.json(strict, embedded_tokenizer), Grammar.choice(["left", "right"], embedded_tokenizer), None
+    requests = []
+    for number in range(9):
+        given = {"grammar": grammars[number % 3], "do_sample": number > 3, "seed": number, "max_new_tokens": 48}
+        given |= {"eos_token_id": None, "frequency_penalty": 0.5 if number % 2 else None}
+        requests.append(Request(ids, options_of(embedded_model, ids, **given)))
+    engine = Engine(embedded_model, slots=4, capacity=256)
+    found = submitted(engine, *requests)
+    engine.close()
+    for number, (request, got) in enumerate(zip(requests, found, strict=True)):
+        assert got.tokens == alone(embedded_model, request)
+        text = embedded_tokenizer.decode(got.tokens, skip_special_tokens=True)
+        if number % 3 == 0:
+            assert got.reason == "eos" and set(json.loads(text)) == {"name", "line"}
+        if number % 3 == 1:
+            assert text in ("left", "right")
 
 
 def test_a_random_life_loses_no_slot(model):
@@ -351,7 +378,7 @@ def test_a_receiver_that_fails_is_gone(model, engine):
 
 def test_requests_that_do_not_fit_are_refused_at_once(model, engine):
     options = DecodingOptions(20)
-    with pytest.raises(ContextOverflow, match="a slot holds 200"):
+    with pytest.raises(ContextOverflow, match="that a slot of 200"):
         engine.submit(Request([5] * 190, options), print)
     with pytest.raises(ContextOverflow, match="context of 512"):
         engine.submit(Request([5] * 510, options), print)
@@ -397,6 +424,25 @@ def test_one_request_costs_what_a_batch_of_one_costs(model, monkeypatch):
     steps = submitted(engine, Request(ids, options_of(model, ids)))[0].deliveries
     assert set(batches) == {1} and len(batches) in (len(steps), len(steps) - 1)
     engine.close()
+
+
+def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(medusa.serving.engine, "PAUSE", 0.01)
+    monkeypatch.setattr(model, "compiled", Compiled(model, noise=0.0))
+    chance = random.Random(5)
+    requests = [random_request(model, chance) for _ in range(24)]
+    engine = Engine(model, slots=6, capacity=400, chunk=16, compiled=True)
+    first = submitted(engine, requests[0])[0]  # uncompiled, if no graph is ready yet
+    while engine._graphs.waiting:
+        time.sleep(0.01)
+    shapes = set(model.compiled._usable)
+    found = [first, *submitted(engine, *requests[1:])]
+    engine.close()
+    # A tree for 1 row, one for 2, for 4 the trees of 3 rows and of 4, one for 6; each sees 256 slots or all.
+    assert len(shapes) == 2 * 5 and shapes == set(model.compiled._usable)
+    for request, got in zip(requests, found, strict=True):
+        assert got.tokens == alone(model, request)
 
 
 def test_the_pool_takes_half_of_what_is_free(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -15,10 +16,27 @@ from transformers.generation import logits_process as hf
 
 from medusa.config import integer
 from medusa.errors import InvalidInput
-from medusa.sampling import LogitsProcessor, Processors, Reads
+from medusa.grammar import GrammarMask
+from medusa.penalties import RepetitionPenalty
+from medusa.sampling import LogitsProcessor, Processors, Reads, TreeProcessor
 from medusa.warpers import Warpers
 
-# What transformers' processors read. The exact class: a subclass may read more.
+
+class LogitBias:
+    """Adds a number to the score of each token, as OpenAI's `logit_bias` does.
+
+    Args:
+        bias: (V,) float32.
+    """
+
+    def __init__(self, bias: Tensor):
+        self._bias = bias
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + self._bias
+
+
+# What processors read. The exact class: a subclass may read more.
 READS: dict[type, Reads] = {
     # Nothing but the scores: applied to all nodes at once.
     hf.TemperatureLogitsWarper: "scores",
@@ -32,8 +50,9 @@ READS: dict[type, Reads] = {
     hf.SuppressTokensLogitsProcessor: "scores",
     hf.InfNanRemoveLogitsProcessor: "scores",
     hf.LogitNormalization: "scores",
+    LogitBias: "scores",
     # A row's own tokens, never its padding.
-    hf.RepetitionPenaltyLogitsProcessor: "tokens",
+    hf.RepetitionPenaltyLogitsProcessor: "tokens",  # replaced by ours
     hf.NoRepeatNGramLogitsProcessor: "tokens",
     hf.SequenceBiasLogitsProcessor: "tokens",
     hf.NoBadWordsLogitsProcessor: "tokens",
@@ -53,6 +72,15 @@ PLAIN: dict[type, str] = {
     hf.TopPLogitsWarper: "top_p",
     hf.MinPLogitsWarper: "min_p",
 }
+# Those that transformers applies last.
+WARPERS = (
+    *PLAIN,
+    hf.TopHLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.LogitNormalization,
+)
 # Processors that cannot follow a tree, with the setting that makes them.
 REFUSED: dict[type, str] = {
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
@@ -71,13 +99,14 @@ def classify(
     vocab_size: int,
     unseen: int = 0,  # leading slots that hold no token (soft prompts)
     min_length_counts_padding: bool = False,  # it was made from min_new_tokens and the padded length
+    own: Sequence[TreeProcessor] = (),  # our own, applied before the warpers
 ) -> Processors:
     """Mark each processor with what it reads.
 
     Raises:
         InvalidInput: a processor, which is named, depends on more than the tokens and scores of a path.
     """
-    steps: list[tuple[LogitsProcessor, Reads]] = []
+    steps: list[tuple[LogitsProcessor | TreeProcessor, Reads]] = []
     for processor in processors:
         kind = type(processor)
         for refused, setting in REFUSED.items():
@@ -90,14 +119,19 @@ def classify(
             check_follows_paths(processor, prompts[0, max(0, pads[0] - unseen) :], vocab_size)
         reads = READS.get(kind, "tokens")
         if kind is hf.RepetitionPenaltyLogitsProcessor:
-            processor, reads = _without_its_padding(processor, pads, unseen)
-        elif kind is hf.MinLengthLogitsProcessor and min_length_counts_padding:
+            steps.append((_of_tree(processor, pads, unseen), "tree"))
+            continue
+        if kind is hf.MinLengthLogitsProcessor and min_length_counts_padding:
             reads = "length"
         steps.append((processor, reads))
-    return _with_plain_warpers(steps)
+    first = next((place for place, (processor, _) in enumerate(steps) if type(processor) in WARPERS), len(steps))
+    steps[first:first] = [(processor, "tree") for processor in own]
+    return replace(
+        _with_plain_warpers(steps), guide=next((processor for processor in own if isinstance(processor, GrammarMask)), None)
+    )
 
 
-def _with_plain_warpers(steps: list[tuple[LogitsProcessor, Reads]]) -> Processors:
+def _with_plain_warpers(steps: list[tuple[LogitsProcessor | TreeProcessor, Reads]]) -> Processors:
     """The processors, of which the last that are plain warpers, in the usual order, are applied to all rows at once."""
     found: dict[str, Any] = {}
     order = [*PLAIN]
@@ -116,17 +150,13 @@ def _is_plain(processor: Any) -> bool:
     return getattr(processor, "min_tokens_to_keep", 1) == 1 and getattr(processor, "filter_value", -torch.inf) == -torch.inf
 
 
-def _without_its_padding(processor: Any, pads: Sequence[int], unseen: int) -> tuple[LogitsProcessor, Reads]:
-    """The repetition penalty for rows without padding; transformers makes one that ignores the padding itself."""
-    ignored = getattr(processor, "prompt_ignore_length", None)
-    if ignored is None:
-        return processor, "tokens"
-    if isinstance(ignored, Tensor) and ignored.flatten().tolist() == list(pads):
-        processor = copy.copy(processor)
-        processor.prompt_ignore_length = None
-        return processor, "tokens"
+def _of_tree(processor: Any, pads: Sequence[int], unseen: int) -> RepetitionPenalty:
+    """Our form of transformers' repetition penalty, which may have been made to ignore padding or prompts."""
+    ignored = processor.prompt_ignore_length
+    if ignored is None or (isinstance(ignored, Tensor) and ignored.flatten().tolist() == list(pads)):
+        return RepetitionPenalty(processor.penalty)  # it never sees padding
     if isinstance(ignored, int) and ignored >= max(pads) - unseen:
-        return processor, "length"  # it counts the padding with the prompt that it ignores
+        return RepetitionPenalty(processor.penalty, ignored)  # the padding counts with the prompt that it ignores
     raise InvalidInput(
         f"RepetitionPenaltyLogitsProcessor has prompt_ignore_length {ignored}, the rows have {list(pads)} tokens of padding; "
         "pass one number, of at least the padding"

@@ -11,6 +11,7 @@ VERBS = (
     "demo",
     "generate",
     "chat",
+    "serve",
     "distill",
     "train",
     "tune",

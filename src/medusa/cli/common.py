@@ -86,6 +86,8 @@ class Sampling:
     top_p: float | None = option(None, "Sample from the most likely tokens of this total probability.")
     min_p: float | None = option(None, "Sample from tokens of at least this fraction of the likeliest one's probability.")
     repetition_penalty: float | None = option(None, "Above 1 discourages tokens already in the text.")
+    presence_penalty: float = option(0.0, "Subtracted from the score of every token already generated.")
+    frequency_penalty: float = option(0.0, "Subtracted once for each time that a token has been generated.")
     acceptance: Literal["exact", "typical"] = option("exact", "exact is lossless; typical is not (paper 2.3.1).")
     epsilon: float = option(0.09, "Hard threshold of typical acceptance.")
     delta: float = option(0.3, "Entropy-dependent threshold of typical acceptance.")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medusa.cli import common, prompting, showing
+from medusa.errors import InvalidInput
 from medusa.runs.console import note
+from medusa.runs.files import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from medusa.grammar import Grammar
     from medusa.model import MedusaModel
 
 
@@ -26,6 +30,9 @@ def generate_command(
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this string; repeatable.")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="Write JSON that fits the JSON schema in this file.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Write text that this regular expression matches.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="Write one of these texts; repeatable.")] = None,
     quantization: common.QuantizationOption = "none",
     compile: common.CompileOption = False,
     as_json: common.JsonOption = False,
@@ -45,6 +52,7 @@ def generate_command(
     tokenizer = named.load_tokenizer(model, trusted)
     ids = torch.tensor([prompt_ids(tokenizer, as_conversation(tokenizer, text, chat, model) or text)])
     named.check_room(model, ids.shape[1], max_new_tokens, trusted)
+    sampling["grammar"] = _grammar(tokenizer, json_schema, regex, choice)
     medusa = named.load_model(model, tree=tree, quantization=quantization, **options)
     named.note_advice_on_tree(medusa, model, options["heads"], tree)
     how = {"max_new_tokens": max_new_tokens, "stop_strings": stop, "tokenizer": tokenizer, "compile": compile, **sampling}
@@ -55,6 +63,19 @@ def generate_command(
     tokens, steps, seconds = record["new_tokens"], record["steps"], record["seconds"]
     note(f"{tokens} tokens in {seconds:.2f} s: {showing.speed(tokens, steps, seconds)} ({record['finish_reason']})")
     showing.note_low_rate(len(medusa.tree), tokens, steps)
+
+
+def _grammar(tokenizer: Any, json_schema: Path | None, regex: str | None, choice: list[str] | None) -> Grammar | None:
+    """The grammar that the options ask for."""
+    from medusa.grammar import Grammar
+
+    if sum(option is not None for option in (json_schema, regex, choice or None)) > 1:
+        raise InvalidInput("give one of --json-schema, --regex and --choice")
+    if json_schema is not None:
+        return Grammar.json(read_text(json_schema, InvalidInput), tokenizer)
+    if regex is not None:
+        return Grammar.regex(regex, tokenizer)
+    return Grammar.choice(choice, tokenizer) if choice else None
 
 
 def _generate(medusa: MedusaModel, tokenizer: Any, ids: Tensor, show: bool, options: dict[str, Any]) -> dict[str, Any]:

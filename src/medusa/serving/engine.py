@@ -6,12 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from medusa.decoding import check_request, step
 from medusa.errors import ContextOverflow
+from medusa.serving.graphs import Graphs
 from medusa.serving.jobs import Job
 from medusa.serving.requests import Delivery, Load, QueueFull, Request
 from medusa.serving.slots import Slots
@@ -22,6 +24,18 @@ from medusa.trees.files import Tree
 from medusa.trees.static import MedusaTree
 
 STALLED = 300.0  # seconds without progress after which the engine does not count as alive; compiling a step takes long
+PAUSE = 1.0  # seconds without requests after which a graph is made
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slots that are stepped together."""
+
+    first: int
+    rows: int
+    tree: MedusaTree | DynamicTree
+    state: DecodingState
+    wide: DecodingState | None = None  # the same rows, and idle ones behind them up to the number of a graph
 
 
 class Engine:
@@ -32,15 +46,25 @@ class Engine:
     of their own stand in the last, and are stepped by themselves.
 
     Args:
-        model: the model, or `model.compiled`.
+        model: a `MedusaModel`, or another `Decodable` with a tree.
         tree: the tree for requests that name none; None: the model's.
         slots: number of requests decoded at a time.
         capacity: number of tokens that a slot holds: prompt, new tokens and tree.
         queue: number of requests that may wait for a slot.
         chunk: number of prompt tokens processed between two steps.
+        compiled: whether to compile steps, while there is nothing to decode; until a graph is ready, steps run uncompiled.
     """
 
-    def __init__(self, model: Any, slots: int, capacity: int, tree: Tree | None = None, queue: int = 256, chunk: int = 128):
+    def __init__(
+        self,
+        model: Any,
+        slots: int,
+        capacity: int,
+        tree: Tree | None = None,
+        queue: int = 256,
+        chunk: int = 128,
+        compiled: bool = False,
+    ):
         self.model: Decodable = model
         self.tree: Tree = model.tree if tree is None else tree
         self.tree.check(model.num_heads, model.scored)
@@ -51,7 +75,8 @@ class Engine:
         self._pool = Slots(model, slots, capacity, (readers or [*self._drafters.values()])[0])
         self._at: list[Job | None] = [None] * slots  # the request in each slot
         self._reading: Job | None = None  # the request whose prompt is being processed
-        self._parts: list[tuple[DecodingState, int, int]] | None = None  # what is stepped; None: to be arranged
+        self._graphs = Graphs(model, self._pool, self._by_load, self._drafters) if compiled else None
+        self._parts: list[Part] | None = None  # what is stepped; None: to be arranged
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closing = self._cancelling = False
@@ -66,14 +91,13 @@ class Engine:
         """See `Serves.submit`."""
         tree = None if request.tree is None else request.tree.for_batch(1)
         ids, _ = check_request(self.model, torch.tensor([request.ids]).long(), None, tree or self.tree, request.options)
-        drafters = [tree.drafter(self.model.device)] if tree is not None else [*self._drafters.values()]
-        needed = len(request.ids) + request.options.max_new_tokens + max(map(overhang, drafters))
-        if needed > self.capacity:
+        drafter, room = None if tree is None else tree.drafter(self.model.device), self.room(tree)
+        if len(request.ids) + request.options.max_new_tokens > room:
             raise ContextOverflow(
-                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones need {needed} with the tree, "
-                f"a slot holds {self.capacity}; shorten the prompt, lower max_new_tokens or raise --capacity"
+                f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones exceed the {room} that a slot "
+                f"of {self.capacity} has room for beside the tree; shorten the prompt, lower max_new_tokens or raise --capacity"
             )
-        job = Job(request, deliver, ids[0], drafters[0] if tree is not None else None, tree, self._notify)
+        job = Job(request, deliver, ids[0], drafter, tree, self._notify)
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise QueueFull("the engine is shutting down; send the request again later")
@@ -82,6 +106,11 @@ class Engine:
             self._waiting.append(job)
             self._wake.notify_all()
         return job
+
+    def room(self, tree: Tree | None = None) -> int:
+        """See `Serves.room`."""
+        own = None if tree is None else tree.for_batch(1).drafter(self.model.device)
+        return self.capacity - max(map(overhang, [*self._drafters.values()] if own is None else [own]))
 
     def load(self) -> Load:
         """What it is doing now."""
@@ -119,22 +148,29 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         """Decode until the engine is closed."""
-        while True:
-            with self._wake:
-                while not (self._waiting or any(self._at) or self._closing):
-                    self._last = time.monotonic()
-                    self._wake.wait()
-                if self._closing and not (self._waiting or any(self._at)):
-                    return
+        while self._awaits():
             try:
+                if self._graphs is not None and not (self._waiting or any(self._at)):
+                    self._graphs.make()
+                    continue
                 self._leave()
                 self._read()
-                for state, first, stop in self._arranged():
-                    self._step(state, first, stop)
+                for part in self._arranged():
+                    self._step(part)
             except Exception as error:  # a fault of the engine must not end it
                 for job in filter(None, [*self._at]):
                     self._end(job, "error", error)
             self._last = time.monotonic()
+
+    def _awaits(self) -> bool:
+        """Wait for something to do, if only a graph to be made; False: the engine is closed and nothing is left."""
+        with self._wake:
+            while not (self._waiting or any(self._at) or self._closing):
+                self._last = time.monotonic()
+                graphs = self._graphs is not None and self._graphs.waiting
+                if not self._wake.wait(PAUSE if graphs else None) and graphs:
+                    return True
+            return bool(self._waiting or any(self._at))
 
     def _leave(self) -> None:
         """End the requests that were cancelled."""
@@ -173,8 +209,8 @@ class Engine:
         except Exception as error:  # of the model or of a processor: this request fails, others do not
             self._end(job, "error", error, keep=False)
 
-    def _arranged(self) -> list[tuple[DecodingState, int, int]]:
-        """The parts of the pool to be stepped, with their first slot and the one behind their last."""
+    def _arranged(self) -> list[Part]:
+        """The parts of the pool to be stepped."""
         live = [job for job in self._at if job is not None and job is not self._reading]
         shared = [job for job in live if job.tree is None]
         before = self._by_load.used
@@ -189,12 +225,15 @@ class Engine:
                 own.setdefault(job.tree, []).append(job)
         self._gather(shared, 0)
         if shared:
-            self._parts.append((self._pool.part(0, len(shared), self._drafters[tree]), 0, len(shared)))
-        for jobs in own.values():
+            drafter, wide = self._drafters[tree], None
+            if self._graphs is not None and (width := self._graphs.width(len(shared))) <= self.slots - len(live) + len(shared):
+                wide = self._pool.part(0, width, drafter)
+            self._parts.append(Part(0, len(shared), tree, self._pool.part(0, len(shared), drafter), wide))
+        for tree, jobs in own.items():
             first, stop = stop - len(jobs), stop - len(jobs)
             self._gather(jobs, first)
             assert jobs[0].drafter is not None
-            self._parts.append((self._pool.part(first, first + len(jobs), jobs[0].drafter), first, first + len(jobs)))
+            self._parts.append(Part(first, len(jobs), tree, self._pool.part(first, first + len(jobs), jobs[0].drafter)))
         return self._parts
 
     def _gather(self, jobs: list[Job], first: int) -> None:
@@ -209,21 +248,28 @@ class Engine:
             if other is not None:
                 other.slot = slot
 
-    def _step(self, state: DecodingState, first: int, stop: int) -> None:
+    def _step(self, part: Part) -> None:
         """Step some slots, and deliver what their requests get."""
-        jobs = [job for job in self._at[first:stop] if job is not None]
+        jobs = [job for job in self._at[part.first : part.first + part.rows] if job is not None]
+        model, state = self._compiled(part) or (self.model, part.state)
         began, base = time.perf_counter(), state.base
         try:
-            stepped = step(self.model, state)
+            stepped = step(model, state)
         except Exception as error:  # the model failed on these rows: what is in their slots cannot be trusted
             for job in jobs:
                 self._end(job, "error", error, keep=False)
             return
         seconds = time.perf_counter() - began
         if stepped.drafted is not None:
-            self._pool.stepped(first, stop, base)
+            self._pool.stepped(part.first, part.first + len(state.rows), base)
         for place, job in enumerate(jobs):
-            self._deliver(job, job.delivery(stepped, place, state.drafter, seconds))
+            self._deliver(job, job.delivery(stepped, place, seconds))
+
+    def _compiled(self, part: Part) -> tuple[Decodable, DecodingState] | None:
+        """The compiled model and the rows of its graph, if there is one for this step."""
+        if self._graphs is None or part.wide is None or part.state.settings.processors.guides:  # grammars add shapes
+            return None
+        return (self._graphs.model, part.wide) if self._graphs.ready(part.rows, part.tree, part.wide.base) else None
 
     def _deliver(self, job: Job, delivery: Delivery) -> None:
         if delivery.finish_reason is not None:

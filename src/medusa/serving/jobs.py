@@ -69,14 +69,14 @@ class Job:
         if self.request.logprobs is not None:
             self._root = logprobs_of(logits, [self.row.root], self.request.logprobs)
 
-    def delivery(self, stepped: Stepped, place: int, drafter: Drafter, seconds: float) -> Delivery:
+    def delivery(self, stepped: Stepped, place: int, seconds: float) -> Delivery:
         """What a step gives this request, which was row `place` of it."""
         tokens, row = stepped.tokens[place], self.row
-        passed = stepped.drafted is not None
+        tree = stepped.drafted.tree if stepped.drafted is not None else None
         logprobs = None
         if self.request.logprobs is not None:
             logprobs = [*self._root]
-            if passed and tokens:
+            if tree is not None and tokens:
                 logprobs += after_path(stepped, place, row.root, self.request.logprobs)
             logprobs, self._root = logprobs[: len(tokens)], logprobs[len(tokens) :]
         first = dict(
@@ -88,8 +88,8 @@ class Job:
             tokens=tokens,
             logprobs=logprobs,
             finish_reason=row.finish_reason,  # type: ignore[arg-type]
-            drafted=drafter.num_nodes - 1 if passed else 0,
-            depth=drafter.depth if passed else 0,
+            drafted=tree.num_nodes - 1 if tree is not None else 0,
+            depth=tree.lineage.shape[-1] - 1 if tree is not None else 0,
             seconds=seconds,
             nodes=traced(stepped, place) if self.request.trace else None,
             error=row.error,

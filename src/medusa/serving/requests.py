@@ -98,6 +98,9 @@ class Serves(Protocol):
             ContextOverflow, InvalidInput, InvalidTree: the request cannot be decoded.
         """
 
+    def room(self, tree: Tree | None = None) -> int:
+        """The most tokens of a prompt and its answer together, for a request with this tree."""
+
     def load(self) -> Load: ...
 
     def alive(self) -> bool:

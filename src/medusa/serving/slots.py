@@ -24,6 +24,7 @@ class Slots:
     def __init__(self, model: Decodable, number: int, capacity: int, drafter: Drafter):
         self.model, self.number, self.capacity = model, number, capacity
         self.state = vacant(model, number, capacity, drafter)
+        self.state.pooled = True
         one = model.new_cache(1)  # of one token: the keys and values that the model makes decide the cache's shape
         hidden, _ = model.prefill(torch.zeros(1, 1, dtype=torch.long, device=model.device), None, one)
         self.state.cache.place(one, torch.zeros(1, dtype=torch.long, device=model.device), number)

@@ -26,13 +26,17 @@ class TreeByLoad:
         """All trees that it may choose."""
         return list(self._tree.trees.values()) if isinstance(self._tree, TreeChoice) else [self._tree]
 
+    def wanted(self, rows: int) -> MedusaTree | DynamicTree:
+        """The best tree for a step of so many rows."""
+        return self._tree.for_batch(rows)
+
     def choose(self, rows: int, new: bool) -> MedusaTree | DynamicTree:
         """The tree for a step of so many rows.
 
         Args:
             new: no row has been stepped before, so that there is nothing to change from.
         """
-        wanted = self._tree.for_batch(rows)
+        wanted = self.wanted(rows)
         self._waited = 0 if wanted == self.used else self._waited + 1
         if new or self._waited >= PATIENCE:
             self.used, self._waited = wanted, 0

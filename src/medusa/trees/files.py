@@ -105,16 +105,24 @@ def load_tree(path: str | Path) -> Tree:
     if not Path(path).is_file():
         what = f"cannot read the tree file {path}: not a file" if Path(path).exists() else f"no tree file {path}"
         raise CheckpointError(what)
-    return _tree(read_json(Path(path), CheckpointError), str(path))
+    return tree_from(read_json(Path(path), CheckpointError), str(path))
 
 
-def _tree(found: Any, source: str) -> Tree:
+def tree_from(found: Any, source: str) -> Tree:
+    """The tree that parsed JSON describes.
+
+    Args:
+        source: where it comes from, for errors.
+
+    Raises:
+        CheckpointError, InvalidTree, ConfigError: see `load_tree`.
+    """
     if isinstance(found, dict) and isinstance(found.get("dynamic"), dict):
         return DynamicTree.from_dict(found, source)
     if isinstance(found, dict) and isinstance(found.get("batches"), dict):
         trees = {}
         for batch, inner in found["batches"].items():
-            tree = _tree(inner, source)
+            tree = tree_from(inner, source)
             if not batch.isdecimal() or isinstance(tree, TreeChoice):
                 raise CheckpointError(f"{source}: batches are numbers with a tree each, got {batch!r}")
             trees[int(batch)] = tree
