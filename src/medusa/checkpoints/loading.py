@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from medusa.checkpoints.hub import Source
-from medusa.checkpoints.quantization import INT8_DYNAMIC
 from medusa.checkpoints.names import belongs_to_heads
+from medusa.checkpoints.quantization import INT8_DYNAMIC
 from medusa.checkpoints.tensors import check_tensors
 from medusa.config import CONFIG_FILE, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line

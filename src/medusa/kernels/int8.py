@@ -15,6 +15,11 @@ class Int8Linear(nn.Module):
     bit for bit for one token and for many. On a CPU.
     """
 
+    weight: Tensor  # (N, K) int8
+    scale: Tensor  # (N,) float32
+    offset: Tensor  # (N,) int32: what inputs shifted by 128 add to the products
+    bias: Tensor | None  # (N,) float32
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self._kernel = load_kernels()
@@ -22,9 +27,9 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", rounded)  # (N, K) int8
-        self.register_buffer("scale", scale)  # (N,) float32
-        self.register_buffer("offset", 128 * rounded.sum(1, dtype=torch.int32))  # (N,): what inputs shifted by 128 add
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", 128 * rounded.sum(1, dtype=torch.int32))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) bfloat16 or float32 to (..., N)
