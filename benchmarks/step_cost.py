@@ -25,11 +25,12 @@ from transformers.utils import logging
 
 from medusa import MedusaHeads, MedusaModel, MedusaTree
 from medusa.decoding import prefill, step
+from medusa.rows import DecodingOptions
 from medusa.simulation.hardware import Hardware, load_hardware
 from medusa.simulation.machine import copy_bandwidth, now
 from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import shape_of
-from medusa.state import Decodable, DecodingOptions, DecodingState
+from medusa.state import Decodable, DecodingState
 
 SHAPES = {
     "160m": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),

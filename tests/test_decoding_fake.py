@@ -13,8 +13,8 @@ from torch.nn.functional import one_hot, pad
 from medusa import DynamicTree, MedusaTree
 from medusa.decoding import decode
 from medusa.pool import Request, decode_queue, left_padded
+from medusa.rows import DecodingOptions
 from medusa.sampling import Processors, uniforms
-from medusa.state import DecodingOptions
 from medusa.trees.tensors import Drafted
 
 VOCAB, STATES, HEADS = 11, 47, 3

@@ -51,6 +51,7 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/training.md",
         "docs/evaluation.md",
         "docs/simulation.md",
+        "docs/server.md",
         "docs/serving.md",
         "docs/trees.md",
         "examples/embedded_model/README.md",
@@ -73,7 +74,15 @@ def test_modules_that_documents_name_exist(document):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/training.md", "docs/evaluation.md", "docs/simulation.md", "docs/serving.md", "docs/trees.md"],
+    [
+        "README.md",
+        "docs/training.md",
+        "docs/evaluation.md",
+        "docs/simulation.md",
+        "docs/server.md",
+        "docs/serving.md",
+        "docs/trees.md",
+    ],
 )
 def test_commands_that_documents_show_have_those_options(document):
     for line in re.findall(r"^    medusa ([^#\n]+)", (ROOT / document).read_text(), re.MULTILINE):
@@ -81,9 +90,9 @@ def test_commands_that_documents_show_have_those_options(document):
         assert all(option in help_of(line.split()[0]) for option in options), line
 
 
-@pytest.mark.parametrize("script", ["decode.py", "step_cost.py", "train.py", "recipes.py", "code_model.py"])
+@pytest.mark.parametrize("script", ["decode", "step_cost", "train", "recipes", "code_model", "grammar", "serve", "soak"])
 def test_benchmark_scripts_start(script):
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -54,7 +54,7 @@ def test_output_is_the_backbones_whatever_heads_may_say(shared, tree):
 
 def _drafts(model, prompt):
     from medusa.decoding import prefill
-    from medusa.state import DecodingOptions
+    from medusa.rows import DecodingOptions
 
     state = prefill(model, prompt, None, model.tree, DecodingOptions(max_new_tokens=8))
     assert model.heads is not None

@@ -9,7 +9,7 @@ from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import ContextOverflow
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
-from medusa.state import DecodingOptions
+from medusa.rows import DecodingOptions
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
 
 TREES = [MedusaTree([]), random_tree(seed=3, nodes=24), DynamicTree(12, 3, copied=4)]

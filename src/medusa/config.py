@@ -86,11 +86,7 @@ class MedusaConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> MedusaConfig:
-        """Read `config.json`, ignoring unknown keys, since other tools share the file.
-
-        Raises:
-            CheckpointError: the file is missing, is not a JSON object or lacks a size.
-        """
+        """Read `config.json`, ignoring unknown keys, since other tools share the file; CheckpointError if it lacks a size."""
         path = Path(folder) / CONFIG_FILE
         found = read_json_object(path)
         missing = [name for name in ("hidden_size", "vocab_size", "medusa_num_heads") if name not in found]
@@ -106,7 +102,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
     Args:
         text: its description, for `--help` and the documents.
         more: limits of its values (`least`, `above`, `most`, `below`), or its `choices`; of a tuple those of each value. For
-            the command line (`medusa.cli.common`) its `flags`, if they are not made from its name, and arguments of typer.
+            the command line (`medusa.cli.common`) its `flags`, if they are not made from its name.
     """
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
@@ -120,11 +116,8 @@ LIMITS = {
 
 
 def check_options(options: Any, of: str = "") -> None:
-    """Raise InvalidInput unless the values of a dataclass of options are finite, within their limits and among their choices.
-
-    Args:
-        of: what the options are of, for the error.
-    """
+    """Raise InvalidInput unless the values of a dataclass of options, which are `of` something, are finite, within their limits
+    and among their choices."""
     for field in dataclasses.fields(options):
         value, known = getattr(options, field.name), field.metadata.get("choices")
         name = f"{field.name}{of and f' of {of}'}"

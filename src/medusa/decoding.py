@@ -13,8 +13,9 @@ from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_exact, accept_typical
 from medusa.errors import ContextOverflow, InvalidInput
+from medusa.rows import DecodingOptions, Row
 from medusa.sampling import NodePrefixes, RowText
-from medusa.state import Decodable, DecodingOptions, DecodingState, Row, admit, room, vacant
+from medusa.state import Decodable, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 

@@ -11,6 +11,7 @@ shortlist is scored again (`medusa.shortlist`), never the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, cast
 
@@ -131,14 +132,20 @@ class MedusaHeads(nn.ModuleList):
         self._embedding: tuple[nn.Module, ...] = ()
 
     @classmethod
-    def of(
-        cls, config: MedusaConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> MedusaHeads:
+    def of(cls, config: MedusaConfig) -> MedusaHeads:
         """New heads as a configuration describes them."""
         options = {name.removeprefix("medusa_"): value for name, value in vars(config).items()}
         del options["base_model_name_or_path"]
-        heads = cls(**options, device=device, dtype=dtype)
+        heads = cls(**options)
         heads.config = config
+        return heads
+
+    @classmethod
+    def around(cls, config: MedusaConfig, tensors: Mapping[str, Tensor]) -> MedusaHeads:
+        """Heads around the tensors of their state dict, which are not copied."""
+        with torch.device("meta"):
+            heads = cls.of(config)
+        heads.load_state_dict(tensors, assign=True)
         return heads
 
     @classmethod
@@ -181,10 +188,8 @@ class MedusaHeads(nn.ModuleList):
         Args:
             embedding: the backbone's input embeddings, for heads that read tokens.
         """
-        with torch.device("meta"):
-            bound = MedusaHeads.of(self.config)
         held = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in self.state_dict().items()}
-        bound.load_state_dict(held, assign=True)
+        bound = MedusaHeads.around(self.config, held)
         rows = self.config.medusa_draft_vocabulary is not None and is_plain(lm_head)
         if self.config.medusa_shared_lm_head and (rows or self.kind == "path"):
             lm_head = frozen_linear(*linear_map(lm_head))  # some of its rows are taken, of one that is not trained here

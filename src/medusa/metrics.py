@@ -59,12 +59,8 @@ def accuracies_of(hits: Sequence[Sequence[int]], asked: Sequence[int]) -> list[l
 
 
 def path_chances(tree: MedusaTree, accuracies: Sequence[Sequence[float]]) -> dict[tuple[int, ...], float]:
-    """How often each path of a tree comes true if heads err independently: the product of its guesses' accuracies (paper
-    2.3.3); 0 where a guess's accuracy is not known.
-
-    Args:
-        accuracies: [k - 1][i]: how often exactly guess i (0-based) of head k is right.
-    """
+    """How often each path of a tree comes true if heads err independently: the product of its guesses' accuracies (see
+    `accuracies_of`; paper 2.3.3); 0 where a guess's accuracy is not known."""
     chances: dict[tuple[int, ...], float] = {(): 1.0}
     for path in tree.paths:  # parents first
         row = accuracies[len(path) - 1] if len(path) <= len(accuracies) else ()

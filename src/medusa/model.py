@@ -178,20 +178,12 @@ class MedusaModel(MedusaGenerationMixin):
         hidden = self.lm.prefill(ids, attention_mask, cache, embeds)
         return hidden, self.lm.logits(hidden)
 
-    def hidden_states(
-        self,
-        ids: Tensor,  # (B, T) long, possibly right-padded
-        segments: Tensor | None = None,  # (B, T) long: number of the text that each token belongs to; None: one per row
-    ) -> Tensor:  # (B, T, d)
-        """The last hidden state of every position, as the heads read it."""
+    def hidden_states(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """The last hidden state of every position, as the heads read it; see `TreeLM.hidden_states`."""
         return self.lm.hidden_states(ids, segments)
 
-    def logits(
-        self,
-        hidden: Tensor,  # (..., d)
-        lm_head: Any = None,  # a part of the backbone's LM head; None: all of it
-    ) -> Tensor:  # (..., V)
-        """The backbone's logits of hidden states."""
+    def logits(self, hidden: Tensor, lm_head: Any = None) -> Tensor:
+        """The backbone's logits of hidden states; see `TreeLM.logits`."""
         return self.lm.logits(hidden, lm_head)
 
     def extend(

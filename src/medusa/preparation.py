@@ -23,9 +23,10 @@ from medusa.decoding import DecodingStep, decode
 from medusa.errors import InvalidInput, MedusaError
 from medusa.grammar import Grammar, GrammarMask
 from medusa.penalties import OccurrencePenalty
+from medusa.rows import DecodingOptions, StoppingCriterion
 from medusa.sampling import TreeProcessor
 from medusa.settings import SAMPLING_KEYS, check_names, refuse, refuse_settings
-from medusa.state import Decodable, DecodingOptions, StoppingCriterion
+from medusa.state import Decodable
 from medusa.trees.files import Tree
 
 DEFAULT_MAX_NEW_TOKENS = 256

@@ -10,7 +10,7 @@ from medusa import DynamicTree, MedusaModel
 from medusa.backbone.compilation import _check
 from medusa.backbone.lm import TreeLM
 from medusa.decoding import prefill, step
-from medusa.state import DecodingOptions
+from medusa.rows import DecodingOptions
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone

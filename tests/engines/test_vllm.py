@@ -15,7 +15,7 @@ from medusa.decoding import prefill
 from medusa.engines import vllm
 from medusa.engines.vllm import MedusaProposer, draft_chain, hand_on_hidden_states, heads_for
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedEngine
-from medusa.state import DecodingOptions
+from medusa.rows import DecodingOptions
 from tiny import VOCAB, random_heads, tiny_backbone
 
 PADDING = 24  # rows that vLLM adds to the embeddings and the LM head

@@ -18,12 +18,12 @@ from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
 from medusa.generation import Collected
 from medusa.preparation import prepare
+from medusa.rows import DecodingOptions
 from medusa.sampling import Processors
 from medusa.serving.engine import Engine
 from medusa.serving.memory import pool_size, token_bytes
 from medusa.serving.requests import QueueFull, Request
 from medusa.serving.trees import PATIENCE, TreeByLoad
-from medusa.state import DecodingOptions
 from medusa.trees.files import TreeChoice
 from test_decoding_fake import FakeModel, plain, trees
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
@@ -402,6 +402,22 @@ def test_closing_finishes_or_cancels_what_there_is(model, drain):
     assert {each.reason for each in received} == ({"length"} if drain else {"cancelled"})
     with pytest.raises(QueueFull, match="shutting down"):
         engine.submit(requests[0], print)
+
+
+def test_closing_cancels_what_takes_too_long(model):
+    engine = Engine(model, slots=1, capacity=500)
+    ids = random_prompt(30, 11)[0].tolist()
+    received, begun = Received(), threading.Event()
+
+    def slow(delivery):
+        received(delivery)
+        begun.set()
+        time.sleep(0.02)
+
+    engine.submit(Request(ids, options_of(model, ids, max_new_tokens=400), tree=MedusaTree([])), slow)
+    assert begun.wait(60)
+    engine.close(drain=True, timeout=0.05)
+    assert received.wait().reason == "cancelled"
 
 
 def test_rows_step_with_the_tree_of_their_number_and_not_at_every_change():

@@ -228,14 +228,8 @@ class TreeLM:
 
     @torch.inference_mode()
     def probe(self) -> float:
-        """Compare trees of random ids with their paths; see `medusa.backbone.probe`.
-
-        Returns:
-            The noise of the model's own logits, relative to their spread.
-
-        Raises:
-            UnsupportedBackbone: tree decoding on this model would not be exact.
-        """
+        """Compare trees of random ids with their paths (`medusa.backbone.probe`); returns the noise of the model's own logits,
+        relative to their spread. UnsupportedBackbone if tree decoding would not be exact."""
         return probe(self)
 
 

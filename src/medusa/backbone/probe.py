@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from medusa.backbone.cache import TreeCache
 from medusa.errors import UnsupportedBackbone, one_line
 from medusa.trees.tensors import Frame, TreeTensors, tree_tensors
+
+if TYPE_CHECKING:
+    from medusa.backbone.lm import TreeLM
 
 # In this order few nodes have only ancestors before them, so that a wrong mask shows at most nodes.
 PARENTS = (0, 0, 0, 0, 2, 1, 3, 4, 1, 5)
@@ -26,26 +28,6 @@ LOGITS_LIMIT = 1e-5  # largest error of logits relative to their spread, if roun
 ATTEMPTS = 3
 
 Layers = list[Tensor]  # hidden states (2, 2, N, d) of the nodes after every layer: first and second tree, two rows
-
-
-class Probed(Protocol):
-    """What the probe needs from a language model; see `TreeLM`."""
-
-    backbone: nn.Module
-    decoder: nn.Module
-    attention: str
-    vocab_size: int
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def new_cache(self, capacity: int) -> TreeCache: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
-    def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: TreeCache) -> Tensor: ...
-    def verify(
-        self, ids: Tensor, tree: TreeTensors, frame: Frame, cache: TreeCache, layers: list[Tensor] | None = None
-    ) -> Tensor: ...
 
 
 class Reading(NamedTuple):
@@ -64,7 +46,7 @@ class Finding(NamedTuple):
     noise: float  # noise of the logits, relative to their spread
 
 
-def probe(lm: Probed) -> float:
+def probe(lm: TreeLM) -> float:
     """Compare two small trees of random ids, one behind the other, with their paths: hidden states after every layer, for a row
     with padding and a row without.
 
@@ -93,7 +75,7 @@ def probe(lm: Probed) -> float:
     )
 
 
-def _run(lm: Probed, seed: int) -> Finding:
+def _run(lm: TreeLM, seed: int) -> Finding:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(lm.vocab_size, (2, PROMPT + len(PARENTS)), generator=generator).to(lm.device)
     prompts, nodes = ids[:, :PROMPT], ids[:, PROMPT:]
@@ -154,7 +136,7 @@ def _readings(device: torch.device) -> list[Reading]:
     ]
 
 
-def _read_trees(lm: Probed, readings: list[Reading], prompts: Tensor, nodes: Tensor) -> list[Layers]:
+def _read_trees(lm: TreeLM, readings: list[Reading], prompts: Tensor, nodes: Tensor) -> list[Layers]:
     """Both trees under every reading, all in one batch."""
     device = lm.device
     trees = TreeTensors(*(torch.cat(tensors).repeat_interleave(2, dim=0) for tensors in zip(*(r.tree for r in readings))))
@@ -177,7 +159,7 @@ def _read_trees(lm: Probed, readings: list[Reading], prompts: Tensor, nodes: Ten
     return [[states[:, index] for states in stacked] for index in range(len(readings))]
 
 
-def _read_paths(lm: Probed, prompts: Tensor, nodes: Tensor) -> tuple[Layers, Layers]:
+def _read_paths(lm: TreeLM, prompts: Tensor, nodes: Tensor) -> tuple[Layers, Layers]:
     """The model's own readings of every path as a separate text: in one pass, and in chunks with its own cache."""
     lineages = tree_tensors(torch.tensor([PARENTS]), DEPTH).lineage[0]
     leaves = sorted(set(range(len(PARENTS))) - set(PARENTS))

@@ -101,11 +101,7 @@ def classify(
     min_length_counts_padding: bool = False,  # it was made from min_new_tokens and the padded length
     own: Sequence[TreeProcessor] = (),  # our own, applied before the warpers
 ) -> Processors:
-    """Mark each processor with what it reads.
-
-    Raises:
-        InvalidInput: a processor, which is named, depends on more than the tokens and scores of a path.
-    """
+    """Mark each processor with what it reads; InvalidInput, which names it, for one that depends on more than a path."""
     steps: list[tuple[LogitsProcessor | TreeProcessor, Reads]] = []
     for processor in processors:
         kind = type(processor)

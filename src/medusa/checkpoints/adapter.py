@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
@@ -27,7 +28,8 @@ def attach_adapter(backbone: PreTrainedModel, rank: int, alpha: int, dropout: fl
     peft = require("peft", "train", "an adapter")
     if getattr(backbone, "peft_config", None):
         raise InvalidInput("the backbone already has an adapter; merge it first (peft: merge_and_unload)")
-    targets = [name for name, module in backbone.named_modules() if _is_linear(module)]
+    linear = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are of the first kind, GPT-2's of the second
+    targets = [name for name, module in backbone.named_modules() if isinstance(module, linear)]
     _untie(backbone)
     backbone.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
     for name, parameter in backbone.named_parameters():
@@ -51,19 +53,16 @@ def adapted_model(folder: Path) -> str | None:
 
 
 def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
-    """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding.
-
-    A quantised or offloaded backbone keeps the adapter separate.
-
-    Raises:
-        CheckpointError: the adapter is broken, or made for another model.
-    """
+    """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding; a quantised or
+    offloaded backbone keeps it separate. CheckpointError if it is broken, or made for another model."""
     peft = require("peft", "train", "an adapter")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
         tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-        if any(name.startswith(_names_of_ends(backbone)) for name in tensors):
+        ends = backbone.get_input_embeddings(), backbone.get_output_embeddings()  # which may share a matrix
+        names = tuple(f"{name}." for name, module in backbone.named_modules() if module in ends)
+        if any(name.startswith(names) for name in tensors):
             _untie(backbone)
         peft.inject_adapter_in_model(config, backbone)
         if is_offloaded(backbone):
@@ -138,12 +137,6 @@ def _bring_adapter(backbone: PreTrainedModel) -> None:
                     layer.to_empty(device=device_of(module.get_base_layer()))
 
 
-def _names_of_ends(backbone: PreTrainedModel) -> tuple[str, ...]:
-    """Prefixes of the tensor names of the embedding and the LM head, which may share a matrix."""
-    ends = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
-    return tuple(f"{name}." for name, module in backbone.named_modules() if module in ends)
-
-
 def _untie(backbone: PreTrainedModel) -> None:
     """Give an LM head that shares the embedding's matrix its own copy: an adapter on one must not change the other."""
     lm_head: Any = backbone.get_output_embeddings()
@@ -158,8 +151,3 @@ def _untie(backbone: PreTrainedModel) -> None:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     backbone.config.get_text_config(decoder=True).tie_word_embeddings = False
     backbone.config.tie_word_embeddings = False
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is an nn.Linear, one of bitsandbytes' quantised layers or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

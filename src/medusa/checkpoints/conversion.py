@@ -26,17 +26,17 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
         to: one of `writer.FORMATS`; `merged` is the whole model, with the adapter of Medusa-2 added to its weights.
         backbone: folder or hub id; default: the source if it holds a backbone, otherwise the one its configuration names.
         kwargs: options for loading the backbone, if it has to be loaded (`trust_remote_code`).
-
-    Raises:
-        InvalidInput, CheckpointError: see `write_checkpoint`.
     """
     output = Path(output)
     check_request(output, to)
     path = Path(source) if Path(source).is_file() else find_heads(source)
     folder = path.parent if path.is_file() else path
     checkpoint = open_checkpoint(path)
-    alone = not _is_model(folder)
-    base_model = backbone or (checkpoint.base_model if alone else str(source if path.is_file() else find_model(source)))
+    config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {"model_type": "medusa"}
+    alone = config.get("model_type") == "medusa" or not any((folder / name).is_file() for name in MODEL_FILES)  # no backbone
+    base_model = backbone or (
+        checkpoint.config.base_model_name_or_path if alone else str(source if path.is_file() else find_model(source))
+    )
     needs_lm_head = wants_lm_head(checkpoint.config.medusa_shared_lm_head, to)
     base = None
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
@@ -78,10 +78,3 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
         lm_head = loaded().get_output_embeddings() if needs_lm_head else None
         write_checkpoint(heads, output, to, base_model, lm_head, base.folder if base is not None else None, beside)
     return open_checkpoint(output)
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether a folder holds a backbone: a model's files, and a configuration that is not just for heads."""
-    if not (folder / CONFIG_FILE).is_file() or not any((folder / name).is_file() for name in MODEL_FILES):
-        return False
-    return read_json_object(folder / CONFIG_FILE).get("model_type") != "medusa"

@@ -95,8 +95,7 @@ def local_model(name: str | Path) -> Source | None:
         package = importlib.util.find_spec(SMOLLM2_PACKAGE)  # found, not imported
         folders = (package and package.submodule_search_locations) or ()
         files = [file for folder in folders for file in _gguf_files(Path(folder))]
-        heads = DEFAULT_HEADS
-        return Source(files[0].parent, files[0].name, heads, SMOLLM2) if files else None
+        return Source(files[0].parent, files[0].name, DEFAULT_HEADS, SMOLLM2) if files else None
     if path.suffix == GGUF and path.parent.is_dir():
         if not path.is_file():
             raise CheckpointError(f"no file {path.name} in {path.parent}; its GGUF files: {_names(_gguf_files(path.parent))}")

@@ -66,7 +66,9 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
                 folder, dtype=dtype or "auto", output_loading_info=True, **options
             )
     except Exception as error:  # transformers, its config classes and remote code raise errors of many kinds
-        _name_broken_weights(folder)
+        weights = next((folder / name for name in MODEL_FILES if (folder / name).exists()), None)
+        if weights is not None:
+            check_tensors(weights)  # names the file if it is broken
         raise CheckpointError(f"cannot load a causal language model from {source}: {one_line(error)}") from error
     if source.name is not None or source.gguf_file is not None:
         backbone.config._name_or_path = str(source)  # transformers sets the model that a GGUF file was made from
@@ -113,13 +115,6 @@ def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:
                 read_text(file, CheckpointError)
         held = ", ".join(file.name for file in files) or "which has no tokenizer files"
         raise CheckpointError(f"cannot load a tokenizer from {source} ({held}): {one_line(error)}") from error
-
-
-def _name_broken_weights(folder: Path) -> None:
-    """Raise a CheckpointError naming the file if one of a model's weight files is broken."""
-    file = next((folder / name for name in MODEL_FILES if (folder / name).exists()), None)
-    if file is not None:
-        check_tensors(file)
 
 
 def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:

@@ -23,11 +23,7 @@ CARD = """\
 
 
 def card_of_heads(config: MedusaConfig, method: str = "Medusa", merged: bool = False) -> str:
-    """A model card's beginning: what the heads are and how to load them. Training appends its measurements.
-
-    Args:
-        merged: whether the folder holds the backbone too.
-    """
+    """The beginning of the card of heads, or, if `merged`, of a model that holds them; training appends its measurements."""
     base_model, num_layers = config.base_model_name_or_path, config.medusa_num_layers
     on_hub = base_model if base_model and not Path(base_model).is_dir() else None  # the hub takes only its own ids
     metadata = ModelCardData(

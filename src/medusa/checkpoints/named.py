@@ -29,29 +29,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def load_model(
-    model: str,
-    heads: str | None = None,
-    tree: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
+    model: str,  # a folder, GGUF file, hub id, `smollm2` or `embedded`
+    heads: str | None = None,  # folder or hub id of the heads; None: those beside the backbone
+    tree: str | None = None,  # see `find_tree`; None: the one beside the heads
+    dtype: str | None = None,  # bfloat16, float16 or float32; None: the backbone's own
+    device: str | None = None,  # None: a GPU if there is one, else the CPU
     trust_remote_code: bool = False,
-    quantization: str = "none",
-    heads_wanted: bool = True,
+    quantization: str = "none",  # none, nf4 or int8
+    heads_wanted: bool = True,  # whether a model without heads is refused; otherwise it decodes plainly
 ) -> MedusaModel:
-    """The Medusa model of these names, on its device.
-
-    Args:
-        model: a folder, GGUF file, hub id, `smollm2` or `embedded`.
-        heads: folder or hub id of the heads; None: those beside the backbone.
-        tree: see `find_tree`; None: the one beside the heads.
-        dtype: bfloat16, float16 or float32; None: the backbone's own.
-        device: None: a GPU if there is one, else the CPU.
-        quantization: none, nf4 or int8.
-        heads_wanted: whether a model without heads is refused; otherwise it decodes plainly.
-
-    Raises:
-        MedusaError: something named is missing, broken or does not fit together.
-    """
+    """The Medusa model of these names, on its device; MedusaError if something is missing, broken or does not fit together."""
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
     options = backbone_options(dtype, device, trust_remote_code, quantization)
@@ -63,9 +50,7 @@ def load_model(
         return MedusaModel.from_pretrained(source, heads=heads, tree=found, **options)
 
 
-def load_backbone(
-    model: str, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False, quantization: str = "none"
-) -> Any:
+def load_backbone(model: str, dtype: str | None, device: str | None, trust_remote_code: bool, quantization: str) -> Any:
     """The backbone alone; the arguments are those of `load_model`."""
     options = backbone_options(dtype, device, trust_remote_code, quantization)
     return loading.load_backbone(find_model(model, code=trust_remote_code), **options)
@@ -115,14 +100,8 @@ def device_named(name: str | None) -> str:
 
 
 def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
-    """Whether decoding is plain, without heads; nothing is loaded to find out.
-
-    Args:
-        plainly: whether decoding without heads is allowed.
-
-    Raises:
-        InvalidInput: heads are named or needed, but there are none.
-    """
+    """Whether decoding is plain, without heads, which must be allowed (`plainly`); nothing is loaded to find out. InvalidInput
+    if heads are named or needed, and there are none."""
     if has_heads(find_heads(heads if heads is not None else model)):
         return False
     if plainly and heads is None:
@@ -133,44 +112,31 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
     )
 
 
-def max_length_named(model: str, trust_remote_code: bool = False) -> int | None:
-    """The maximum length of a text for a model, in tokens, from its config; None if the config does not state it."""
-    return max_length_of(loading.load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code))
-
-
 def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:
-    """Refuse a prompt that is too long before the model is loaded; a GGUF file's config takes too long to read for that.
-
-    Raises:
-        ContextOverflow: prompt and new tokens do not fit.
-    """
-    if find_model(model, code=trust_remote_code).gguf_file is None:
-        check_length(prompt_tokens, max_new_tokens, max_length_named(model, trust_remote_code), "--max-new-tokens")
+    """Refuse a prompt that is too long before the model is loaded; a GGUF file's config takes too long to read for that."""
+    source = find_model(model, code=trust_remote_code)
+    if source.gguf_file is None:
+        config = loading.load_config(source, trust_remote_code=trust_remote_code)
+        check_length(prompt_tokens, max_new_tokens, max_length_of(config), "--max-new-tokens")
 
 
 def note_advice_on_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> None:
     """Note that the tree of a model loaded from these names is, or may be slower than, plain decoding, if nobody chose it."""
-    if (advice := _advice_on_tree(medusa, model, heads, tree)) is not None:
-        note(advice)
-
-
-def _advice_on_tree(medusa: MedusaModel, model: str, heads: str | None, tree: str | None) -> str | None:
     if medusa.heads is None or tree is not None:
-        return None
+        return
     folder, nodes = find_heads(heads if heads is not None else model), len(medusa.tree)
     tuned = _made_with(folder / "tuning.json")
     dtype = str(medusa.backbone.dtype).removeprefix("torch.")
     command = "`medusa tune` finds the fastest on this machine"
     if nodes == 1:
         why = ", as medusa tune chose: no tree paid" if tuned else ""
-        return f"the tree of these heads is the root alone{why}. This is plain decoding; heads trained for longer may pay"
-    if not (folder / TREE_FILE).is_file():
-        return f"these heads have no tree file: a dynamic tree of {nodes} nodes, maybe slower than --tree root; {command}"
-    if tuned and tuned.get("dtype") not in (None, dtype):
-        return f"the tree of these heads was tuned in {tuned['dtype']} and runs in {dtype} now, maybe slower than --tree root"
-    if not tuned and heads is not None:
-        return f"the tree of these heads, {nodes} nodes, is not tuned, maybe slower than --tree root; {command}"
-    return None
+        note(f"the tree of these heads is the root alone{why}. This is plain decoding; heads trained for longer may pay")
+    elif not (folder / TREE_FILE).is_file():
+        note(f"these heads have no tree file: a dynamic tree of {nodes} nodes, maybe slower than --tree root; {command}")
+    elif tuned and tuned.get("dtype") not in (None, dtype):
+        note(f"the tree of these heads was tuned in {tuned['dtype']} and runs in {dtype} now, maybe slower than --tree root")
+    elif not tuned and heads is not None:
+        note(f"the tree of these heads, {nodes} nodes, is not tuned, maybe slower than --tree root; {command}")
 
 
 def _made_with(file: Path) -> dict[str, Any]:

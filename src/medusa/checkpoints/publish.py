@@ -35,10 +35,8 @@ def push_to_hub(
     if not (folder / CARD_FILE).is_file():
         merged = checkpoint.format in ("merged", "modelopt")
         write_text(folder / CARD_FILE, card_of_heads(checkpoint.config, merged=merged))
-    if checkpoint.base_model and Path(checkpoint.base_model).is_dir():
-        warnings.warn(
-            f"{folder} names the local folder {checkpoint.base_model} as its backbone, which others do not have", stacklevel=2
-        )
+    if (base := checkpoint.config.base_model_name_or_path) and Path(base).is_dir():
+        warnings.warn(f"{folder} names the local folder {base} as its backbone, which others do not have", stacklevel=2)
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)

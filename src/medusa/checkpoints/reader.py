@@ -39,33 +39,19 @@ class Checkpoint:
     def num_heads(self) -> int:
         return self.config.medusa_num_heads
 
-    @property
-    def base_model(self) -> str | None:
-        return self.config.base_model_name_or_path
-
     def heads(self, dtype: torch.dtype | None = None, vocab_size: int | None = None) -> MedusaHeads:
-        """Build the heads around the tensors, without copying them.
-
-        Args:
-            dtype: dtype of the heads; default: the tensors' own.
-            vocab_size: size of the backbone's vocabulary, for heads that share its LM head and do not state it.
-
-        Raises:
-            CheckpointError: the vocabulary size is unknown.
-        """
+        """Build the heads around the tensors, without copying them, in a dtype (default: their own); `vocab_size` is the
+        backbone's, for heads that share its LM head and do not state it. CheckpointError if it is unknown."""
         vocab_size = self.vocab_size or vocab_size
         if vocab_size is None:
             raise CheckpointError(
                 f"{self.source} shares the backbone's LM head and has no {CONFIG_FILE} that gives vocab_size; name the backbone"
             )
-        with torch.device("meta"):
-            heads = MedusaHeads.of(dataclasses.replace(self.config, vocab_size=vocab_size))
         # Of several dtypes, the one that can represent all: nothing is rounded.
         floats = [tensor.dtype for name, tensor in self.tensors.items() if name != TOKEN_MAP]
         dtype = dtype or functools.reduce(torch.promote_types, floats)
         held = {name: tensor.to(torch.long if name == TOKEN_MAP else dtype) for name, tensor in self.tensors.items()}
-        heads.load_state_dict(held, assign=True)
-        return heads
+        return MedusaHeads.around(dataclasses.replace(self.config, vocab_size=vocab_size), held)
 
 
 def has_heads(folder: Path) -> bool:
@@ -74,11 +60,7 @@ def has_heads(folder: Path) -> bool:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Find and memory-map the heads of any format in a folder or file.
-
-    Raises:
-        CheckpointError: there are no heads, a file is broken or contains code, or the tensors do not form heads.
-    """
+    """Find and memory-map the heads of any format in a folder or file; CheckpointError if there are none that can be read."""
     path = Path(path)
     if path.is_file():
         file, folder = path, path.parent
@@ -100,14 +82,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_heads(folder: str | Path, dtype: torch.dtype | None = None, backbone: str | Path | None = None) -> MedusaHeads:
-    """Load heads from a folder or file of any format; the tensors determine the numbers of heads and layers.
+    """Load heads from a folder or file of any format; CheckpointError if there are none that can be read.
 
-    Args:
-        dtype: dtype of the heads; default: the tensors' own.
-        backbone: folder of the backbone, whose config gives the vocabulary size if the heads' does not.
-
-    Raises:
-        CheckpointError: see `open_checkpoint`.
+    The tensors determine the numbers of heads and layers, and, if it is not given, the dtype. The config of the backbone's
+    folder gives the vocabulary size if the heads' own does not.
     """
     checkpoint = open_checkpoint(folder)
     for note in checkpoint.notes:

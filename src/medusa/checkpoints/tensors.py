@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa.checkpoints.names import TOKEN_MAPS
 from medusa.config import INDEX, read_json_object
-from medusa.errors import CheckpointError, one_line
+from medusa.errors import CheckpointError, InvalidInput, one_line
+from medusa.runs.files import whole
 
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64}  # for token ids
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,12 +51,8 @@ def tensor_sizes(path: Path) -> dict[str, int]:
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a file, or of an index of shards, whose names are wanted; memory-mapped, so pages are read when used.
-
-    Raises:
-        CheckpointError: a file is broken or truncated, a shard or tensor named in the index is missing, a tensor is not of
-            floats, or a pickle contains code.
-    """
+    """The wanted tensors of a file, or of an index of shards, memory-mapped, so that pages are read when used; CheckpointError
+    if a file is broken, something is missing, a tensor is not of floats, or a pickle contains code."""
     if not path.name.endswith(INDEX):
         return _mapped(path, wanted) if path.suffix == ".safetensors" else _pickled(path, wanted)
     shards: dict[str, list[str]] = {}
@@ -72,6 +70,15 @@ def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]
                 raise CheckpointError(f"{path} says that {name} is in {shard}, and it is not; copy both again")
         found |= tensors
     return found
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors that no two names share; the file is complete or absent. InvalidInput if it cannot be written."""
+    try:
+        with whole(path) as partial:
+            save_file(tensors, partial)
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"cannot write {path}: {one_line(error)}; make room and run the same command again") from None
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,11 +29,7 @@ NOT_BESIDE = ("*" + INDEX, TREE_FILE, "adapter_config.json", "training.json", "r
 
 
 def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:
-    """Write `medusa_lm_head.safetensors` and its `config.json`, each atomically.
-
-    Args:
-        config: whether to write `config.json`; False if the folder already has the backbone's.
-    """
+    """Write `medusa_lm_head.safetensors` and, unless the folder has the backbone's, its `config.json`, each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _save(heads.state_dict(), folder / HEADS_FILE)
@@ -114,7 +109,8 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
             raise CheckpointError(
                 f"{to} has no draft vocabulary, and these heads have LM heads of {heads.scored} tokens; write medusa or merged"
             )
-        heads = _without_draft_vocabulary(heads)
+        held = {name: tensor for name, tensor in heads.state_dict().items() if name != TOKEN_MAP}
+        heads = MedusaHeads.around(dataclasses.replace(heads.config, medusa_draft_vocabulary=None), held)  # they score all
     if not wants_lm_head(heads.config.medusa_shared_lm_head, to):
         if to in ("v0.1", "vllm") and heads.config.medusa_lm_head_bias:
             raise CheckpointError(f"{to} has no bias on LM heads, these have one; write medusa or merged")
@@ -135,19 +131,7 @@ def _fit(heads: MedusaHeads, to: str, lm_head: nn.Module | None) -> MedusaHeads:
         own = {name.removeprefix(place): held.pop(name) for name in list(held) if name.startswith(place)}
         if own.keys() != theirs.keys() or not all(torch.equal(own[name], theirs[name]) for name in own):
             raise CheckpointError(f"v2 heads predict through the backbone's LM head; head {k + 1} has another; write v0.1")
-    with torch.device("meta"):
-        fitted = MedusaHeads.of(dataclasses.replace(heads.config, medusa_shared_lm_head=to == "v2"))
-    fitted.load_state_dict(held, assign=True)
-    return fitted
-
-
-def _without_draft_vocabulary(heads: MedusaHeads) -> MedusaHeads:
-    """A copy of heads that share the LM head, without their draft vocabulary: they score all tokens."""
-    with torch.device("meta"):
-        whole = MedusaHeads.of(dataclasses.replace(heads.config, medusa_draft_vocabulary=None))
-    held = {name: tensor for name, tensor in heads.state_dict().items() if name != TOKEN_MAP}
-    whole.load_state_dict(held, assign=True)
-    return whole
+    return MedusaHeads.around(dataclasses.replace(heads.config, medusa_shared_lm_head=to == "v2"), held)
 
 
 def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_head: nn.Module | None) -> None:
@@ -158,7 +142,7 @@ def _write_vllm(heads: MedusaHeads, folder: Path, base_model: str | None, lm_hea
         assert lm_head is not None
         tensors[ONE_LM_HEAD] = _parameters(lm_head, heads)["weight"]
     _save(tensors, folder / SAFETENSORS)
-    found: dict[str, Any] = {
+    found = {
         "model_type": "medusa",
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
@@ -212,9 +196,8 @@ def _write_merged(heads: MedusaHeads, folder: Path, backbone: Path) -> None:
 def _check(heads: MedusaHeads, folder: Path, lm_head: nn.Module | None) -> None:
     """Read the heads back: every tensor must be bit-identical."""
     found, wanted = open_checkpoint(folder), _on_cpu(heads.state_dict())
-    if (
-        lm_head is not None and heads.config.medusa_shared_lm_head and not found.config.medusa_shared_lm_head
-    ):  # vLLM's copy of it
+    copied = heads.config.medusa_shared_lm_head and not found.config.medusa_shared_lm_head
+    if lm_head is not None and copied:  # as vLLM's format has it
         wanted |= {f"{k}.{heads.num_layers}.weight": _parameters(lm_head, heads)["weight"] for k in range(len(heads))}
     assert found.notes == () and found.tensors.keys() == wanted.keys(), found.notes
     for name, tensor in wanted.items():

@@ -140,7 +140,7 @@ def _parameter(field: Field, kind: Any, default: Any, unset: bool) -> inspect.Pa
         text, flags, choices = about["help"], about.get("flags", ()), about.get("choices")
         flag = f"--{field.name.replace('_', '-')}"
         if kind is bool:
-            flags = flags or ((f"{flag}/--no-{flag[2:]}" if unset else flag),)
+            flags = flags or ((f"{flag}/--no-{flag[2:]}" if unset or default else flag),)
         if isinstance(default, tuple):
             (inner, _), default = typing.get_args(kind), None
             kind = list[StrEnum("Choice", {each: each for each in choices}) if choices else inner] | None  # type: ignore[misc]

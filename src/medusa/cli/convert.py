@@ -51,7 +51,7 @@ def convert_command(
         "format": to,
         "num_heads": written.num_heads,
         "num_layers": written.config.medusa_num_layers,
-        "base_model": written.base_model,
+        "base_model": written.config.base_model_name_or_path,
     }
     if push_to_hub is not None:
         record["published"] = publish.push_to_hub(output, push_to_hub, private or None)

@@ -84,11 +84,7 @@ def demo_command(
 
 @dataclass(frozen=True)
 class _Demo:
-    """The model, and the prompts as texts and as token ids (1, P).
-
-    Attributes:
-        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-    """
+    """The model, and the prompts as texts and as token ids (1, P)."""
 
     name: str
     model: MedusaModel
@@ -96,7 +92,7 @@ class _Demo:
     is_chat: bool
     texts: list[str]
     batches: list[Tensor]
-    limits: dict[str, Any]
+    limits: dict[str, Any]  # options of every decoder: `max_new_tokens`, and the ids that end an answer
 
 
 def _load(
@@ -218,14 +214,11 @@ def _measure(demo: _Demo, compile: bool) -> dict[str, Any]:
     with progress("Measuring", len(batches) * len(decoders), "runs", leave=False) as bar:
         results = compare_decoders(decoders, batches, warmup=0, on_progress=bar.update)
     generate, plain, medusa = (results[name] for name in decoders)
+    gains = {"acceleration_rate": medusa.acceleration_rate, "overhead": float(overhead(medusa.totals(), plain.totals()))}
     return {
         "generate": {"tokens_per_second": generate.tokens_per_second},
         "plain": {"tokens_per_second": plain.tokens_per_second},
-        "medusa": {
-            "tokens_per_second": medusa.tokens_per_second,
-            "acceleration_rate": medusa.acceleration_rate,
-            "overhead": float(overhead(medusa.totals(), plain.totals())),
-        },
+        "medusa": {"tokens_per_second": medusa.tokens_per_second, **gains},
         "speedup_vs_generate": medusa.tokens_per_second / generate.tokens_per_second,
         "speedup_vs_plain": medusa.tokens_per_second / plain.tokens_per_second,
         "identical": generate.outputs == plain.outputs == medusa.outputs,
@@ -253,6 +246,25 @@ def _identical_in_float32(demo: _Demo, tree: str | None, identical: bool, **opti
         return len({str(decode(demo.batches[0]).tokens) for decode in decoders}) == 1
 
 
+def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables: list[Any]) -> None:
+    """Save both runs at the moment when Medusa had finished, and the speeds, as SVG."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table.grid(expand=True)
+    for _ in recorded:
+        grid.add_column(ratio=1)
+    end = recorded["medusa"].steps[-1][0]
+    grid.add_row(*(_panel(tokenizer, name, recording, end) for name, recording in recorded.items()))
+    screen = Console(record=True, width=150, file=io.StringIO())
+    screen.print(grid)
+    screen.print(*tables)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    screen.save_svg(str(path), title="medusa demo")
+
+
 def _panel(tokenizer, name: str, recording: _Recording, at: float):
     """The text that a run had emitted at a time in seconds, coloured by step."""
     from rich.panel import Panel
@@ -260,37 +272,11 @@ def _panel(tokenizer, name: str, recording: _Recording, at: float):
 
     from medusa.text import Detokenizer
 
-    detokenizer = Detokenizer(tokenizer, recording.prompt)
-    text, shown, tokens = Text(), 0, 0
-    for number, (when, step) in enumerate(recording.steps):
-        if when > at:
-            break
+    detokenizer, text = Detokenizer(tokenizer, recording.prompt), Text()
+    shown = [step for when, step in recording.steps if when <= at]
+    for number, step in enumerate(shown):
         text.append(detokenizer.put(step), style=COLOURS[number % len(COLOURS)])
-        shown, tokens = number + 1, tokens + len(step)
-    return Panel(text, title=name, subtitle=f"{tokens} tokens in {shown} steps", height=None)
-
-
-def _side_by_side(tokenizer, recorded: dict[str, _Recording], at: float):
-    from rich.table import Table
-
-    grid = Table.grid(expand=True)
-    for _ in recorded:
-        grid.add_column(ratio=1)
-    grid.add_row(*(_panel(tokenizer, name, recording, at) for name, recording in recorded.items()))
-    return grid
-
-
-def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables: list[Any]) -> None:
-    """Save both runs at the moment when Medusa had finished, and the speeds, as SVG."""
-    import io
-
-    from rich.console import Console
-
-    screen = Console(record=True, width=150, file=io.StringIO())
-    screen.print(_side_by_side(tokenizer, recorded, recorded["medusa"].steps[-1][0]))
-    screen.print(*tables)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    screen.save_svg(str(path), title="medusa demo")
+    return Panel(text, title=name, subtitle=f"{sum(map(len, shown))} tokens in {len(shown)} steps", height=None)
 
 
 def _table(
@@ -304,16 +290,9 @@ def _table(
     rows = []
     base = record["generate"]["tokens_per_second"]
     for name, label in (("generate", "transformers generate"), ("plain", "our plain loop"), ("medusa", "Medusa")):
-        part = record[name]
-        rows.append(
-            [
-                label,
-                f"{part['tokens_per_second']:.1f}",
-                f"{part['acceleration_rate']:.2f}" if "acceleration_rate" in part else "1.00",
-                f"{part['overhead']:.2f}" if "overhead" in part else "",
-                f"{part['tokens_per_second'] / base:.2f}x",
-            ]
-        )
+        speed, rate, overhead = (record[name].get(key) for key in ("tokens_per_second", "acceleration_rate", "overhead"))
+        cells = [f"{speed:.1f}", f"{rate or 1:.2f}", "" if overhead is None else f"{overhead:.2f}", f"{speed / base:.2f}x"]
+        rows.append([label, *cells])
     caption = f"identical output: {'yes' if record['identical'] else 'no: rounding in this dtype breaks ties differently'}"
     if "identical_float32" in record:
         caption += f"\nidentical output in float32: {'yes' if record['identical_float32'] else 'NO'}"

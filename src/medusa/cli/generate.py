@@ -79,12 +79,7 @@ def _grammar(tokenizer: Any, json_schema: Path | None, regex: str | None, choice
 
 
 def _generate(medusa: MedusaModel, tokenizer: Any, ids: Tensor, show: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Continue token ids (1, P), and return the record that --json prints.
-
-    Args:
-        show: whether to write the text to stdout as it is generated.
-        options: options of `MedusaModel.stream`.
-    """
+    """Continue token ids (1, P), showing the text as it is generated if wanted, and return the record that --json prints."""
     from medusa.generation import Collected
     from medusa.text import Detokenizer
 

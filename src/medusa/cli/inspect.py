@@ -94,7 +94,7 @@ def heads_facts(found: Checkpoint) -> dict[str, Any]:
         "tied_blocks": found.tied_blocks,
         "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
         "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})),
-        "base_model": found.base_model,
+        "base_model": config.base_model_name_or_path,
         "notes": list(found.notes),
     }
 
@@ -118,14 +118,12 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     except CheckpointError:  # the model has its own code, which is not run here
         return {"model": str(source), "architecture": kind}
     tokenizer = source.folder / "tokenizer_config.json"
+    fields = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "attention_heads": "num_attention_heads"}
+    fields |= {"key_value_heads": "num_key_value_heads", "vocab_size": "vocab_size"}
     return {
         "model": str(source),
         "architecture": kind,
-        "num_layers": getattr(config, "num_hidden_layers", None),
-        "hidden_size": getattr(config, "hidden_size", None),
-        "attention_heads": getattr(config, "num_attention_heads", None),
-        "key_value_heads": getattr(config, "num_key_value_heads", None),
-        "vocab_size": getattr(config, "vocab_size", None),
+        **{name: getattr(config, field, None) for name, field in fields.items()},
         "context": max_length_of(config),
         "parameters": sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights) or None,
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,

@@ -30,10 +30,6 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def refuse_prompt_as_model(model: str, remedy: str) -> None:
-    """Refuse a text in place of the model.
-
-    Args:
-        remedy: how to give a prompt.
-    """
+    """Refuse a text in place of the model; the remedy says how to give a prompt."""
     if any(character.isspace() for character in model.strip()) and not Path(model).exists():
         raise InvalidInput(f"{model[:60]!r} is in the place of the model, but looks like a prompt; {remedy}")

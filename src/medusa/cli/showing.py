@@ -42,22 +42,11 @@ def console(stderr: bool = False) -> Console:
     return found if found.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=UNCUT)
 
 
-def print_table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    title: str = "",
-    caption: str = "",
-    keys: int = 1,
-    bold: Collection[int] = (),
-) -> None:
-    """Print a table on stdout. Columns that do not fit follow in another table below, beside the same key columns.
-
-    Args:
-        keys: number of key columns, which say what a row is about; the columns to their right hold figures.
-        bold: numbers of the rows in bold.
-    """
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", **options: Any) -> None:
+    """Print a table on stdout. Columns that do not fit follow in another table below, beside the same key columns; for the
+    options see `tables`."""
     out = console()
-    for table in tables(out.width, header, rows, title, caption, keys, bold):
+    for table in tables(out.width, header, rows, title, **options):
         out.print(table)
 
 
@@ -67,8 +56,8 @@ def tables(
     rows: Sequence[Sequence[str]],
     title: str = "",
     caption: str = "",
-    keys: int = 1,
-    bold: Collection[int] = (),
+    keys: int = 1,  # number of key columns, which say what a row is about; the columns to their right hold figures
+    bold: Collection[int] = (),  # numbers of the rows in bold
 ) -> list[Any]:
     """The tables that `print_table` prints, each at most `width` characters wide if its widest figure allows it."""
     from rich.cells import cell_len

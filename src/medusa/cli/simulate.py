@@ -126,11 +126,8 @@ def draw_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> 
 
 
 def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, acceleration: Acceleration, as_json: bool) -> None:
-    """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off.
-
-    Args:
-        names: names of the model, the hardware and the source of the acceleration rates.
-    """
+    """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off. `names` are those
+    of the model, the hardware and the source of the acceleration rates."""
     from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
 
@@ -193,18 +190,12 @@ def show_paper_table(number: int, machine: Any, as_json: bool) -> None:
     """Print the predicted cells of a table of the paper."""
     from medusa.simulation.roofline import paper_table
 
-    show_rows(
-        [
-            {
-                "row": cell.length if number == 6 else cell.batch,
-                "candidates": cell.candidates,
-                "tflops": cell.predicted / 1e12,
-                "operational_intensity": cell.intensity,
-            }
-            for cell in paper_table(number, machine)
-        ],
-        as_json,
+    names = ("row", "candidates", "tflops", "operational_intensity")
+    cells = (
+        (cell.length if number == 6 else cell.batch, cell.candidates, cell.predicted / 1e12, cell.intensity)
+        for cell in paper_table(number, machine)
     )
+    show_rows([dict(zip(names, cell, strict=True)) for cell in cells], as_json)
 
 
 def show_roofline(setting: Setting, grid: Grid, as_json: bool) -> None:

@@ -78,16 +78,12 @@ def print_training_options(method: str) -> None:
             choices = typing.get_args(HINTS[name]) if typing.get_origin(HINTS[name]) is typing.Literal else ()
             shown = f"{'|'.join(choices)}: " if choices else ""
             flag = f"--{name.replace('_', '-')}"
-            grid.add_row(flag, _shown(getattr(values, name)), Text(shown + FIELDS[name].metadata["help"]))
+            value = getattr(values, name)
+            words = {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else f"{value}"
+            grid.add_row(flag, f"{value:g}" if isinstance(value, float) else words, Text(shown + FIELDS[name].metadata["help"]))
         out.print(Text(f"\n {title}", style="dim"))
         out.print(Padding(grid, (0, 0, 0, 1)))
     out.print()
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "yes" if value else "no" if value is False else "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @common.with_options(TrainingConfig, unset=True)  # shown by print_training_options
@@ -151,11 +147,8 @@ def _show(trained: Trained, as_json: bool) -> None:
 
 
 def show_rows(count: int, model: str, data: list[str], **options: Any) -> None:
-    """Print the first rows as the model will see them, with the labelled tokens in colour and the others dim.
-
-    Args:
-        options: see `training_rows`.
-    """
+    """Print the first rows as the model will see them (see `training_rows`), with the labelled tokens in colour, the others
+    dim."""
     from itertools import islice
 
     from rich.console import Console

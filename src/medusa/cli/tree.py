@@ -80,14 +80,14 @@ def tree_command(
     **options: Any,
 ) -> None:
     """Search for, build or read a tree; show, draw and save it. --accuracies or --calibration gives its expected gain."""
+    from medusa.trees.files import presets, save_tree
+
     wanted = common.take(Wanted, options)
     if wanted.preset == "list":
-        list_presets(as_json)
+        print(json.dumps(presets()) if as_json else "\n".join(f"{name:28}{heads}" for name, heads in presets().items()))
         return
     if accuracies is not None and calibration is not None:
         raise InvalidInput("give --accuracies or --calibration, not both")
-    from medusa.trees.files import save_tree
-
     search, chances_of = statistics(accuracies, calibration)
     tree = wanted.tree(file, search)
     marked, chances = draw_static(tree, chances_of, draw, mark)
@@ -116,7 +116,8 @@ def draw_static(
         if draw is not None or mark:
             raise InvalidInput("only a static tree can be drawn: a dynamic one changes at every step, a choice holds several")
         return (), None
-    marked = tuple(mark) if mark else first_guesses(tree)
+    first_guesses = max((path for path in tree.paths if not any(path)), default=(), key=len)
+    marked = tuple(mark) if mark else first_guesses
     if marked and marked not in tree.paths:
         raise InvalidInput(f"the tree has no path {list(marked)} to --mark")
     chances = chances_of(tree) if chances_of is not None else None
@@ -153,21 +154,6 @@ def read_accuracies(file: Path) -> list[list[float]]:
         raise InvalidInput(f'{file} holds no accuracies, expected {{"accuracies": [[a_1 of head 1, a_2, …], …]}}')
     check_accuracies(found["accuracies"])
     return found["accuracies"]
-
-
-def list_presets(as_json: bool) -> None:
-    from medusa.trees.files import presets
-
-    if as_json:
-        print(json.dumps(presets()))
-        return
-    for name, heads in presets().items():
-        print(f"{name:28}{heads}")
-
-
-def first_guesses(tree: MedusaTree) -> tuple[int, ...]:
-    """The longest path of first guesses."""
-    return max((path for path in tree.paths if not any(path)), default=(), key=len)
 
 
 def figures(tree: Tree) -> dict[str, Any]:

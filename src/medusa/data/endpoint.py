@@ -50,23 +50,14 @@ class Answer:
 
 @dataclass
 class Endpoint:
-    """One model behind one URL; threads may share it.
+    """One model behind one URL; threads may share it."""
 
-    Args:
-        url: base address, such as http://localhost:8000/v1.
-        model: the server's name for the model.
-        api_key: sent as a bearer token.
-        tries: number of tries before a request counts as failed.
-        timeout: seconds allowed for one request.
-        sleep: waits a number of seconds between tries; None: a wait that ends when `concurrently` is stopped.
-    """
-
-    url: str
-    model: str
-    api_key: str | None = None
-    tries: int = 6
-    timeout: float = 120.0
-    sleep: Callable[[float], object] | None = None
+    url: str  # base address, such as http://localhost:8000/v1
+    model: str  # the server's name for the model
+    api_key: str | None = None  # sent as a bearer token
+    tries: int = 6  # number of tries before a request counts as failed
+    timeout: float = 120.0  # seconds allowed for one request
+    sleep: Callable[[float], object] | None = None  # waits between tries; None: until `concurrently` is stopped at the latest
     _client: Any = field(default=None, init=False)
     _resume_at: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -140,13 +131,8 @@ class Endpoint:
         (self.sleep or self._stopped.wait)(seconds)
 
     def concurrently(self, work: Callable[[Task], Result], tasks: Iterable[Task], at_once: int) -> Iterator[Result]:
-        """The results of all tasks, in the order in which they finish; at most `at_once` run at a time.
-
-        If stopped from outside or by an error, it waits for the running requests and makes no more.
-
-        Args:
-            work: computes a task's result, with requests to this endpoint.
-        """
+        """The results of work with requests to this endpoint, in the order in which the tasks finish; at most `at_once` run at
+        a time. If stopped from outside or by an error, it waits for the running requests and makes no more."""
         waiting: set[Future] = set()
         stopped = threading.Event()
 

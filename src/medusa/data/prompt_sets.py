@@ -35,30 +35,20 @@ class Prompt:
 
 def held_out_prompts(split: str = "test") -> list[Prompt]:
     """Held-out prompts that ship with the embedded model; neither its backbone nor its heads saw their files."""
-    prompts = []
-    for line in HELD_OUT_FILE.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["split"] == split:
-            prompts.append(Prompt(record["source"], split, torch.tensor(record["input_ids"])))
-    return prompts
+    records = map(json.loads, HELD_OUT_FILE.read_text(encoding="utf-8").splitlines())
+    return [Prompt(each["source"], split, torch.tensor(each["input_ids"])) for each in records if each["split"] == split]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question for decoders, of one turn or several.
-
-    Attributes:
-        turns: the user's turns; each follows the decoder's own answer to the turn before.
-        references: a good answer to every turn, for a judge; may be empty.
-        ids: a prompt given as token ids, in place of turns.
-    """
+    """A question for decoders, of one turn or several."""
 
     id: str
     category: str
-    turns: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()  # the user's turns; each follows the decoder's own answer to the turn before
     system: str = ""
-    references: tuple[str, ...] = ()
-    ids: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()  # a good answer to every turn, for a judge; may be empty
+    ids: tuple[int, ...] = ()  # a prompt given as token ids, in place of turns
 
 
 def read_questions(source: str | Path, references: str | Path | None = None) -> list[Question]:

@@ -15,15 +15,8 @@ from medusa.runs.files import is_unicode
 
 
 def as_conversation(tokenizer: Any, text: str, chat: bool | None, model: str) -> list[Message] | None:
-    """A prompt as a conversation of one turn; None if it is a text to be continued.
-
-    Args:
-        chat: whether to use the chat template; None: if the tokenizer has one.
-        model: the model's name, for the error.
-
-    Raises:
-        InvalidInput: a chat template is required but there is none.
-    """
+    """A prompt as a conversation of one turn; None if it is a text to be continued. `chat` says which; None: if the tokenizer
+    has a chat template. InvalidInput, with the model's name, if it is required but there is none."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
         raise InvalidInput(f"{model} has no chat template: it continues text; drop --chat or use a chat model")
@@ -31,11 +24,8 @@ def as_conversation(tokenizer: Any, text: str, chat: bool | None, model: str) ->
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
-    """Token ids of a text, or of a conversation up to where the assistant's next turn begins.
-
-    Raises:
-        InvalidInput: text that is not valid Unicode, or a conversation that the chat template refuses.
-    """
+    """Token ids of a text, or of a conversation up to the assistant's next turn; InvalidInput if it is not valid Unicode, or
+    the template refuses it."""
     if not all(map(is_unicode, [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt])):
         raise InvalidInput("the prompt is not valid Unicode: bytes that are not UTF-8, or half of a surrogate pair")
     if isinstance(prompt, str):

@@ -18,16 +18,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 FORMATS = ("messages", "conversations", "prompt", "text", "input_ids")  # a record's format is the first key it has
 # ShareGPT's names of the speakers, and OpenAI's.
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -35,17 +28,12 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 @dataclass(frozen=True)
 class Sample:
-    """One record: exactly one of `messages`, `text` and `input_ids` is given.
+    """One record: exactly one of `messages`, `text` and `input_ids` is given."""
 
-    Attributes:
-        source: its place, for errors: `file:line` or `file, record n`.
-        prompt: text before `text` that is not labelled (prompt/completion records).
-    """
-
-    source: str
+    source: str  # its place, for errors: `file:line` or `file, record n`
     messages: tuple[Message, ...] | None = None
     text: str | None = None
-    prompt: str | None = None
+    prompt: str | None = None  # text before `text` that is not labelled (prompt/completion records)
     input_ids: tuple[int, ...] | None = None
     prompt_tokens: int = 0  # number of the first `input_ids` that are not labelled
     cut: bool = False  # whether the last turn was cut off: its end is not labelled
@@ -97,33 +85,22 @@ def read_samples(source: str | Path, skips: Skips | None = None) -> Iterator[Sam
         try:
             yield _sample(where, record, found)
         except _Unusable as error:
-            if skips is None:
-                raise InvalidInput(f"{where}: {error}") from None
-            skips.add(str(error), where)
+            _skip(skips, str(error), where, f"{where}: {error}")
     if empty:
         raise InvalidInput(f"{source} holds no records")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One record as a prompt: `turns` or `ids`.
+    """One record as a prompt: `turns` or `ids`."""
 
-    Attributes:
-        source: its place, for errors.
-        record: the complete record.
-        turns: the user's turns, each to be answered before the next; a bare prompt is one turn.
-        system: system message before the first turn.
-        text: the prompt as a text to continue; empty if it can only be answered.
-        whole: whether nothing of the text may be cut off: it is a prompt, not the beginning of a document.
-    """
-
-    source: str
-    record: dict[str, Any]
-    turns: tuple[str, ...] = ()
-    system: str = ""
+    source: str  # its place, for errors
+    record: dict[str, Any]  # the complete record
+    turns: tuple[str, ...] = ()  # the user's turns, each to be answered before the next; a bare prompt is one turn
+    system: str = ""  # system message before the first turn
     ids: tuple[int, ...] = ()
-    text: str = ""
-    whole: bool = True
+    text: str = ""  # the prompt as a text to continue; empty if it can only be answered
+    whole: bool = True  # whether nothing of the text may be cut off: it is a prompt, not the beginning of a document
 
 
 ASKED = "turns, instruction, messages, conversations, prompt, text or input_ids"
@@ -146,16 +123,19 @@ def read_prompts(source: str | Path, skips: Skips | None = None) -> Iterator[Ask
         try:
             asked = _asked(where, record)
         except _Unusable as error:
-            if skips is None:
-                raise InvalidInput(f"{where} is a record {error}") from None
-            skips.add(str(error), where)
+            _skip(skips, str(error), where, f"{where} is a record {error}")
             continue
         if asked.ids or (asked.turns and all(text.strip() for text in asked.turns)):
             yield asked
-        elif skips is None:
-            raise InvalidInput(f"{where} has an empty prompt")
         else:
-            skips.add("with nothing to answer", where)
+            _skip(skips, "with nothing to answer", where, f"{where} has an empty prompt")
+
+
+def _skip(skips: Skips | None, reason: str, where: str, error: str) -> None:
+    """Count a record that is left out; without a count it is an error."""
+    if skips is None:
+        raise InvalidInput(error)
+    skips.add(reason, where)
 
 
 def _asked(where: str, record: Any) -> Asked:

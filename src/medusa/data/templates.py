@@ -106,11 +106,8 @@ def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]
 
 
 def opening(tokenizer: Any, messages: Sequence[Message], speaker: str, what: str = "a conversation") -> str:
-    """A conversation's text up to where the next turn of a speaker, "assistant" or "user", begins.
-
-    Args:
-        what: name of the conversation, for the InvalidInput that is raised if the template refuses it.
-    """
+    """A conversation's text up to where the next turn of a speaker, "assistant" or "user", begins; InvalidInput, which names
+    what the conversation is, if the template refuses it."""
     if speaker == "assistant":
         return _apply(tokenizer, messages, what, add_generation_prompt=True)
     following = [*messages, {"role": speaker, "content": _STAND_IN.format(0)}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import torch
 from medusa.data.prompt_sets import Prompter, Question
 from medusa.errors import InvalidInput
 from medusa.evaluation.decoders import Decoded, Decoder
+from medusa.evaluation.entries import Entry
 from medusa.evaluation.measurement import Measurement, in_turn, time_run
+from medusa.evaluation.quality import Scorer
+from medusa.evaluation.report import summarise
 from medusa.model import MedusaModel
-from medusa.runs.console import progress
+from medusa.runs.console import note, progress
 from medusa.runs.files import digest, write_text
 from medusa.runs.records import Journal, claim
 
@@ -24,29 +27,26 @@ BENCH_FILE, RUNS_FILE, ANSWERS_FILE = "bench.yaml", "runs.jsonl", "answers.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """The questions of a bench and the limits of their answers, the same for all decoders.
-
-    Attributes:
-        left_out: questions whose prompts are empty or leave no room for an answer.
-        room: length of the longest prompt that leaves room for an answer; None: any.
-        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-    """
+    """The questions of a bench and the limits of their answers, the same for all decoders."""
 
     questions: list[Question]
-    left_out: list[Question]
+    left_out: list[Question]  # questions whose prompts are empty or leave no room for an answer
     prompter: Prompter
-    room: int | None
-    limits: dict[str, Any]
+    room: int | None  # length of the longest prompt that leaves room for an answer; None: any
+    limits: dict[str, Any]  # options of every decoder: `max_new_tokens`, and the ids that end an answer
 
     @classmethod
     def of(cls, model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
-        """The questions that fit a model's context; InvalidInput if none fits."""
+        """The questions that fit a model's context; the others are noted. InvalidInput if none fits."""
         stops = sorted({*model.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
         prompter = Prompter(tokenizer, stops)
         room = None if model.max_length is None else model.max_length - max_new_tokens
         fit, others = fitting(questions, prompter, room)
         if not fit:
             raise InvalidInput(f"no prompt fits the context of {model.max_length} with {max_new_tokens} new tokens")
+        if others:
+            names = ", ".join(question.id for question in others)
+            note(f"left out, since their prompts are empty or too long for the context: {names}")
         return cls(fit, others, prompter, room, {"max_new_tokens": max_new_tokens, "eos_token_id": stops or None})
 
     @property
@@ -64,19 +64,35 @@ def fitting(questions: Sequence[Question], prompter: Prompter, room: int | None)
     return fit, others
 
 
-def answer_prompt_set(
-    prompt_set: PromptSet, decoders: dict[str, Decoder], folder: Path, made_with: dict[str, Any], rounds: int
-) -> dict[str, Measurement]:
-    """Have decoders answer a prompt set, and save every answer in a folder; answers found there are not made again, and folders
-    made with other models or settings are refused. At the end all answers are written as text, for a judge."""
+def measure_entries(
+    entries: Mapping[str, Entry],
+    prompt_set: PromptSet,
+    folder: Path,
+    made_with: dict[str, Any],
+    rounds: int,
+    scorer: Scorer | None = None,
+) -> dict[str, Any]:
+    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`. All
+    answers are written as text, for a judge."""
+    decoders, questions, prompter = (
+        {name: entry.decoder for name, entry in entries.items()},
+        prompt_set.questions,
+        prompt_set.prompter,
+    )
     journal = Journal(folder / RUNS_FILE, "run of a bench")
     claim(folder / BENCH_FILE, made_with)
-    questions, prompter = prompt_set.questions, prompt_set.prompter
     answer_questions(decoders, questions, prompter, journal, rounds, prompt_set.room)
     measured = measurements(journal, questions, list(decoders), rounds)
     answers = answer_records(questions, measured, prompter)
     write_text(folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-    return measured
+    exact = [name for name, entry in entries.items() if entry.exact]
+    record = {
+        "made_with": made_with,
+        "rounds": rounds,
+        "left_out": [question.id for question in prompt_set.left_out],
+        "decoders": summarise(measured, questions, exact, scorer),
+    }
+    return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 
 
 def answer_questions(
@@ -85,14 +101,11 @@ def answer_questions(
     prompter: Prompter,
     journal: Journal,
     rounds: int,
-    room: int | None,
+    room: int | None,  # length of the longest prompt that leaves room for an answer; a longer turn ends its conversation
 ) -> None:
     """Have every decoder answer every question in every round, in turn within each; runs found in the journal are not repeated.
 
     Each decoder answers the first question once beforehand, untimed.
-
-    Args:
-        room: length of the longest prompt that leaves room for an answer; a longer turn ends its conversation.
     """
     names = list(decoders)
     order = [
@@ -132,14 +145,11 @@ def converse(decoder: Decoder, question: Question, prompter: Prompter, room: int
 def measurements(journal: Journal, questions: Sequence[Question], names: Sequence[str], rounds: int) -> dict[str, Measurement]:
     """The journal's runs by decoder, an item per question."""
 
-    def run_of(question: Question, name: str, round_: int) -> Decoded:
-        record = journal.records[run_id(question, name, round_)]
-        return Decoded(**{field.name: record[field.name] for field in dataclasses.fields(Decoded)})
+    def runs_of(question: Question, name: str) -> list[Decoded]:
+        records = [journal.records[run_id(question, name, round_)] for round_ in range(rounds)]
+        return [Decoded(**{field.name: record[field.name] for field in dataclasses.fields(Decoded)}) for record in records]
 
-    return {
-        name: Measurement([[run_of(question, name, round_) for round_ in range(rounds)] for question in questions])
-        for name in names
-    }
+    return {name: Measurement([runs_of(question, name) for question in questions]) for name in names}
 
 
 def answer_records(questions: Sequence[Question], measured: dict[str, Measurement], prompter: Prompter) -> list[dict[str, Any]]:

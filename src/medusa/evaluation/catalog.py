@@ -16,7 +16,7 @@ from medusa.metrics import expected_acceptance_length
 from medusa.model import MedusaModel
 from medusa.trees.calibration import Calibration
 from medusa.trees.dynamic import DynamicTree
-from medusa.trees.search import search_tree
+from medusa.trees.search import random_dense_tree, search_tree
 from medusa.trees.static import MedusaTree
 from medusa.tuning.recording import Recorded
 from medusa.tuning.replay import fit_dynamic_tree, fit_static_tree
@@ -30,21 +30,14 @@ GAMMAS = (2, 3, 4, 5, 6)
 
 @dataclass(frozen=True)
 class Setup:
-    """The models and settings of an experiment.
-
-    Attributes:
-        limits: options of every decoder: `max_new_tokens`, and the ids that end an answer.
-        recorded: function that records texts of a model to search trees on.
-        medusa_2: the same backbone trained together with its heads, if there is one.
-        drafts: smaller models with the same tokens, by name.
-        nodes, epsilons, gammas: values to sweep; empty: the experiment's own.
-    """
+    """The models and settings of an experiment."""
 
     model: MedusaModel
-    limits: Mapping[str, Any]
-    recorded: Callable[[MedusaModel], list[Recorded]]
-    medusa_2: MedusaModel | None = None
-    drafts: Mapping[str, MedusaModel] = dataclasses.field(default_factory=dict)
+    limits: Mapping[str, Any]  # options of every decoder: `max_new_tokens`, and the ids that end an answer
+    recorded: Callable[[MedusaModel], list[Recorded]]  # function that records texts of a model to search trees on
+    medusa_2: MedusaModel | None = None  # the same backbone trained together with its heads, if there is one
+    drafts: Mapping[str, MedusaModel] = dataclasses.field(default_factory=dict)  # smaller models with the same tokens, by name
+    # nodes, epsilons, gammas: values to sweep; empty: the experiment's own.
     nodes: Sequence[int] = ()
     epsilons: Sequence[float] = ()
     gammas: Sequence[int] = ()
@@ -73,22 +66,13 @@ class Setup:
 
 def speeds(setup: Setup) -> Entries:
     """The model's own tree, and Medusa-2's."""
-    found = setup.baselines() | {"Medusa-1": Entry(setup.ours())}
-    return found | medusa_2(setup)
+    return setup.baselines() | {"Medusa-1": Entry(setup.ours())} | medusa_2(setup)
 
 
 def medusa_2(setup: Setup, tree: MedusaTree | None = None) -> Entries:
     if setup.medusa_2 is None:
         return {}
     return {"Medusa-2": Entry(setup.ours(tree, setup.medusa_2), tree=tree, exact=False)}
-
-
-def beside_drafts(setup: Setup) -> Entries:
-    return speeds(setup) | setup.drafted(GAMMAS[2:3])
-
-
-def drafts(setup: Setup) -> Entries:
-    return setup.baselines() | setup.drafted(GAMMAS)
 
 
 def techniques(setup: Setup) -> Entries:
@@ -130,8 +114,6 @@ def best_dense_tree(accuracies: Sequence[Sequence[float]], num_nodes: int) -> Me
 
 def trees_by_size(setup: Setup) -> Entries:
     """Random dense trees and the best tree of each kind, at every size."""
-    from medusa.trees.search import random_dense_tree
-
     texts = setup.recorded(setup.model)
     calibration = Calibration.of(texts)
     sizes = setup.nodes or SIZES
@@ -167,28 +149,17 @@ def thresholds(setup: Setup) -> Entries:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the paper's experiments.
-
-    Attributes:
-        entries: makes the decoders that it compares.
-        columns: columns of its table.
-        paper: what the paper prints.
-        options: options that it accepts besides a model and prompts.
-        needs: options that must be given.
-        quality: whether answers are scored.
-        axis: what its figure sweeps; "": bars by category; None: no figure.
-        panels: columns that its figure shows.
-    """
+    """One of the paper's experiments."""
 
     title: str
-    entries: Callable[[Setup], Entries]
-    columns: tuple[str, ...]
-    paper: paper.Paper
-    options: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    quality: bool = False
-    axis: str | None = None
-    panels: tuple[str, ...] = ()
+    entries: Callable[[Setup], Entries]  # makes the decoders that it compares
+    columns: tuple[str, ...]  # columns of its table
+    paper: paper.Paper  # what the paper prints
+    options: tuple[str, ...] = ()  # options that it accepts besides a model and prompts
+    needs: tuple[str, ...] = ()  # options that must be given
+    quality: bool = False  # whether answers are scored
+    axis: str | None = None  # what its figure sweeps; "": bars by category; None: no figure
+    panels: tuple[str, ...] = ()  # columns that its figure shows
 
     @property
     def calibrates(self) -> bool:
@@ -237,7 +208,7 @@ EXPERIMENTS = {
     ),
     "table-1": Experiment(
         "Acceleration, overhead, quality and speedup, beside speculative decoding",
-        beside_drafts,
+        lambda setup: speeds(setup) | setup.drafted(GAMMAS[2:3]),
         (*SPEED_COLUMNS, *QUALITY_COLUMNS[:2]),
         paper.TABLE_1,
         ("medusa-2", "draft", "gamma"),
@@ -253,7 +224,7 @@ EXPERIMENTS = {
     "table-4": Experiment("Speedup on AlpacaEval", speeds, SPEED_COLUMNS, paper.TABLE_4, ("medusa-2",), ("prompts",)),
     "figure-7": Experiment(
         "Speculative decoding by draft model and gamma",
-        drafts,
+        lambda setup: setup.baselines() | setup.drafted(GAMMAS),
         SPEED_COLUMNS,
         paper.FIGURE_7,
         ("draft", "gamma"),

@@ -16,19 +16,14 @@ LOOKUP_TOKENS = 10  # guessed at a time by prompt lookup, as in transformers' do
 
 @dataclass(frozen=True)
 class Entry:
-    """A decoder in a bench or an experiment.
-
-    Attributes:
-        series, at: its line in the figure, and its place on the axis; None: a baseline.
-        tree: the tree that it was given.
-        exact: whether its answers should equal those of plain decoding.
-    """
+    """A decoder in a bench or an experiment."""
 
     decoder: Decoder
+    # series, at: its line in the figure, and its place on the axis; None: a baseline.
     series: str = ""
     at: float | None = None
-    tree: MedusaTree | DynamicTree | None = None
-    exact: bool = True
+    tree: MedusaTree | DynamicTree | None = None  # the tree that it was given
+    exact: bool = True  # whether its answers should equal those of plain decoding
 
 
 Entries = dict[str, Entry]  # by name

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medusa.data.prompt_sets import OVERALL
 from medusa.errors import InvalidInput
-from medusa.evaluation.answers import PromptSet, answer_prompt_set
-from medusa.evaluation.catalog import EXPERIMENTS, Entry, Experiment, Setup
-from medusa.evaluation.page import Block, Heading, Page, Plot, Table
+from medusa.evaluation.answers import PromptSet, measure_entries
+from medusa.evaluation.catalog import EXPERIMENTS, Experiment, Setup
+from medusa.evaluation.page import Block, Page, Plot, Table
 from medusa.evaluation.quality import Scorer
-from medusa.evaluation.report import (
-    GENERATE,
-    circumstances,
-    figures_table,
-    interval_text,
-    save_report,
-    shown_categories,
-    summarise,
-)
+from medusa.evaluation.report import GENERATE, circumstances, figures_table, interval_text, save_report, shown_categories
 from medusa.runs.files import digest
 from medusa.runs.plotting import PLOT_SUFFIXES, can_plot, save_plot, svg_of
 
@@ -32,27 +23,6 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise InvalidInput(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
-
-
-def measure_entries(
-    entries: Mapping[str, Entry],
-    prompt_set: PromptSet,
-    folder: Path,
-    made_with: dict[str, Any],
-    rounds: int,
-    scorer: Scorer | None = None,
-) -> dict[str, Any]:
-    """Have all entries answer a prompt set, resuming from the folder (see `claim`); the record is that of `results.json`."""
-    decoders = {name: entry.decoder for name, entry in entries.items()}
-    measured = answer_prompt_set(prompt_set, decoders, folder, made_with, rounds)
-    exact = [name for name, entry in entries.items() if entry.exact]
-    record = {
-        "made_with": made_with,
-        "rounds": rounds,
-        "left_out": [question.id for question in prompt_set.left_out],
-        "decoders": summarise(measured, prompt_set.questions, exact, scorer),
-    }
-    return json.loads(json.dumps(record))  # as it will be read again: tuples become lists
 
 
 def measure_experiment(
@@ -103,7 +73,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
     if categories := shown_categories(found)[1:]:
         base = "generate" if GENERATE in found else "plain"
         rows = [[part, *(interval_text(each[part][f"speedup_vs_{base}"]) for each in found.values())] for part in categories]
-        blocks += [Heading(f"Speedup over {base}, by category"), Table(["category", *found], rows)]
+        blocks += [f"## Speedup over {base}, by category", Table(["category", *found], rows)]
     if plot is not None:
         blocks.append(plot)
     if record["missing"]:
@@ -117,7 +87,7 @@ def experiment_page(record: dict[str, Any], plot: Plot | None = None) -> Page:
 
 def _beside(printed: dict[str, Any], experiment: Experiment, made: dict[str, Any]) -> list[Block]:
     """What the paper prints, and how its experiment differs."""
-    blocks: list[Block] = [Heading("In the paper"), f"{printed['setting']}."]
+    blocks: list[Block] = ["## In the paper", f"{printed['setting']}."]
     if printed["rows"]:
         blocks.append(Table(printed["rows"][0], printed["rows"][1:]))
     if printed["says"]:

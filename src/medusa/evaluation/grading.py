@@ -168,15 +168,9 @@ def read_grade(text: str) -> float | None:
 
 
 def grade_tasks(tasks: Sequence[Task], endpoint: Endpoint, journal: Journal, at_once: int = 8, tries: int = 3) -> Counter[str]:
-    """Grade every answer without a grade; return the number of failures by reason. The next run tries these again.
-
-    Args:
-        at_once: number of requests at a time.
-        tries: maximum number of requests for an answer's grade.
-
-    Raises:
-        EndpointRefused: the endpoint would refuse any request; grades already given are kept.
-    """
+    """Grade every answer without a grade, with `tries` requests for each, `at_once` at a time; return the number of failures by
+    reason. The next run tries these again. EndpointRefused if the endpoint would refuse any request; grades already given are
+    kept."""
     failed: Counter[str] = Counter()
     lock = threading.Lock()
 

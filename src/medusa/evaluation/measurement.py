@@ -129,12 +129,7 @@ def resamples(items: int) -> Tensor:  # (R, items)
 
 
 def estimate(figure: Callable[..., Tensor], *measured: Measurement) -> Estimate:
-    """A figure of the totals of one or several decoders, with its bootstrap interval over items.
-
-    Args:
-        figure: function of the `Totals` of each decoder.
-        measured: decoders measured on the same items.
-    """
+    """A figure of the totals of decoders measured on the same items, with its bootstrap interval over items."""
     value = float(figure(*(each.totals() for each in measured)))
     items = len(measured[0].items)
     if items < 2:

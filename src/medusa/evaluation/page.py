@@ -18,11 +18,6 @@ svg { max-width: 100%; height: auto } pre { background: #f5f5f5; padding: 1rem; 
 
 
 @dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
 class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -30,31 +25,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot.
+    """A plot."""
 
-    Attributes:
-        svg: the plot as an SVG element, for HTML.
-        file: name of the plot's file beside the page, for Markdown; None: Markdown omits the plot.
-    """
-
-    svg: str
-    file: str | None = None
+    svg: str  # the plot as an SVG element, for HTML
+    file: str | None = None  # name of the plot's file beside the page, for Markdown; None: Markdown omits the plot
 
 
-Block = str | Heading | Table | Plot  # a string is a paragraph, or a list if its lines begin with "- "
+Block = str | Table | Plot  # a string is a heading if it begins with "## ", a list if its lines do with "- ", or a paragraph
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of blocks.
-
-    Attributes:
-        made_with: model, machine and settings, which close the HTML page.
-    """
+    """A page of blocks."""
 
     title: str
     blocks: Sequence[Block]
-    made_with: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)  # model, machine and settings, which close the HTML page
 
     def to_markdown(self) -> str:
         parts = [f"# {self.title}", *filter(None, map(_markdown, self.blocks))]
@@ -70,8 +56,6 @@ class Page:
 
 
 def _markdown(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"## {block.text}"
     if isinstance(block, Table):
         rule = ["---", *["--:"] * (len(block.header) - 1)]
         return "\n".join("| " + " | ".join(row) + " |" for row in [block.header, rule, *block.rows])
@@ -81,12 +65,12 @@ def _markdown(block: Block) -> str:
 
 
 def _html(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{html.escape(block.text)}</h2>"
     if isinstance(block, Table):
         return "<table>" + _row("th", block.header) + "".join(_row("td", row) for row in block.rows) + "</table>"
     if isinstance(block, Plot):
         return block.svg
+    if block.startswith("## "):
+        return f"<h2>{html.escape(block[3:])}</h2>"
     if block.startswith("- "):
         return "<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in block.splitlines()) + "</ul>"
     return f"<p>{_inline(block)}</p>"

@@ -10,17 +10,11 @@ WRITING = "MT-Bench's writing and roleplay"
 
 @dataclass(frozen=True)
 class Paper:
-    """The paper's own setting and figures.
+    """The paper's own setting and figures."""
 
-    Attributes:
-        setting: model and prompts.
-        rows: the printed figures, the header first; empty if there is only a plot.
-        says: the finding, in our words.
-    """
-
-    setting: str
-    rows: tuple[tuple[str, ...], ...] = ()
-    says: str = ""
+    setting: str  # model and prompts
+    rows: tuple[tuple[str, ...], ...] = ()  # the printed figures, the header first; empty if there is only a plot
+    says: str = ""  # the finding, in our words
 
 
 FIGURE_3 = Paper(

@@ -82,11 +82,7 @@ def _bars_plot(
 
 
 def _draw_bars(axes: Any, found: ByDecoder, categories: Sequence[str], column: Column, names: Sequence[str]) -> None:
-    """Draw a bar with its interval for every decoder in every category.
-
-    Args:
-        names: all decoders of the page: each has the same colour in all plots.
-    """
+    """Draw a bar with its interval for every decoder in every category, in its colour on all plots: by its place in `names`."""
     width = 0.85 / len(found)
     for place, (name, figures) in enumerate(found.items()):
         middle, below, above = zip(*(_spread(column, figures[category]) for category in categories), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codeop
+import functools
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,15 +19,12 @@ _FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(```|\Z)", re.DOTALL)
 
 
 class Scorer:
-    """Quality figures of answers without a judge; an answer that several decoders gave is scored once.
-
-    Args:
-        model: the model whose backbone gives the likelihood.
-    """
+    """Quality figures of answers without a judge, with the likelihood under the model's backbone; an answer that several
+    decoders gave is scored once."""
 
     def __init__(self, model: MedusaModel, prompter: Prompter):
-        self._model, self._prompter = model, prompter
-        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+        self._prompter = prompter
+        self._likelihood = functools.cache(functools.partial(log_likelihood, model))
 
     def __call__(self, questions: Sequence[Question], answers: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
         """Figures over all answers, which are token ids by question and turn."""
@@ -35,7 +33,7 @@ class Scorer:
             turns = self._prompter.turns(question)
             for number, answer in enumerate(given):
                 prompt = self._prompter.ids(question, given[:number])
-                likelihood += self._likelihood(prompt, answer)
+                likelihood += self._likelihood(tuple(prompt), tuple(answer))
                 tokens += len(answer)
                 continues = number == 0 and (bool(question.ids) or not self._prompter.chat)
                 compiles.append(code_compiles(turns[number], self._prompter.text(answer), continues))
@@ -47,12 +45,6 @@ class Scorer:
             "answers_with_code": len(code),
             "code_that_compiles": sum(code) / len(code) if code else None,
         }
-
-    def _likelihood(self, prompt: Sequence[int], answer: Sequence[int]) -> float:
-        key = tuple(prompt), tuple(answer)
-        if key not in self._known:
-            self._known[key] = log_likelihood(self._model, prompt, answer)
-        return self._known[key]
 
 
 @torch.inference_mode()
@@ -107,11 +99,7 @@ def code_compiles(prompt: str, answer: str, continues: bool) -> bool | None:
 
 
 def _is_python(code: str, cut: bool) -> bool:
-    """Whether the code is Python, or the beginning of a valid program.
-
-    Args:
-        cut: the code was truncated, so its last line may be incomplete.
-    """
+    """Whether the code is Python, or the beginning of a valid program; if it was cut, its last line may be incomplete."""
     if cut and _is_python(code[: code.rfind("\n") + 1], cut=False):
         return True
     with warnings.catch_warnings():

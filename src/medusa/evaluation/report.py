@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from medusa.data.prompt_sets import OVERALL, Question
 from medusa.evaluation.measurement import Estimate, Measurement, estimate, overhead
-from medusa.evaluation.page import Block, Heading, Page, Plot, Table
+from medusa.evaluation.page import Block, Page, Plot, Table
 from medusa.evaluation.quality import LIKELIHOOD, Scorer, repeated_ngrams
 from medusa.runs.files import write_json, write_text
 from medusa.runs.plotting import can_plot
@@ -81,15 +82,10 @@ def _figures(measured: Measurement, plain: Measurement | None, generate: Measure
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a report.
+    """A column of a report."""
 
-    Attributes:
-        value: a number, a figure with its interval, or None if the figures have no such value.
-        form: format of a number.
-    """
-
-    value: Callable[[Figures], Any]
-    form: str = ".2f"
+    value: Callable[[Figures], Any]  # a number, a figure with its interval, or None if the figures have no such value
+    form: str = ".2f"  # format of a number
     scale: float = 1.0
     unit: str = ""
 
@@ -101,13 +97,8 @@ class Column:
 
 
 def _at(*keys: str) -> Callable[[Figures], Any]:
-    def value(figures: Figures) -> Any:
-        found: Any = figures
-        for key in keys:
-            found = None if found is None else found.get(key)
-        return found
-
-    return value
+    """The figure under keys inside one another; None if there is none."""
+    return lambda figures: functools.reduce(lambda found, key: found and found.get(key), keys, figures)  # type: ignore
 
 
 COLUMNS = {
@@ -162,12 +153,8 @@ def circumstances(record: dict[str, Any]) -> str:
     )
 
 
-def bench_page(record: dict[str, Any]) -> Page:
-    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens per step.
-
-    Args:
-        record: the object of `results.json`.
-    """
+def bench_page(record: dict[str, Any]) -> Page:  # the object of `results.json`
+    """The page of a bench: speeds and speedups by category (paper Figures 3 and 8), tables, tokens per step."""
     made, found = record["made_with"], record["decoders"]
     first = next(iter(found.values()))
     blocks: list[Block] = [
@@ -180,9 +167,9 @@ def bench_page(record: dict[str, Any]) -> Page:
         blocks += [Plot(svg) for svg in speed_plots(found)]
     for category in shown_categories(found):
         if category != OVERALL:
-            blocks.append(Heading(f"{category} ({first[category]['questions']} questions)"))
+            blocks.append(f"## {category} ({first[category]['questions']} questions)")
         blocks.append(figures_table(found, category))
-    blocks.append(Heading("Tokens per step"))
+    blocks.append("## Tokens per step")
     if can_plot():
         from medusa.evaluation.plots import lengths_plot
 

@@ -14,11 +14,11 @@ from medusa.checkpoints.hub import find_heads
 from medusa.config import from_mapping
 from medusa.data.prompt_sets import HELD_OUT, Prompter, Question, calibration_ids, default_prompts, read_questions, select
 from medusa.errors import InvalidInput
-from medusa.evaluation.answers import BENCH_FILE, PromptSet
+from medusa.evaluation.answers import BENCH_FILE, PromptSet, measure_entries
 from medusa.evaluation.catalog import Experiment, Setup
 from medusa.evaluation.config import BenchConfig, ExperimentConfig
 from medusa.evaluation.entries import bench_entries
-from medusa.evaluation.experiments import find_experiment, measure_entries, measure_experiment, save_experiment
+from medusa.evaluation.experiments import find_experiment, measure_experiment, save_experiment
 from medusa.evaluation.quality import Scorer
 from medusa.evaluation.report import bench_page, save_report
 from medusa.model import MedusaModel
@@ -105,7 +105,7 @@ def bench(
     drafting = dataclasses.replace(loading, quantization="none").model(config.draft) if config.draft is not None else None
     if not trees:
         named.note_advice_on_tree(medusa, model, heads, None)
-    prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
+    prompt_set = PromptSet.of(medusa, tokenizer, questions, config.max_new_tokens)
     entries = bench_entries(config, medusa, prompt_set.limits, trees, drafting)
     settings |= {
         "trees": {name: tree.to_dict() for name, tree in (trees or {"own": medusa.tree}).items() if tree is not None},
@@ -157,15 +157,12 @@ def experiment(
     loading = _Loading(dtype, device, trust_remote_code)
     tokenizer = loading.tokenizer(model, prompts)
     medusa = loading.model(model, heads, "draft" not in chosen.needs)
-    prompt_set = _prompt_set(medusa, tokenizer, questions, config.max_new_tokens)
+    prompt_set = PromptSet.of(medusa, tokenizer, questions, config.max_new_tokens)
     folder = Path("experiments") / name if output is None else Path(output)
 
     def recorded(which: MedusaModel) -> list[Recorded]:
-        room = None if which.max_length is None else which.max_length - config.max_new_tokens - which.num_heads
-        prompter = Prompter(tokenizer, which.eos_token_ids)
-        texts = calibration_ids(calibrating, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
         kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")
-        return record(which, texts, config.max_new_tokens, folder=kept)
+        return _record(which, calibrating, tokenizer, config.max_new_tokens, kept)
 
     medusa_2 = None if config.medusa_2 is None else loading.model(model, config.medusa_2, heads_needed=True)
     drafts = {short: loading.model(draft) for short, draft in _short_names(config.drafts, "name").items()}
@@ -184,6 +181,16 @@ def experiment(
     if chosen.axis is not None and not can_plot():
         note(f"no figure {PLOTS_REMEDY}")
     return found
+
+
+def _record(
+    model: MedusaModel, questions: Sequence[Question] | None, tokenizer: Any, max_new_tokens: int, folder: Path
+) -> list[Recorded]:
+    """Texts to search trees on; None: the embedded model's calibration prompts."""
+    room = None if model.max_length is None else model.max_length - max_new_tokens - model.num_heads
+    prompter = Prompter(tokenizer, model.eos_token_ids)
+    texts = calibration_ids(questions, prompter, CALIBRATION_PROMPTS, CALIBRATION_TOKENS, room)
+    return record(model, texts, max_new_tokens, folder=folder)
 
 
 def _check_options(config: ExperimentConfig, name: str, prompts: str | None, model: str) -> Experiment:
@@ -213,15 +220,6 @@ def _short_names(paths: Sequence[str], part: str) -> dict[str, str]:
     """Paths by a part of each, `name` or `stem`, or by the whole path if two share that part."""
     shorts = [getattr(Path(path), part) for path in paths]
     return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
-
-
-def _prompt_set(model: MedusaModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> PromptSet:
-    """The questions that fit the context; the others are noted."""
-    prompt_set = PromptSet.of(model, tokenizer, questions, max_new_tokens)
-    if prompt_set.left_out:
-        names = ", ".join(question.id for question in prompt_set.left_out)
-        note(f"left out, since their prompts are empty or too long for the context: {names}")
-    return prompt_set
 
 
 def _made_with(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,8 @@ def digest(value: Any) -> str:
 
 
 def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
-    """The text of a UTF-8 file, without the byte-order mark that some editors add.
-
-    Args:
-        wrong: class of the error.
-
-    Raises:
-        wrong: the file is missing, unreadable or in another encoding.
-    """
+    """The text of a UTF-8 file, without the byte-order mark that some editors add; an error of class `wrong` if it cannot be
+    read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -73,20 +67,21 @@ def read_text(path: str | Path, wrong: type[MedusaError]) -> str:
 
 def read_json(path: str | Path, wrong: type[MedusaError]) -> Any:
     """The JSON value of a file; an error of class `wrong` if there is none."""
-    text = read_text(path, wrong)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, an integer with too many digits, or lists nested too deeply
-        raise wrong(f"{path} is not valid JSON: {one_line(error)}") from None
+    return _parsed(json.loads, "JSON", path, wrong)
 
 
 def read_yaml(path: str | Path, wrong: type[MedusaError]) -> Any:
     """The YAML value of a file; an error of class `wrong` if there is none."""
+    return _parsed(yaml.safe_load, "YAML", path, wrong)
+
+
+def _parsed(parse: Callable[[str], Any], kind: str, path: str | Path, wrong: type[MedusaError]) -> Any:
     text = read_text(path, wrong)
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the latter from invalid dates and the like
-        raise wrong(f"{path} is not valid YAML: {one_line(error)}") from None
+        return parse(text)
+    # Syntax, integers with too many digits, invalid dates and the like, or lists nested too deeply.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise wrong(f"{path} is not valid {kind}: {one_line(error)}") from None
 
 
 def is_unicode(text: str) -> bool:

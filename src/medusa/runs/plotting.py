@@ -27,14 +27,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_plot(figure: Figure, path: Path, text: bool = False) -> None:
-    """Write a figure in the format of the file's suffix, .png or .svg; the folder is made if it is missing.
-
-    Args:
-        text: keep the text of an SVG as text, which is smaller and can be searched, but needs the reader's fonts.
-
-    Raises:
-        InvalidInput: another suffix, or a file that cannot be written.
-    """
+    """Write a figure as .png or .svg, in a folder that is made if it is missing; InvalidInput if that cannot be done. `text`
+    keeps the text of an SVG as text, which is smaller and can be searched, but needs the reader's fonts."""
     if path.suffix not in PLOT_SUFFIXES:
         raise InvalidInput(f"a drawing is {' or '.join(PLOT_SUFFIXES)}, got {path}")
     make_folder(path.parent)

@@ -25,7 +25,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "transformers": version("transformers"),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -45,13 +45,13 @@ def made_by(model: Any) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def fingerprint(module: torch.nn.Module) -> str:

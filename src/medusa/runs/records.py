@@ -54,14 +54,7 @@ def claim(path: Path, made_by: dict[str, Any]) -> None:
 
 
 def refuse_claimed(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuse a folder whose records are made with something else.
-
-    Args:
-        made_by: what records would be made with, as far as it is known so far.
-
-    Raises:
-        InvalidInput: something differs, and is named.
-    """
+    """Refuse a folder whose records are made with something else than is known so far; InvalidInput names what differs."""
     if path.exists():
         found = read_yaml(path, InvalidInput)
         refuse_other(path.parent, found if isinstance(found, dict) else {}, _as_read(made_by))
@@ -80,14 +73,8 @@ def refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def read_lines(path: Path, what: str) -> dict[str, dict[str, Any]]:
-    """The records of a JSONL file by their `id`; the last record of an id counts. A half-written last line is cut off.
-
-    Args:
-        what: name of a record, for errors.
-
-    Raises:
-        InvalidInput: a line is not a record; the file is left unchanged.
-    """
+    """The records of a JSONL file by their `id`; the last record of an id counts. A half-written last line is cut off; another
+    that is not a record is an InvalidInput, and the file is left unchanged."""
     if not path.exists():
         return {}
     try:
@@ -125,11 +112,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class Journal:
-    """A JSONL file of records by id that one process appends to, and from which it resumes.
-
-    Args:
-        what: name of a record, for errors.
-    """
+    """A JSONL file of records by id that one process appends to, and from which it resumes; errors say what a record is."""
 
     def __init__(self, path: Path, what: str):
         self._held = hold(path)

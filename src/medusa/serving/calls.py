@@ -17,6 +17,7 @@ from medusa.decoding import check_prompts
 from medusa.errors import InvalidInput, MedusaError
 from medusa.model import MedusaModel
 from medusa.preparation import prepare
+from medusa.rows import DecodingOptions
 from medusa.runs.files import digest
 from medusa.serving.metrics import Metrics
 from medusa.serving.pieces import AnswerText, TokenTexts
@@ -26,7 +27,6 @@ from medusa.serving.requests import Request, Serves
 from medusa.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from medusa.serving.settings import ServerSettings
 from medusa.serving.structure import Grammars
-from medusa.state import DecodingOptions
 from medusa.text import Detokenizer
 from medusa.trees.files import Tree, tree_from
 from medusa.trees.static import MedusaTree

@@ -114,15 +114,16 @@ class Engine:
 
     def load(self) -> Load:
         """What it is doing now."""
-        running = sum(job is not None for job in self._at)
+        with self._wake:  # a request that is moved from the queue to a slot is never in neither
+            running, waiting = sum(job is not None for job in self._at), len(self._waiting)
         return Load(
             running=running,
-            waiting=len(self._waiting),
+            waiting=waiting,
             slots=self.slots,
             cached_tokens=self._pool.committed,
             capacity=self.capacity,
             nodes=len(self._by_load.used),
-            last_step=self._last if running or self._waiting else time.monotonic(),
+            last_step=self._last if running or waiting else time.monotonic(),
         )
 
     def alive(self) -> bool:
@@ -130,14 +131,18 @@ class Engine:
         return self._thread.is_alive() and time.monotonic() - self.load().last_step < STALLED
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests; finish (`drain`) or cancel those there are, the latter also after `timeout` seconds."""
+        """Take no more requests; finish (`drain`) or cancel those there are; after `timeout` seconds, cancel them.
+
+        Args:
+            timeout: seconds to wait for the requests, and then for the step that runs; None: as long as it takes.
+        """
         with self._wake:
             self._closing, self._cancelling = True, self._cancelling or not drain
             self._wake.notify_all()
-        self._thread.join(timeout if drain else None)
-        if self._thread.is_alive():
+        self._thread.join(timeout)
+        if drain and self._thread.is_alive():
             self._cancelling = True
-            self._thread.join()
+            self._thread.join(timeout)
 
     def _notify(self) -> None:
         with self._wake:

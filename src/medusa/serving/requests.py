@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from medusa.errors import MedusaError
-from medusa.state import DecodingOptions
+from medusa.rows import DecodingOptions
 from medusa.trees.files import Tree
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medusa.state import READING, Decodable, DecodingState, RequestCache, Row, start, vacant
+from medusa.rows import READING, Row
+from medusa.state import Decodable, DecodingState, RequestCache, start, vacant
 from medusa.trees.tensors import Drafter, Frame
 
 

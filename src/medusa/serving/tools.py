@@ -135,4 +135,5 @@ def _call(tool: Tool) -> dict[str, Any]:
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+    """The schema of a function's arguments: those it names, unless it says that it takes others."""
+    return {"additionalProperties": False, **(tool.function.parameters or {"type": "object", "properties": {}})}

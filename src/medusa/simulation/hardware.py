@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from medusa.config import from_mapping, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
@@ -22,33 +22,22 @@ ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine. The defaults are the terms fitted to the paper's measurements on an A100 (docs/simulation.md).
+    """A machine. The defaults are the terms fitted to the paper's measurements on an A100 (docs/simulation.md)."""
 
-    Attributes:
-        peak: FLOP/s by dtype: dense, accumulated in float32.
-        bandwidth: bytes per second of the memory.
-        memory: size of the memory in bytes.
-        compute_share, bandwidth_share: shares of both that operators reach.
-        launch: additional seconds of every operator.
-        layer, step: seconds per layer, and per step, that do not grow with size; measured machines only.
-        pointwise: bytes per second of elementwise passes over activations; None: not counted.
-        linear: by dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows
-            ascending; measured machines only, and used instead of peak and bandwidth.
-        asynchronous: the host runs ahead of the device, so a step takes the longer of its fixed costs and its operators.
-    """
-
-    peak: dict[str, float]
-    bandwidth: float
-    memory: float
+    peak: dict[str, float]  # FLOP/s by dtype: dense, accumulated in float32
+    bandwidth: float  # bytes per second of the memory
+    memory: float  # size of the memory in bytes
     source: str
-    compute_share: float = 0.89
-    bandwidth_share: float = 0.96
-    launch: float = 34e-6
-    layer: float = 0.0
-    step: float = 0.0
-    pointwise: float | None = None
+    compute_share: float = 0.89  # share of the FLOP/s that operators reach
+    bandwidth_share: float = 0.96  # and of the bandwidth
+    launch: float = 34e-6  # additional seconds of every operator
+    layer: float = 0.0  # seconds per layer that do not grow with size; measured machines only
+    step: float = 0.0  # and per step
+    pointwise: float | None = None  # bytes per second of elementwise passes over activations; None: not counted
+    # By dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows rising; measured
+    # machines only, and used instead of peak and bandwidth.
     linear: dict[str, list[list[float]]] = field(default_factory=dict)
-    asynchronous: bool = True
+    asynchronous: bool = True  # the host runs ahead of the device: a step takes the longer of fixed costs and work
 
     def __post_init__(self) -> None:
         rates = [self.bandwidth, self.memory, self.compute_share, self.bandwidth_share, *self.peak.values()]
@@ -94,12 +83,8 @@ def _seconds_a_weight(samples: Sequence[Sequence[float]], inputs: int, rows: flo
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    if x <= points[0][0]:
-        return points[0][1]
-    for (low, before), (high, after) in pairwise(points):
-        if x <= high:
-            return before * (after / before) ** (math.log(x / low) / math.log(high / low))
-    return points[-1][1]
+    xs, ys = np.log(np.array(points)).T
+    return math.exp(np.interp(math.log(x), xs, ys))
 
 
 def known_hardware() -> dict[str, Hardware]:
@@ -109,15 +94,11 @@ def known_hardware() -> dict[str, Hardware]:
 
 def read_hardware(path: Path) -> dict[str, Hardware]:
     """The machines in a file as `medusa simulate --measure --output` writes it."""
-    return {
-        name: from_mapping(Hardware, _mapping(entry, name), f"{path}: {name}") for name, entry in read_json_object(path).items()
-    }
-
-
-def _mapping(entry: Any, name: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"hardware {name} is {entry!r}, expected an object")
-    return entry
+    found = read_json_object(path)
+    for name, entry in found.items():
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"hardware {name} is {entry!r}, expected an object")
+    return {name: from_mapping(Hardware, entry, f"{path}: {name}") for name, entry in found.items()}
 
 
 def load_hardware(name: str) -> Hardware:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 
 from medusa.errors import InvalidInput
+from medusa.runs.provenance import cpu_name
 from medusa.simulation.hardware import Hardware
 from medusa.simulation.operators import Operator, layers
 from medusa.simulation.prediction import Setting, check_positive
@@ -36,7 +35,8 @@ def measure_machine(
     check_positive(megabytes=megabytes, rounds=rounds, width=min(widths))
     kind = getattr(torch, dtype)
     bandwidth = copy_bandwidth(device, megabytes)
-    launch = _launch(device, kind, rounds)
+    small = torch.ones(1, 8, device=device).to(kind), torch.ones(8, 8, device=device).to(kind)  # too small to compute much
+    launch = timed(lambda: [apply_linear(*small) for _ in range(256)], device, rounds) / 256
     samples = []
     for width in sorted(widths):
         weight = torch.randn(width, width, device=device).to(kind)
@@ -47,10 +47,13 @@ def measure_machine(
             samples.append([width, rows, max(seconds - launch, seconds / 10) / width**2])
     per_step, per_layer = _fixed(device, kind, launch, rounds)
     best = max(2 * rows / seconds for _, rows, seconds in samples)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(device).total_memory
     return Hardware(
         peak={dtype: best},
         bandwidth=bandwidth,
-        memory=float(_memory(device)),
+        memory=float(memory),
         source=f"measured: {device_name(device)}, torch {torch.__version__}",
         compute_share=1.0,
         bandwidth_share=1.0,
@@ -156,12 +159,6 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
     return 2 * source.numel() * source.element_size() / min(seconds)
 
 
-def _launch(device: str, kind: torch.dtype, rounds: int) -> float:
-    """Seconds of a linear layer too small to compute much."""
-    x, w = torch.ones(1, 8, device=device).to(kind), torch.ones(8, 8, device=device).to(kind)
-    return timed(lambda: [apply_linear(x, w) for _ in range(256)], device, rounds) / 256
-
-
 def _pointwise(device: str, kind: torch.dtype, width: int, rounds: int) -> float:
     """Bytes per second of a norm as transformers writes it, on activations that fit in a cache."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -188,7 +185,7 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
 
     from medusa.decoding import prefill, step
     from medusa.model import MedusaModel
-    from medusa.state import DecodingOptions
+    from medusa.rows import DecodingOptions
     from medusa.trees.static import MedusaTree
 
     width = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_attention_heads=2)
@@ -199,18 +196,8 @@ def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> floa
     return timed(lambda: [step(model, state) for _ in range(steps)], device, rounds) / steps
 
 
-def _memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def device_name(device: str) -> str:
     """The name of a GPU, or of the CPU with its number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

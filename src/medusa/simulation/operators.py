@@ -18,23 +18,15 @@ PAPER_BLOCK = ("q", "k", "v", "qk", "pv", "up", "gate", "down")  # the operators
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator, run `count` times in a step.
+    """One operator, run `count` times in a step. FLOPs and bytes are those of one run; every operand and result counts once."""
 
-    Attributes:
-        name: q, k, v, qk, pv, o, up, gate, down, router, lm_head, heads, …; pointwise is everything else in a layer.
-        flops, bytes: FLOPs and bytes of one run; every operand and result counts once.
-        rows: rows that meet each weight of a linear layer; of experts, the rows of one.
-        weights: elements read of a linear layer's matrices; 0 for other operators.
-        dims: (inputs, outputs) of a linear layer, (b, n, n_kv, q, s, d) of an attention product.
-    """
-
-    name: str
+    name: str  # q, k, v, qk, pv, o, up, gate, down, router, lm_head, heads, …; pointwise is everything else in a layer
     flops: float
     bytes: float
-    rows: float = 0
-    weights: float = 0
+    rows: float = 0  # rows that meet each weight of a linear layer; of experts, the rows of one
+    weights: float = 0  # elements read of a linear layer's matrices; 0 for other operators
     weight_bytes: float = 0
-    dims: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()  # (inputs, outputs) of a linear layer, (b, n, n_kv, q, s, d) of an attention product
     count: int = 1
 
     @property
@@ -57,10 +49,7 @@ def linear(
     >>> round(linear("up", 1, 6656, 17920).intensity, 3)  # every weight is read for one multiplication and one addition
     1.0
     """
-    weights = inputs * outputs
-    read = weights * weight
-    moved = element * rows * (inputs + outputs) + read
-    return Operator(name, 2 * rows * weights, moved, rows, weights, read, (inputs, outputs), count)
+    return expert_linear(name, rows, inputs, outputs, 1, 1, element, weight, count)
 
 
 def expert_linear(
@@ -109,11 +98,7 @@ def attention(
 def layers(
     shape: ModelShape, b: int, s: int, q: int, element: float = 2, weight: float = 2, count: int | None = None
 ) -> list[Operator]:
-    """The operators of the model's layers.
-
-    Args:
-        count: number of layers; None: all.
-    """
+    """The operators of `count` layers of the model, or of all."""
     rows, h, d = b * q, shape.hidden, shape.head_dim
     times = shape.layers if count is None else count
     queries, keys = shape.heads * d, shape.kv_heads * d

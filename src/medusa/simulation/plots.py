@@ -17,11 +17,8 @@ MARKS = {"qkv": "o", "qk/pv": "^", "up/gate/down": "s"}
 def save_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> list[Path]:
     """Write every figure as PNG and SVG, and return the files.
 
-    roofline: Figures 9-17. attention_by_length, attention_by_batch, linear_by_batch: Figures 18-20. candidates (batch 1,
-    length 1024), batches (length 1024), lengths (batch 4): Figures 21-23.
-
-    Raises:
-        InvalidInput: matplotlib is missing.
+    roofline: Figures 9-17. attention_by_length, attention_by_batch, linear_by_batch: Figures 18-20. candidates (batch 1, length
+    1024), batches (length 1024), lengths (batch 4): Figures 21-23.
     """
     hardware, written = setting.hardware, []
 

@@ -21,24 +21,16 @@ Acceleration = Callable[[int], float]  # candidates -> tokens per step
 
 @dataclass(frozen=True)
 class Setting:
-    """The model and machine to simulate.
-
-    Attributes:
-        num_heads: number of Medusa heads that trees use; plain decoding runs none.
-        own_lm_heads: whether each head has its own LM head.
-        heads_kind: what the heads read besides the hidden state.
-        weight_bits: bits of the backbone's quantised weights, which unpack at no cost; None: those of the dtype.
-        paper_block: simulate only what the paper's G.3 does: eight operators of one layer, without heads.
-    """
+    """The model and machine to simulate."""
 
     shape: ModelShape
     hardware: Hardware
     dtype: str = "bfloat16"
-    num_heads: int = 5
-    own_lm_heads: bool = True
-    weight_bits: int | None = None
-    paper_block: bool = False
-    heads_kind: HeadsKind = "medusa"
+    num_heads: int = 5  # number of Medusa heads that trees use; plain decoding runs none
+    own_lm_heads: bool = True  # whether each head has its own LM head
+    weight_bits: int | None = None  # bits of the backbone's quantised weights, which unpack at no cost; None: the dtype's
+    paper_block: bool = False  # simulate only what the paper's G.3 does: eight operators of one layer, without heads
+    heads_kind: HeadsKind = "medusa"  # what the heads read besides the hidden state
 
     def __post_init__(self) -> None:
         if self.num_heads < 0:

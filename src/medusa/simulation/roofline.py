@@ -13,16 +13,8 @@ from medusa.simulation.shapes import BUILT_IN, ModelShape
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 PAPER_CANDIDATES = (1, 16, 32, 48, 64, 80, 96, 112)
-OPERATOR_KINDS = {
-    "q": "qkv",
-    "k": "qkv",
-    "v": "qkv",
-    "qk": "qk/pv",
-    "pv": "qk/pv",
-    "up": "up/gate/down",
-    "gate": "up/gate/down",
-    "down": "up/gate/down",
-}
+KINDS = {"qkv": ("q", "k", "v"), "qk/pv": ("qk", "pv"), "up/gate/down": ("up", "gate", "down")}
+OPERATOR_KINDS = {operator: kind for kind, operators in KINDS.items() for operator in operators}
 PAPER_TABLES = (6, 7, 8)
 
 
@@ -74,13 +66,10 @@ def scatter(shape: ModelShape, hardware: Hardware, dtype: str = "bfloat16") -> l
 
 
 def paper_table(number: int, hardware: Hardware, shape: ModelShape = BUILT_IN["llama-33b"]) -> list[RooflinePoint]:
-    """The cells of the paper's Table 6, 7 or 8, row by row, for any hardware and shape.
+    """The cells of the paper's Table 6, 7 or 8, row by row, for any hardware and shape; Figures 18-20 draw them.
 
-    Table 6 is an attention product at batch 16 over lengths, Table 7 one at length 1024 over batches, Table 8 a linear layer
-    of the MLP over batches. Figures 18-20 draw them.
-
-    Raises:
-        InvalidInput: no such table.
+    Table 6 is an attention product at batch 16 over lengths, Table 7 one at length 1024 over batches, Table 8 a linear layer of
+    the MLP over batches.
     """
     if number not in PAPER_TABLES:
         raise InvalidInput(f"paper table {number}, expected one of {', '.join(map(str, PAPER_TABLES))}")

@@ -20,21 +20,17 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder whose layers are all alike.
-
-    Attributes:
-        intermediate: width of the MLP that every token passes; 0 if there are only experts.
-        experts, experts_chosen, expert_intermediate: sizes of a mixture of experts; 0 if there is none.
-    """
+    """Sizes of a decoder whose layers are all alike."""
 
     hidden: int
-    intermediate: int
+    intermediate: int  # width of the MLP that every token passes; 0 if there are only experts
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
     gated: bool = True
+    # experts, experts_chosen, expert_intermediate: sizes of a mixture of experts; 0 if there is none.
     experts: int = 0
     experts_chosen: int = 0
     expert_intermediate: int = 0
@@ -79,12 +75,9 @@ def load_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The shape that a transformers text config describes.
+    """The shape that a transformers text config describes; ConfigError if it lacks a size or describes what is not modelled.
 
     Layers are assumed to be alike: if only some have experts, or attend to a window, the costs are those of a full layer.
-
-    Raises:
-        ConfigError: a size is missing or not positive, or attention has a form that is not modelled.
     """
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "kv_lora_rank", None):
@@ -106,12 +99,13 @@ def shape_of(config: Any) -> ModelShape:
     chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts") or 0
     if experts and not 1 <= chosen <= experts:
         raise ConfigError(f"the {kind} config has {experts} experts but not how many of them each token passes")
+    one_key = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     return ModelShape(
         hidden=hidden,
         intermediate=intermediate,
         layers=config.num_hidden_layers,
         heads=heads,
-        kv_heads=_kv_heads(config, heads),
+        kv_heads=1 if one_key else _first(config, "num_key_value_heads", "num_kv_heads") or heads,
         head_dim=_first(config, "head_dim") or hidden // heads,
         vocabulary=config.vocab_size,
         gated=kind not in UNGATED,
@@ -119,12 +113,6 @@ def shape_of(config: Any) -> ModelShape:
         experts_chosen=chosen if experts else 0,
         expert_intermediate=expert_intermediate,
     )
-
-
-def _kv_heads(config: Any, heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    return _first(config, "num_key_value_heads", "num_kv_heads") or heads
 
 
 def _first(config: Any, *names: str) -> int | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,6 +14,7 @@ from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.pool import Request, decode_queue
 from medusa.preparation import options_of_rows
+from medusa.runs.files import digest
 from medusa.training.distillation import Distillation, Seed
 
 DOES_NOT_FIT = "whose prompt is empty or does not fit the context"
@@ -62,14 +61,8 @@ class ModelAnswerer:
         """Each request's job with its new tokens."""
         model, options = self.model, self.options
         sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
-        decoding = options_of_rows(
-            model,
-            "distill",
-            max_new_tokens=options.max_new_tokens,
-            do_sample=bool(sampling),
-            eos_token_id=list(self._ends),
-            **sampling,
-        )
+        limits = {"max_new_tokens": options.max_new_tokens, "eos_token_id": list(self._ends)}
+        decoding = options_of_rows(model, "distill", do_sample=bool(sampling), **limits, **sampling)
         decodable = model.compiled if options.compile else model
         for finished in decode_queue(decodable, take, options.batch_size, model.tree, decoding):
             yield finished.request.tag, finished.tokens
@@ -101,8 +94,7 @@ class ModelAnswerer:
 
     def _seed(self, job: _Conversation | _Continuation) -> int:
         """The random seed of a turn, the same in every run."""
-        digest = hashlib.sha256(json.dumps([self.options.seed, job.seed.id, job.number_of_turns]).encode()).digest()
-        return int.from_bytes(digest[:6], "big")
+        return int(digest([self.options.seed, job.seed.id, job.number_of_turns])[:12], 16)
 
 
 class EndpointAnswerer:

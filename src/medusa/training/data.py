@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +70,27 @@ class Rows:
         return digest.hexdigest()[:16]
 
 
+Data = str | Path | Sequence[str | Path]  # one or several files, folders or hub ids
+
+
+def sources_of(data: Data) -> list[str | Path]:
+    return [data] if isinstance(data, str | Path) else list(data)
+
+
 def load_rows(
-    source: str | Path | Sequence[str | Path],
+    data: Data,
     tokenizer: Any,
     max_length: int,
     vocab_size: int,
-    packing: bool = False,
-    progress: bool = False,
+    packing: bool = False,  # put several short samples into one row, where they cannot see each other
+    progress: bool = False,  # show a bar on stderr
 ) -> Rows:
-    """Every usable sample of one or several data sets as rows of at most `max_length` tokens.
+    """Every usable sample of one or several data sets as rows of at most `max_length` tokens; InvalidInput if there is none.
 
     Plain text is cut into several rows; a conversation or a prompt with its completion that is longer is cut at the end.
-
-    Args:
-        packing: put several short samples into one row, where they cannot see each other.
-        progress: show a bar on stderr.
-
-    Raises:
-        InvalidInput: see `read_samples` and `encode_conversation`; ids outside the vocabulary; or no tokens to learn.
     """
     skips = Skips()
-    sources = [source] if isinstance(source, str | Path) else source
-    samples: Iterable[Sample] = chain.from_iterable(read_samples(one, skips) for one in sources)
+    samples: Iterable[Sample] = chain.from_iterable(read_samples(one, skips) for one in sources_of(data))
     if progress:
         from tqdm.auto import tqdm
 
@@ -114,7 +113,7 @@ def load_rows(
         rows += kept
         shortened += cut < len(ids) and bool(kept)
     if not rows:
-        raise InvalidInput(f"{', '.join(map(str, sources))} holds nothing to learn: {skips}")
+        raise InvalidInput(f"{', '.join(map(str, sources_of(data)))} holds nothing to learn: {skips}")
     return Rows(pack(rows, max_length) if packing else rows, skips, shortened, max_length)
 
 
@@ -137,9 +136,7 @@ def _encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[bool]]:
     if sample.prompt is None:
         ids = tokenizer(sample.text, verbose=False)["input_ids"]
         return ids, [True] * len(ids)
-    text, end = sample.prompt + sample.text, []
-    if tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]
+    text, end = sample.prompt + sample.text, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     if end and ids[-1:] == end:  # a tokenizer that adds the end of a text
@@ -229,8 +226,5 @@ def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
 
 def masked_runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
     """The row's token ids in runs with the same loss mask, each with its mask."""
-    start = 0
-    for end in range(1, len(row) + 1):
-        if end == len(row) or row.loss_mask[end] != row.loss_mask[start]:
-            yield bool(row.loss_mask[start]), row.ids[start:end].tolist()
-            start = end
+    for mask, run in groupby(zip(row.loss_mask.tolist(), row.ids.tolist(), strict=True), key=lambda token: token[0]):
+        yield mask, [token for _, token in run]

@@ -53,6 +53,11 @@ class Distillation:
         if self.top_p is not None and not self.temperature:
             raise InvalidInput(f"top_p is {self.top_p}, which does nothing at temperature 0; raise the temperature")
 
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """The options that change the answers."""
+        return {name: value for name, value in vars(self).items() if name not in ("batch_size", "compile")}
+
 
 class Answerer(Protocol):
     """Turns seeds into records, in any order: yields the seed, its record or the reason of its failure, and its tokens."""
@@ -120,25 +125,15 @@ class Shards:
 
 @dataclass(frozen=True)
 class Distilled:
-    """The result of a distillation.
+    """The result of a distillation."""
 
-    Attributes:
-        output: the folder of samples.
-        made: number of samples made now.
-        already: number of samples that earlier runs had made.
-        failed: number of samples that failed, by reason.
-        tokens: number of tokens made now.
-        seconds: time that they took.
-        skips: records of the prompts that were left out.
-    """
-
-    output: Path
-    made: int
-    already: int
-    failed: Counter[str]
-    tokens: int
-    seconds: float
-    skips: Skips = field(default_factory=Skips)
+    output: Path  # the folder of samples
+    made: int  # number of samples made now
+    already: int  # number of samples that earlier runs had made
+    failed: Counter[str]  # number of samples that failed, by reason
+    tokens: int  # number of tokens made now
+    seconds: float  # time that they took
+    skips: Skips = field(default_factory=Skips)  # records of the prompts that were left out
 
     def to_dict(self) -> dict[str, Any]:
         """As `medusa distill --json` prints it."""

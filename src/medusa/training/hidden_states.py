@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from medusa.checkpoints.tensors import write_tensors
 from medusa.errors import InvalidInput, one_line
 from medusa.model import MedusaModel
 from medusa.runs.console import progress
-from medusa.runs.files import whole
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 from medusa.training.data import Row, Rows, collate
@@ -52,15 +51,8 @@ class RowsWithHiddenStates:
 def save_hidden_states(
     model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS
 ) -> RowsWithHiddenStates:
-    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept.
-
-    Args:
-        batch_size: number of rows in a forward pass.
-        shard_tokens: number of tokens in a file, at least.
-
-    Raises:
-        InvalidInput: the folder holds the hidden states of other data or another backbone, or the disk is full.
-    """
+    """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept; those of other data or
+    another backbone are refused. A forward pass takes `batch_size` rows, a shard at least `shard_tokens` tokens."""
     folder = Path(folder)
     made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model.backbone), "shard_tokens": shard_tokens}
     claim(folder / CLAIM, made_of)
@@ -74,7 +66,7 @@ def save_hidden_states(
         for shard, (first, last) in enumerate(shards):
             part = rows.rows[first:last]
             if not _is_whole(_shard(folder, shard), sum(map(len, part))):
-                _write(_shard(folder, shard), _compute(model, part, batch_size))
+                write_tensors({"hidden_states": _compute(model, part, batch_size)}, _shard(folder, shard))
             bar.update(sum(map(len, part)))
     return RowsWithHiddenStates(rows, folder, shards)
 
@@ -99,17 +91,7 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"hidden_states-{number:05d}.safetensors"
 
 
-def _write(path: Path, hidden: torch.Tensor) -> None:
-    try:
-        with whole(path) as partial:
-            save_file({"hidden_states": hidden}, partial)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot write {path}: {' '.join(str(error).split())}; earlier shards are kept") from None
-
-
 def _is_whole(path: Path, tokens: int) -> bool:
-    if not path.is_file():
-        return False
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_slice("hidden_states").get_shape()[0] == tokens

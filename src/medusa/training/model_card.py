@@ -8,6 +8,7 @@ from medusa.checkpoints.model_card import card_of_heads
 from medusa.config import MedusaConfig
 from medusa.runs.files import write_text
 from medusa.training.config import TrainingConfig
+from medusa.training.data import Rows
 
 MEASURED = """\
 
@@ -35,8 +36,7 @@ def write_card(
     metrics: dict[str, float],
     asked: int,
     nodes: int,
-    tokens: int,
-    labelled: int,
+    rows: Rows,
     held_out: bool,
 ) -> None:
     """Write `README.md`: what the heads are, how to load them, and their accuracies."""
@@ -57,7 +57,7 @@ def write_card(
         measured_on="held out" if held_out else "of training rows, which flatters the heads",
         nodes=nodes,
         rate=metrics.get("eval_acceleration_rate", 1.0),
-        tokens=tokens,
-        labelled=labelled,
+        tokens=rows.tokens,
+        labelled=rows.labelled,
     )
     write_text(folder / "README.md", head + measured)

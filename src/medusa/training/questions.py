@@ -61,18 +61,10 @@ class Filter:
 def write_questions(
     model: MedusaModel, tokenizer: Any, folder: Path, count: int, rows: int, seed: int = 0, compiled: bool = False
 ) -> Path:
-    """Have the model write the first turns of `count` conversations, and return their file.
+    """Have the model write the first turns of `count` conversations, `rows` at a time; return their file in the folder of the
+    samples. InvalidInput if its chat template does not end the user's turns with a special token, or too few pass the filter.
 
     If interrupted, the same call resumes: question n depends only on n and the seed, and the filter only on their order.
-
-    Args:
-        folder: the folder of the samples.
-        count: number of questions.
-        rows: number of questions written at a time.
-
-    Raises:
-        InvalidInput: the model has no chat template, or one that does not end the user's turns with a special token; or it
-            writes too few questions that pass the filter.
     """
     if not tokenizer.chat_template or not ends_users_turns(tokenizer):
         raise InvalidInput("--data self needs a chat template that ends the user's turns with a special token")
@@ -104,10 +96,9 @@ def _written(
     model: MedusaModel, tokenizer: Any, prompt: list[int], numbers: Iterator[int], rows: int, seed: int, compiled: bool
 ) -> Iterator[tuple[int, str | None]]:
     """Questions with their numbers, in the order in which they finish; None for one that did not end."""
+    ends = list(ends_of_turns(tokenizer, model.eos_token_ids))
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "min_p": MIN_P}
-    options = options_of_rows(
-        model, "distill", max_new_tokens=LONGEST, eos_token_id=list(ends_of_turns(tokenizer, model.eos_token_ids)), **sampling
-    )
+    options = options_of_rows(model, "distill", max_new_tokens=LONGEST, eos_token_id=ends, **sampling)
 
     def take() -> Request | None:
         number = next(numbers, None)

@@ -13,13 +13,8 @@ from medusa.training.distillation import Answerer, Seed
 
 
 class RayAnswerer:
-    """Distributes seeds over workers, each with its own answerer; outcomes come back as they are made.
-
-    Args:
-        make: builds a worker's answerer, on the worker; it is pickled.
-        workers: number of workers.
-        batch_size: number of seeds sent to a worker at a time.
-    """
+    """Distributes seeds over workers, some at a time, each with its own answerer; outcomes come back as they are made. `make`,
+    which is pickled, builds a worker's answerer on the worker."""
 
     def __init__(self, make: Callable[[], Answerer], workers: int, batch_size: int):
         self._ray = require("ray", "ray", "--ray")

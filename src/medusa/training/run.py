@@ -321,9 +321,8 @@ def _report(
     assert evaluated is not None
     tree = evaluated.tree(config.tree_nodes)
     save_tree(tree, output / TREE_FILE)
-    asked = max(evaluated.asked)
     heads = dataclasses.replace(trainer.model.heads.config, base_model_name_or_path=base_model)
-    write_card(output, config, heads, metrics, asked, len(tree), rows.tokens, rows.labelled, held_out)
+    write_card(output, config, heads, metrics, max(evaluated.asked), len(tree), rows, held_out)
     record = {
         "config": dataclasses.asdict(config),
         "base_model": base_model,
@@ -332,7 +331,7 @@ def _report(
         "cut": rows.cut,
         "metrics": metrics,
         "measured_on": "rows held out" if held_out else "rows that were learnt",
-        "accuracies": evaluated.to_dict(),
+        "accuracies": {**dataclasses.asdict(evaluated), "accuracies": evaluated.accuracies},
         "log": trainer.state.log_history,
         "processes": {"type": trainer.accelerator.distributed_type.value, "number": trainer.accelerator.num_processes},
         "versions": {"medusa": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}},

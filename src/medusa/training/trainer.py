@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,6 @@ class Evaluated:
 
     def tree(self, num_nodes: int) -> MedusaTree:
         return search_tree(self.accuracies, num_nodes)
-
-    def acceleration_rate(self, num_nodes: int) -> float:
-        """Tokens a step that the best tree of this size should accept (paper 2.3.3)."""
-        return expected_acceptance_length(self.tree(num_nodes), self.accuracies)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "accuracies": self.accuracies}
 
 
 class MedusaTrainer(Trainer):
@@ -168,7 +161,9 @@ class MedusaTrainer(Trainer):
             metrics[f"{metric_key_prefix}_lm_loss"] = lm_loss
         for k, row in enumerate((hits / times.clamp(min=1)[:, None]).cumsum(-1).tolist(), 1):
             metrics |= {f"{metric_key_prefix}_head{k}_top{i}": value for i, value in enumerate(row[:SHOWN_RANKS], 1)}
-        metrics[f"{metric_key_prefix}_acceleration_rate"] = self.evaluated.acceleration_rate(config.tree_nodes)
+        metrics[f"{metric_key_prefix}_acceleration_rate"] = expected_acceptance_length(
+            self.evaluated.tree(config.tree_nodes), self.evaluated.accuracies
+        )
         self.log(metrics)
         return metrics
 

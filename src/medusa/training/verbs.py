@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,27 +23,20 @@ from medusa.model import MedusaModel
 from medusa.runs.console import note
 from medusa.training.answerers import EndpointAnswerer, ModelAnswerer
 from medusa.training.config import METHOD, TrainingConfig, read_options, resolve
-from medusa.training.data import Rows, load_rows
+from medusa.training.data import Data, Rows, load_rows, sources_of
 from medusa.training.distillation import Answerer, Distillation, Distilled, Shards, answer_seeds, read_seeds
 from medusa.training.questions import write_questions
 from medusa.training.ray import RayAnswerer
 from medusa.training.run import FEWEST_TO_HOLD_OUT_OF, is_main_process, number_to_hold_out, refuse_begun, train_heads
 
-Data = str | Path | Sequence[str | Path]
-
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a training run.
+    """The result of a training run."""
 
-    Attributes:
-        output: the folder of heads, tree, model card and `training.json`.
-        metrics: as evaluated at the end: `eval_head1_top1`, `eval_acceleration_rate`, …
-    """
-
-    output: Path
+    output: Path  # the folder of heads, tree, model card and `training.json`
     config: TrainingConfig
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # as evaluated at the end: `eval_head1_top1`, `eval_acceleration_rate`, …
 
 
 def train(
@@ -69,23 +61,19 @@ def train(
         trained = medusa.train("smollm2", data=["chats.jsonl"], output="heads", shared_lm_head=True)
         model = MedusaModel.from_pretrained("smollm2", heads="heads")
 
-    Notes and progress go to stderr. With several processes (`accelerate launch`), one writes. For a backbone and rows that are
-    loaded already there is `medusa.training.run.train_heads`.
+    Notes and progress go to stderr. For a loaded backbone and rows there is `medusa.training.run.train_heads`.
 
     Args:
         model: the backbone: a folder, GGUF file or hub id (ID@REVISION), `smollm2` or `embedded`.
-        data: JSON, JSONL or Parquet files, folders, or `datasets` ids (ID:SPLIT).
+        data, eval_data: JSON, JSONL or Parquet files, folders, or `datasets` ids (ID:SPLIT); without `eval_data`, some rows of
+            the data are held out.
         output: folder for everything that is saved.
         method: the recipe that sets the options; `medusa train --help` lists them.
         config: YAML file of options; `options` override it.
-        eval_data: data to evaluate on; None: some rows are held out.
         heads: folder or hub id of heads to start from; None: copies of the LM head.
-        hidden_states: folder to keep the frozen backbone's hidden states in and to train from.
-        resume: continue from the newest checkpoint in `output`.
-        dtype: bfloat16, float16 or float32; None: the backbone's own.
-        device: None: a GPU if there is one.
+        hidden_states, resume, callbacks: see `medusa.training.run.train_heads`.
+        dtype, device: bfloat16, float16 or float32 (None: the backbone's own); where to train (None: a GPU if there is one).
         trust_remote_code: run code that comes with the model.
-        callbacks: callbacks of transformers' Trainer.
         options: fields of `TrainingConfig`, such as `num_heads=3` or `max_steps=1000`.
 
     Raises:
@@ -93,21 +81,20 @@ def train(
             the loss is not a number or explodes.
     """
     recipe = resolve_options(method, config, options)
-    named.quiet_transformers()
     refuse_begun(Path(output), resume)
-    for source in (*_sources(data), *_sources(eval_data)):
+    for source in (*sources_of(data), *sources_of(eval_data or ())):
         next(read_samples(source, Skips()), None)
-    if heads is not None and not has_heads(find_heads(heads)):
+    start = find_heads(heads) if heads is not None else None
+    if start is not None and not has_heads(start):
         raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads or give a folder with heads")
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     backbone = named.load_backbone(model, dtype, device, trust_remote_code, recipe.quantization)
-    medusa = MedusaModel(backbone, load_heads(find_heads(heads)) if heads is not None else None)
+    medusa = MedusaModel(backbone, None if start is None else load_heads(start))
     length = min(recipe.max_length, medusa.max_length or recipe.max_length)
-    rows = load_rows(_sources(data), tokenizer, length, medusa.vocab_size, recipe.packing, progress=is_main_process())
-    eval_rows = None if eval_data is None else load_rows(_sources(eval_data), tokenizer, length, medusa.vocab_size)
+    rows = load_rows(data, tokenizer, length, medusa.vocab_size, recipe.packing, progress=is_main_process())
+    eval_rows = None if eval_data is None else load_rows(eval_data, tokenizer, length, medusa.vocab_size)
     if is_main_process():
-        note_rows(rows)
-        _note_no_held_out_rows(rows, eval_rows, recipe)
+        note_rows(rows, recipe.held_out if eval_rows is None else None)
     metrics = train_heads(medusa, rows, output, recipe, eval_rows, resume, hidden_states, callbacks)
     if is_main_process() and recipe.backbone == "full":
         tokenizer.save_pretrained(output)
@@ -125,12 +112,10 @@ def training_rows(
 ) -> tuple[Rows, Any]:
     """The rows that `train` would learn from, and the tokenizer; no weights are loaded. The arguments are those of `train`."""
     recipe = resolve_options(method, config, options)
-    named.quiet_transformers()
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     sizes = load_config(find_model(model, code=trust_remote_code), trust_remote_code=trust_remote_code)
     length = min(recipe.max_length, max_length_of(sizes) or recipe.max_length)
-    rows = load_rows(_sources(data), tokenizer, length, sizes.vocab_size, recipe.packing)
-    return rows, tokenizer
+    return load_rows(data, tokenizer, length, sizes.vocab_size, recipe.packing), tokenizer
 
 
 def resolve_options(method: str, config: str | Path | None, options: dict[str, Any]) -> TrainingConfig:
@@ -139,26 +124,20 @@ def resolve_options(method: str, config: str | Path | None, options: dict[str, A
     return resolve(method, settings, str(config) if config is not None else "training options")
 
 
-def note_rows(rows: Rows) -> None:
-    """Note the number of rows and tokens, and what was cut or skipped."""
+def note_rows(rows: Rows, held_out: float | None = None) -> None:
+    """Note the number of rows and tokens, what was cut or skipped, and if none is left to evaluate on.
+
+    Args:
+        held_out: share of the rows to evaluate on; None: they are not needed for that.
+    """
     note(f"{len(rows)} rows, {rows.tokens:,} tokens, {rows.labelled:,} of them labelled")
     if rows.cut:
         note(f"{rows.cut} samples were longer than {rows.max_length} tokens and were cut")
     if rows.skips:
         note(f"skipped {rows.skips}")
-
-
-def _note_no_held_out_rows(rows: Rows, eval_rows: Rows | None, recipe: TrainingConfig) -> None:
-    if eval_rows is not None or number_to_hold_out(rows, recipe.held_out):
-        return
-    why = f"fewer than {FEWEST_TO_HOLD_OUT_OF} rows are too few to hold any out" if recipe.held_out else "no rows are held out"
-    note(f"{why}: the heads are evaluated on training rows, which flatters them; --eval-data is better")
-
-
-def _sources(data: Data | None) -> list[str | Path]:
-    if data is None:
-        return []
-    return [data] if isinstance(data, str | Path) else list(data)
+    if held_out is not None and not number_to_hold_out(rows, held_out):
+        why = f"fewer than {FEWEST_TO_HOLD_OUT_OF} rows are too few to hold any out" if held_out else "no rows are held out"
+        note(f"{why}: the heads are evaluated on training rows, which flatters them; --eval-data is better")
 
 
 def distill(
@@ -191,10 +170,8 @@ def distill(
         data: prompts: .txt, JSON, JSONL, Parquet, a folder, a `datasets` id (ID:SPLIT); or `self`: the model writes them.
         output: folder of JSONL shards.
         heads, tree: Medusa heads and tree to decode with; None: those of the model, if any.
-        endpoint: address of an OpenAI-compatible server that runs the model.
-        api_key_env: environment variable that holds the endpoint's API key.
-        samples: number of conversations, with `data="self"`.
-        limit: number of prompts to use, from the first; None: all.
+        endpoint, api_key_env: address of an OpenAI-compatible server that runs the model; environment variable with its key.
+        samples, limit: number of conversations, with `data="self"`; number of prompts to use, from the first; None: all.
         ray: number of workers of a Ray Data job; 0: this process.
         quantization, dtype, device, trust_remote_code: as in `train`.
         options: fields of `Distillation`, such as `temperature=0.7`, `max_new_tokens=256` or `self_talk=2`.
@@ -207,30 +184,26 @@ def distill(
     if data == "self" and (endpoint is not None or ray):
         raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
     how = from_mapping(Distillation, options, "distillation options")
-    made_by = {"model": model, "heads": heads, "endpoint": endpoint, **dataclasses.asdict(how)}
-    for name in ("batch_size", "compile"):  # they do not change the answers
-        del made_by[name]
-    named.quiet_transformers()
-    Shards.refuse_other(Path(output), made_by)
-
-    def model_answerer() -> ModelAnswerer:
-        medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
-        named.note_advice_on_tree(medusa, model, heads, tree)
-        return ModelAnswerer(medusa, named.load_tokenizer(model, trust_remote_code), how)
+    Shards.refuse_other(Path(output), made_by := {"model": model, "heads": heads, "endpoint": endpoint, **how.lasting})
 
     def answerer() -> Answerer:
         if endpoint is not None:
             return EndpointAnswerer(Endpoint(endpoint, model, os.environ.get(api_key_env)), how)
-        return model_answerer()
+        medusa = named.load_model(model, heads, tree, dtype, device, trust_remote_code, quantization, heads_wanted=False)
+        named.note_advice_on_tree(medusa, model, heads, tree)
+        return ModelAnswerer(medusa, named.load_tokenizer(model, trust_remote_code), how)
 
-    skips = Skips()
     if data == "self":
-        own = model_answerer()
-        shards = Shards(output, made_by)
-        questions = write_questions(own.model, own.tokenizer, Path(output), samples, how.batch_size, how.seed, how.compile)
-        return answer_seeds(read_seeds(questions, skips)[:samples], own, shards, skips)
-    seeds = read_seeds(data, skips)[:limit]
+        return _answer_own_questions(answerer(), Path(output), samples, how, made_by)
+    seeds = read_seeds(data, skips := Skips())[:limit]
     if not seeds:
         raise InvalidInput(f"{data} holds no prompts: {skips or 'it is empty'}")
-    chosen: Answerer = RayAnswerer(answerer, ray, how.batch_size) if ray else answerer()
+    chosen = RayAnswerer(answerer, ray, how.batch_size) if ray else answerer()
     return answer_seeds(seeds, chosen, Shards(output, made_by), skips)  # made last: a run that cannot load leaves no folder
+
+
+def _answer_own_questions(own: Any, output: Path, samples: int, how: Distillation, made_by: dict[str, Any]) -> Distilled:
+    """Have a `ModelAnswerer` write the questions too."""
+    shards, skips = Shards(output, made_by), Skips()
+    questions = write_questions(own.model, own.tokenizer, output, samples, how.batch_size, how.seed, how.compile)
+    return answer_seeds(read_seeds(questions, skips)[:samples], own, shards, skips)

@@ -36,16 +36,11 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often the heads' guesses were right.
+    """How often the heads' guesses were right."""
 
-    Attributes:
-        hits: [k - 1][i]: number of places at which exactly guess i (0-based) of head k was right.
-        positions: number of places at which the heads guessed.
-        paths: the rank paths that came true most often, each with its count; no independence of the heads is assumed.
-    """
-
-    hits: list[list[int]]
-    positions: int
+    hits: list[list[int]]  # [k - 1][i]: number of places at which exactly guess i (0-based) of head k was right
+    positions: int  # number of places at which the heads guessed
+    # The rank paths that came true most often, each with its count; no independence of the heads is assumed.
     paths: list[tuple[Path_, int]]
 
     @classmethod
@@ -82,11 +77,7 @@ class Calibration:
             raise CheckpointError(f"{path} is not a calibration written by medusa tune: {one_line(error)}") from None
 
     def save(self, path: Path, made_with: dict[str, Any]) -> None:
-        """Write a `calibration.json`.
-
-        Args:
-            made_with: model, machine and settings, kept in the file.
-        """
+        """Write a `calibration.json`, with the model, machine and settings that it was made with."""
         write_text(path, json.dumps({**self.to_dict(), "made_with": made_with}) + "\n")
 
     @property
@@ -120,12 +111,11 @@ class Calibration:
         return 1 + sum(self.path_chances(tree).values())
 
     def to_dict(self) -> dict[str, Any]:
-        best = [(0,) * depth for depth in range(len(self.hits))]
         return {
             **asdict(self),
             "accuracies": self.accuracies,
             "intervals": self.intervals(),
-            "after_first_guesses": [self.conditional(path)[:8] for path in best],
+            "after_first_guesses": [self.conditional((0,) * depth)[:8] for depth in range(len(self.hits))],
         }
 
 

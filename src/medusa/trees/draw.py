@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import InvalidInput
-from medusa.runs.plotting import PLOT_SUFFIXES, new_figure, save_plot
+from medusa.runs.plotting import new_figure, save_plot
 from medusa.trees.static import MedusaTree
 
 if TYPE_CHECKING:
@@ -22,26 +22,16 @@ Places = dict[Path_, tuple[float, float]]
 
 
 def draw_tree(tree: MedusaTree, file: Path, chances: Mapping[Path_, float] | None = None, mark: Sequence[int] = ()) -> None:
-    """Write a drawing of a tree in the format of the file's suffix; see `tree_figure`.
-
-    Raises:
-        InvalidInput: another suffix than .png and .svg, no matplotlib, a marked path that the tree lacks, or a file that cannot
-            be written.
-    """
-    if file.suffix not in PLOT_SUFFIXES:  # before the work
-        raise InvalidInput(f"a drawing is {' or '.join(PLOT_SUFFIXES)}, got {file}")
+    """Write a drawing of a tree, see `tree_figure`, in the format of the file's suffix; InvalidInput for another than .png and
+    .svg."""
     save_plot(tree_figure(tree, chances, mark), file, text=True)
 
 
 def tree_figure(tree: MedusaTree, chances: Mapping[Path_, float] | None = None, mark: Sequence[int] = ()) -> Figure:
     """A tree from its root down: a row for each head, each node with the rank of its guess.
 
-    Args:
-        chances: how often each path comes true; shades the nodes, and stands below them in per cent.
-        mark: an accepted path, drawn red.
-
-    Raises:
-        InvalidInput: no matplotlib, or a marked path that the tree lacks.
+    How often each path comes true (`chances`) shades the nodes, and stands below them in per cent; an accepted path (`mark`) is
+    red. InvalidInput if the tree lacks it.
     """
     marked = [tuple(mark[:depth]) for depth in range(1, len(mark) + 1)]
     if missing := [path for path in marked if path not in tree.paths]:
@@ -104,13 +94,9 @@ def _label_nodes(
 ) -> None:
     """Write the rank on every node, and below it its chance in per cent."""
     style: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3, "in_layout": False}
-    below: dict[str, Any] = {
-        "xytext": (0, -12 * scale),
-        "textcoords": "offset points",
-        "fontsize": 5 * scale,
-        "color": "dimgrey",
-    }
-    below |= {"bbox": {"fc": "white", "ec": "none", "pad": 0.4 * scale}}
+    box = {"fc": "white", "ec": "none", "pad": 0.4 * scale}
+    below: dict[str, Any] = {"xytext": (0, -12 * scale), "textcoords": "offset points", "bbox": box}
+    below |= {"fontsize": 5 * scale, "color": "dimgrey"}
     for path, on_dark in zip(tree.paths, dark, strict=True):
         axes.annotate(str(path[-1]), places[path], fontsize=8 * scale, color="white" if on_dark else "black", **style)
         if chances is not None:

@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid, pad
 from medusa.config import from_mapping
 from medusa.errors import InvalidTree
 from medusa.trees.history import History, pair_end, pair_start, triple_end, triple_start
+from medusa.trees.static import check_depth
 from medusa.trees.tensors import Guesses, TreeTensors, paths_up, tree_tensors
 
 LEAST_COST = 1e-5  # minimum cost of a node in nats, so that children rank behind their parents
@@ -79,11 +80,7 @@ class DynamicTree:
 
     def check(self, num_heads: int, vocab_size: int) -> None:
         """Raise InvalidTree unless the heads can fill the tree."""
-        if self.depth > num_heads:
-            raise InvalidTree(
-                f"tree needs {self.depth} heads, there are {num_heads}; pass a shallower tree or train with "
-                f"--num-heads {self.depth}"
-            )
+        check_depth(self.depth, num_heads)
 
     def to_dict(self) -> dict[str, Any]:
         """`{"dynamic": {...}}`, as saved."""
@@ -216,11 +213,8 @@ class DynamicDrafter:
         return own, tree_tensors(above, self.depth)
 
     def _tree(self, root: Tensor, values: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of all candidates as a tree: the token of every node (B, N), and its parent (B, N).
-
-        Args:
-            parents: (B, M) long: the candidate above each, -1 for the root.
-        """
+        """The best of all candidates as a tree: the token (B, N) and the parent (B, N) of every node. The parents given are the
+        candidates' own, -1 for the root."""
         batch, candidates = values.shape
         nodes = min(self.num_nodes - self.copied, candidates + 1)
         chosen = values.topk(nodes - 1, dim=-1).indices  # best first: parents before children

@@ -59,10 +59,9 @@ Tree = MedusaTree | DynamicTree | TreeChoice
 
 def save_tree(tree: Tree, path: str | Path) -> None:
     """Write a tree file; it is complete or absent. CheckpointError if it cannot be written."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(tree.to_dict()) + "\n")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(path), json.dumps(tree.to_dict()) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
@@ -100,23 +99,17 @@ def load_tree(path: str | Path) -> Tree:
         InvalidTree: its tree is malformed.
         ConfigError: a dynamic tree with an unknown key, or a value of the wrong type.
     """
-    if not Path(path).exists() and Path(path).stem == str(path):  # a bare name
-        return preset(str(path))
+    if not Path(path).exists():
+        if Path(path).stem == str(path):  # a bare name
+            return preset(str(path))
+        raise CheckpointError(f"no tree file {path}")
     if not Path(path).is_file():
-        what = f"cannot read the tree file {path}: not a file" if Path(path).exists() else f"no tree file {path}"
-        raise CheckpointError(what)
-    return tree_from(read_json(Path(path), CheckpointError), str(path))
+        raise CheckpointError(f"cannot read the tree file {path}: not a file")
+    return tree_from(read_json(path, CheckpointError), str(path))
 
 
 def tree_from(found: Any, source: str) -> Tree:
-    """The tree that parsed JSON describes.
-
-    Args:
-        source: where it comes from, for errors.
-
-    Raises:
-        CheckpointError, InvalidTree, ConfigError: see `load_tree`.
-    """
+    """The tree that parsed JSON describes; the errors of `load_tree` name its source."""
     if isinstance(found, dict) and isinstance(found.get("dynamic"), dict):
         return DynamicTree.from_dict(found, source)
     if isinstance(found, dict) and isinstance(found.get("batches"), dict):

@@ -26,11 +26,7 @@ class History:
 
     @classmethod
     def empty(cls, batch: int, capacity: int, device: torch.device | str | None = None) -> History:
-        """The history of rows without tokens.
-
-        Args:
-            capacity: maximum number of tokens in a row, padding and root included.
-        """
+        """The history of rows without tokens, which may have `capacity` of them, padding and root included."""
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
         table = zeros.new_zeros(batch, (1 << (SLOTS * capacity - 1).bit_length()) + 1, dtype=torch.int32)
         return cls(table, zeros.new_zeros(batch, capacity + 1), torch.ones_like(zeros), zeros, zeros.clone())

@@ -92,11 +92,7 @@ class MedusaTree:
 
     def check(self, num_heads: int, vocab_size: int) -> None:
         """Raise InvalidTree unless the heads can fill the tree."""
-        if self.depth > num_heads:
-            raise InvalidTree(
-                f"tree needs {self.depth} heads, there are {num_heads}; pass a shallower tree or train with "
-                f"--num-heads {self.depth}"
-            )
+        check_depth(self.depth, num_heads)
         if self.max_rank >= vocab_size:
             raise InvalidTree(f"tree uses rank {self.max_rank}, the vocabulary has {vocab_size} tokens")
 
@@ -124,6 +120,12 @@ class MedusaTree:
     def for_batch(self, batch: int) -> MedusaTree:
         """The tree for a batch of this size: itself; see `TreeChoice`."""
         return self
+
+
+def check_depth(depth: int, num_heads: int) -> None:
+    if depth > num_heads:
+        remedy = f"pass a shallower tree or train with --num-heads {depth}"
+        raise InvalidTree(f"tree needs {depth} heads, there are {num_heads}; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,11 @@ StepTimer = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """All options that were timed, and the choice for each batch size.
-
-    Attributes:
-        by_depth: the choice for the smallest batch with 1, 2, … heads: what each head adds.
-    """
+    """All options that were timed, and the choice for each batch size."""
 
     plain: Option
     options: list[Option]
-    by_depth: list[Option]
+    by_depth: list[Option]  # the choice for the smallest batch with 1, 2, … heads: what each head adds
     chosen: dict[int, Option]
 
     @property
@@ -77,18 +73,13 @@ class Choices:
 
 def choose_trees(
     trees: Trees,
-    timer: StepTimer,
+    timer: StepTimer,  # measures steps here; plain decoding is timed next to the others every time
     kinds: Sequence[str] = USUAL_KINDS,
     sizes: Sequence[int] = SIZES,
     batches: Sequence[int] = (1,),
-    always: bool = False,
+    always: bool = False,  # choose a tree even if plain decoding is faster
 ) -> Choices:
-    """Time every kind and size at its most promising depth, then the best at all depths; choose for each batch size.
-
-    Args:
-        timer: measures steps here; plain decoding is timed next to the others every time.
-        always: choose a tree even if plain decoding is faster.
-    """
+    """Time every kind and size at its most promising depth, then the best at all depths; choose for each batch size."""
     options = different([each for kind in kinds for each in promising(trees, timer, kind, sizes, batches)])
     plain, *options = _timed([PLAIN, *options], timer, batches)
     chosen = {batch: choose(options, plain, batch, always) for batch in batches}
@@ -141,11 +132,8 @@ def promising(trees: Trees, timer: StepTimer, kind: str, sizes: Sequence[int], b
 
 
 def step_plane(timed: Sequence[Option], batch: int) -> Callable[[MedusaTree | DynamicTree], float]:
-    """Predicted seconds of a step: plain + a nodes + b heads, fitted by least squares.
-
-    Args:
-        timed: plain decoding first, then trees of one kind.
-    """
+    """Predicted seconds of a step: plain + a nodes + b heads, fitted by least squares to plain decoding, timed first, and trees
+    of one kind."""
 
     def terms(tree: MedusaTree | DynamicTree) -> list[float]:
         return [len(tree) - 1, tree.depth]

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from medusa.checkpoints.tensors import write_tensors
 from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
 from medusa.generation import MedusaGenerateOutput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.runs.console import progress
-from medusa.runs.files import digest, whole
+from medusa.runs.files import digest
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
 
@@ -53,25 +54,15 @@ class Recorded:
 def record(
     model: MedusaModel,
     prompts: Sequence[Tensor],  # each (P,) long
-    max_new_tokens: int = 128,
-    ranks: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int = 128,  # number of places in each text
+    ranks: int = 64,  # number of guesses recorded for each head
+    temperature: float = 0.0,  # 0 is greedy; above 0 continuations are drawn from the backbone's distribution
     seed: int = 0,
-    batch_size: int = 8,
-    folder: Path | None = None,
+    batch_size: int = 8,  # number of prompts continued together; greedy texts depend on it only through rounding
+    folder: Path | None = None,  # folder to save recordings in, batch by batch; batches found there are not recorded again
 ) -> list[Recorded]:
-    """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads.
-
-    Args:
-        max_new_tokens: number of places in each text.
-        ranks: number of guesses recorded for each head.
-        temperature: 0 is greedy; above 0 continuations are drawn from the backbone's distribution.
-        batch_size: number of prompts continued together; greedy texts depend on it only through rounding.
-        folder: folder to save recordings in, batch by batch; batches found there are not recorded again.
-
-    Raises:
-        InvalidInput: there are no heads, no text is long enough, or the folder has recordings of something else.
-    """
+    """Let the backbone continue the prompts, with Medusa's help, and record the guesses of the heads; InvalidInput if there are
+    none, no text is long enough, or the folder has recordings of something else."""
     if model.heads is None:
         raise InvalidInput("this model has no heads to calibrate")
     ranks = min(ranks, model.scored)
@@ -140,11 +131,7 @@ def _save(texts: Sequence[Recorded], path: Path) -> None:
             value = getattr(text, field.name)
             if value is not None and field.name != "heads":
                 tensors[f"{number}.{field.name}"] = torch.as_tensor(value).contiguous().clone()
-    try:
-        with whole(path) as partial:
-            save_file(tensors, partial)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot write {path}: {error}; make room and run the same command again") from None
+    write_tensors(tensors, path)
 
 
 def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:

@@ -22,18 +22,14 @@ def time_steps(
     model: MedusaModel,
     trees: Sequence[MedusaTree | DynamicTree],
     prompts: Tensor,  # (B, P) long
-    steps: int = STEPS,
+    steps: int = STEPS,  # number of steps timed in each round
     rounds: int = 5,
-    **options: Any,
+    **options: Any,  # options of `MedusaModel.stream`, such as `compile`
 ) -> list[float]:
     """Seconds of a decoding step with each tree.
 
     Trees take turns in rounds. A tree's time is the median over rounds of its ratio to the first tree in the same round, times
     the median of the first tree: a machine that is slow for a while is slow for all.
-
-    Args:
-        steps: number of steps timed in each round.
-        options: options of `MedusaModel.stream`, such as `compile`.
     """
     seconds: list[list[float]] = [[] for _ in trees]
     limit = room_to_time(max(tree.depth for tree in trees), max(tree.drafter().depth for tree in trees), steps)
