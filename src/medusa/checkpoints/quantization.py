@@ -18,8 +18,8 @@ def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a backbone quantised in this way; InvalidInput if it cannot be.
 
     nf4 decodes exactly: its weights are unpacked before use, to `dtype` (default: bfloat16). int8 chooses its outlier features
-    by everything in the pass, so a tree may differ from its paths by a rounding error. int8-dynamic rounds every token by itself
-    (`Int8Linear`); it is the fastest on a CPU.
+    by everything in the pass, so a tree may differ from its paths by a rounding error. int8-dynamic rounds every token by
+    itself (`Int8Linear`); it is the fastest on a CPU.
     """
     if kind not in KINDS:
         raise InvalidInput(f"quantization is {kind!r}, expected one of {', '.join(KINDS)}")
