@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from medusa.backbone.probe import NOISE_MULTIPLE, relative_difference
+from medusa.kernels.build import load_kernels
+from medusa.kernels.fusion import few_rows_backend
 from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
@@ -57,8 +59,7 @@ class Compiled:
     def _compile(self, device: torch.device, args: tuple) -> bool:
         """Compile for one shape; False, with a warning, if that fails or computes something else."""
         if self._compiled is None:
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self._compiled = torch.compile(self._model.draft_and_verify, fullgraph=True, dynamic=False, mode=mode)
+            self._compiled = _compile(self._model.draft_and_verify, device)
         try:
             # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
             with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
@@ -74,6 +75,16 @@ class Compiled:
             )
             return False
         return True
+
+
+def _compile(function: Callable[..., Drafted], device: torch.device) -> Callable[..., Drafted]:
+    # The model does not change (see `TreeLM`): checking at every step that it has not costs a millisecond.
+    unchanged: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    if device.type == "cuda":
+        unchanged |= torch._inductor.list_mode_options("reduce-overhead")
+    elif device.type == "cpu" and load_kernels():
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=few_rows_backend, options=unchanged)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=unchanged)
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:

@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medusa.checkpoints.hub import Source
 from medusa.checkpoints.names import belongs_to_heads
+from medusa.checkpoints.quantization import INT8_DYNAMIC
 from medusa.checkpoints.tensors import check_tensors
 from medusa.config import CONFIG_FILE, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
+from medusa.kernels.int8 import quantize_int8
 from medusa.runs.extras import require
 from medusa.runs.files import read_json, read_text
 
@@ -35,7 +37,8 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     Args:
         source: result of `find_model`, or a folder.
         dtype: dtype of the weights; default: the backbone's own, or bfloat16 for a GGUF file.
-        kwargs: further options of transformers' `from_pretrained`.
+        kwargs: further options of transformers' `from_pretrained`. The `quantization_config` "int8-dynamic" is ours: the
+            loaded model's linear maps are replaced (`Int8Linear`).
 
     Raises:
         CheckpointError: there is no model, a file is broken, or tensors are missing or of the wrong shape, which transformers
@@ -44,6 +47,8 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     folder = source.folder
+    if int8 := kwargs.get("quantization_config") == INT8_DYNAMIC:
+        kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"}
     if source.gguf_file is not None:
         if "quantization_config" in kwargs:
             raise InvalidInput(
@@ -79,6 +84,13 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     unused = sorted(name for name in info["unexpected_keys"] if not belongs_to_heads(name))
     if unused:
         warnings.warn(f"{len(unused)} tensors in {folder} have no place in the model: {unused[0]}, …", stacklevel=2)
+    if int8:
+        if backbone.device.type != "cpu" or backbone.dtype not in (torch.bfloat16, torch.float32):
+            raise InvalidInput(
+                f"int8-dynamic is for bfloat16 or float32 models on a CPU, got {backbone.dtype} on {backbone.device.type}; "
+                "use nf4"
+            )
+        quantize_int8(backbone)
     return backbone
 
 

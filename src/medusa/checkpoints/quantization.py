@@ -1,4 +1,4 @@
-"""Quantised backbones, in 4 or 8 bits through bitsandbytes, also on a CPU."""
+"""Quantised backbones: in 4 or 8 bits through bitsandbytes, and in 8 bits with our own kernel on a CPU."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch import nn
 from medusa.errors import InvalidInput
 from medusa.runs.extras import require
 
-KINDS = ("none", "nf4", "int8")
+INT8_DYNAMIC = "int8-dynamic"
+KINDS = ("none", "nf4", "int8", INT8_DYNAMIC)
 
 
 def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a backbone quantised in this way; InvalidInput if it cannot be.
 
     nf4 decodes exactly: its weights are unpacked before use, to `dtype` (default: bfloat16). int8 chooses its outlier features
-    by everything in the pass, so a tree may differ from its paths by a rounding error.
+    by everything in the pass, so a tree may differ from its paths by a rounding error. int8-dynamic rounds every token by
+    itself (`Int8Linear`); it is the fastest on a CPU.
     """
     if kind not in KINDS:
         raise InvalidInput(f"quantization is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "none":
         return {}
+    if kind == INT8_DYNAMIC:
+        return {"quantization_config": INT8_DYNAMIC}
     require("bitsandbytes", "quantized", f"{kind} quantization")
     from transformers import BitsAndBytesConfig
 

@@ -40,7 +40,8 @@ TreeOption = Annotated[
     str | None, typer.Option(help="A tree file, a preset, or `root` for plain decoding (default: the tree beside the heads).")
 ]
 QuantizationOption = Annotated[
-    Literal["none", "nf4", "int8"], typer.Option(help="Quantize the backbone's weights (bitsandbytes).")
+    Literal["none", "nf4", "int8", "int8-dynamic"],
+    typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), or int8-dynamic (a CPU, fastest there)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (slow first step).")]

@@ -34,7 +34,9 @@ class TrainingConfig:
     soft_top: int = option(32, "number of tokens of the backbone's distribution that soft targets keep", above=0)
     # The backbone.
     backbone: Literal["frozen", "lora", "full"] = option("frozen", "how the backbone is trained; frozen is Medusa-1")
-    quantization: Literal["none", "nf4", "int8"] = option("none", "how the backbone's weights are stored (bitsandbytes)")
+    quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = option(
+        "none", "how the backbone's weights are stored (nf4, int8: bitsandbytes)"
+    )
     lm_loss: Literal["labels", "distill"] = option("labels", "L_LM: on the text, or KL to the backbone without its adapter")
     lambda_0: float = option(0.2, "weight of the heads' loss (Eq. 1) in Eq. 2", least=0)
     lambda_0_schedule: Literal["constant", "sine"] = option("constant", "sine: rises from 0 to lambda_0 at the end")

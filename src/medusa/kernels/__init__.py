@@ -1,0 +1,1 @@
+"""Kernels: linear maps of a few rows on a CPU, compiled on the machine that runs them."""

@@ -1,0 +1,87 @@
+"""Building: the C++ kernels become operators of torch, compiled once per machine and kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("few_rows.cpp")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+
+
+@functools.cache
+def load_kernels() -> bool:
+    """Load the kernels as `torch.ops.medusa`, and compile them first where this machine has not yet (about ten seconds).
+
+    Returns False, with a warning, if there is no C++ compiler or it fails; torch.compile needs one on a CPU as well.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return _without("no C++ compiler was found; install g++ or set CXX")
+    try:
+        torch.ops.load_library(_compiled(compiler))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return _without(output.strip().splitlines()[0][:200] if output.strip() else type(error).__name__)
+    torch.library.register_fake("medusa::linear", _fake)
+    torch.library.register_fake("medusa::linear_int8", _fake)
+    return True
+
+
+def _without(reason: str) -> bool:
+    warnings.warn(f"the CPU kernels are not available, slower ones are used: {reason}", RuntimeWarning, stacklevel=3)
+    return False
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library, compiled if it is not in the cache."""
+    from torch.utils.cpp_extension import include_paths
+
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    told = (SOURCE.read_text(), torch.__version__, version, torch.backends.cpu.get_cpu_capability(), " ".join(FLAGS), _cpu())
+    name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa" / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}.so"
+    with FileLock(folder / f"{name}.lock"):
+        if not library.exists():
+            libraries = Path(torch.__file__).parent / "lib"
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                output = Path(scratch) / library.name
+                includes = [f"-I{path}" for path in include_paths()]
+                linked = [f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+                command = [compiler, *FLAGS, "-DAT_PARALLEL_OPENMP=1", *includes, str(SOURCE), "-o", str(output), *linked]
+                subprocess.run(command, capture_output=True, text=True, check=True)
+                output.replace(library)
+    return library
+
+
+def _cpu() -> str:
+    """The processor's features: a home folder may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _fake(x: Tensor, weights: list[Tensor], *_: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]

@@ -1,0 +1,334 @@
+// Linear maps of a few rows on a CPU: y = x W^T + b for the 1 to 64 tokens of a decoding step.
+//
+// A step reads every weight once, so its time is that of reading them. Weights stay where they are, in the layout of nn.Linear
+// ((N, K), row-major): nothing is packed or copied. Maps of one input (query, key, value) run as one, since entering a parallel
+// region for each costs as much as reading a small matrix.
+//
+// Exactness: every output is one dot product, accumulated in an order that depends on K alone. A token's result is therefore
+// the same bit for bit whether it is computed alone or among the nodes of a tree.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+// A dot product of each kind: `step` elements are multiplied and added to a group of lanes (`Sum`) at a time, and sixteen groups
+// are reduced to sixteen results at once, each by the same tree of additions.
+
+#if defined(__AVX512F__)
+__m512 pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+__m512 fours(__m512 a, __m512 b) {
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+}
+__m512 quarters(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+__m512i pairs(__m512i a, __m512i b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); }
+__m512i fours(__m512i a, __m512i b) { return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)); }
+__m512i quarters(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+#endif
+
+struct Bf16 {
+  using Input = BFloat16;
+  using Weight = BFloat16;
+  using Result = float;
+#if defined(__AVX512BF16__)
+  using Sum = __m512;
+  static constexpr int step = 32;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static __m512bh load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh load(const BFloat16* p, int left) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << left) - 1, p); }
+  static Sum add(Sum sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
+  static void reduce(const Sum (&s)[16], float* to) {
+    __m512 four[4];
+    for (int i = 0; i < 4; ++i) four[i] = fours(pairs(s[4 * i], s[4 * i + 1]), pairs(s[4 * i + 2], s[4 * i + 3]));
+    _mm512_storeu_ps(to, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
+  }
+#else
+  struct Sum {
+    float lane[16];
+  };
+  using Part = Sum;
+  static constexpr int step = 16;
+  static Sum zero() { return {}; }
+  static Part load(const BFloat16* p, int left = step) {
+    Part part{};
+    for (int i = 0; i < left; ++i) part.lane[i] = float(p[i]);
+    return part;
+  }
+  static Sum add(Sum sum, const Part& x, const Part& w) {
+    for (int i = 0; i < step; ++i) sum.lane[i] += x.lane[i] * w.lane[i];
+    return sum;
+  }
+  static void reduce(const Sum (&s)[16], float* to) {
+    for (int i = 0; i < 16; ++i) {
+      to[i] = 0;
+      for (float lane : s[i].lane) to[i] += lane;
+    }
+  }
+#endif
+};
+
+// Inputs are unsigned (128 is zero), as the instruction wants them; the sum of a row's weights corrects for it.
+struct Int8 {
+  using Input = uint8_t;
+  using Weight = int8_t;
+  using Result = int32_t;
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  using Sum = __m512i;
+  static constexpr int step = 64;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+  static __m512i load(const void* p, int left) { return _mm512_maskz_loadu_epi8((1ull << left) - 1, p); }
+  static Sum add(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+  static void reduce(const Sum (&s)[16], int32_t* to) {
+    __m512i four[4];
+    for (int i = 0; i < 4; ++i) four[i] = fours(pairs(s[4 * i], s[4 * i + 1]), pairs(s[4 * i + 2], s[4 * i + 3]));
+    _mm512_storeu_si512(to, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
+  }
+#else
+  using Sum = int32_t;
+  struct Part {
+    int16_t lane[32];
+  };
+  static constexpr int step = 32;
+  static Sum zero() { return 0; }
+  template <typename T>
+  static Part load(const T* p, int left = step) {
+    Part part{};
+    for (int i = 0; i < left; ++i) part.lane[i] = p[i];
+    return part;
+  }
+  static Sum add(Sum sum, const Part& x, const Part& w) {
+    for (int i = 0; i < step; ++i) sum += int32_t(x.lane[i]) * w.lane[i];
+    return sum;
+  }
+  static void reduce(const Sum (&s)[16], int32_t* to) { std::copy(s, s + 16, to); }
+#endif
+};
+
+// The dot products of M inputs with 16 / M rows of weights: sixteen groups of lanes fit the registers, beside what is loaded.
+// Beyond the last input or weight (`inputs`, `rows` left), the last is computed again and not stored.
+template <typename Dot, int M, bool first, typename Store>
+void tile(
+    const typename Dot::Input* x, const typename Dot::Weight* w, int64_t K, int64_t inputs, int64_t rows, const Store& store) {
+  constexpr int N = 16 / M;
+  const typename Dot::Input* from[M];
+  const typename Dot::Weight* row[N];
+  for (int m = 0; m < M; ++m) from[m] = x + std::min<int64_t>(m, inputs - 1) * K;
+  for (int n = 0; n < N; ++n) row[n] = w + std::min<int64_t>(n, rows - 1) * K;
+  typename Dot::Sum sums[16];
+  for (auto& sum : sums) sum = Dot::zero();
+  int64_t k = 0;
+  for (; k + Dot::step <= K; k += Dot::step) {
+    decltype(Dot::load(w)) parts[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      parts[n] = Dot::load(row[n] + k);
+      if constexpr (first) __builtin_prefetch(row[n] + k + 16 * K);  // rows are too short for the hardware to see a stream
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const auto input = Dot::load(from[m] + k);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sums[m * N + n] = Dot::add(sums[m * N + n], input, parts[n]);
+    }
+  }
+  if (const int left = int(K - k))
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n)
+        sums[m * N + n] = Dot::add(sums[m * N + n], Dot::load(from[m] + k, left), Dot::load(row[n] + k, left));
+  typename Dot::Result results[16];
+  Dot::reduce(sums, results);
+  for (int m = 0; m < std::min<int64_t>(M, inputs); ++m) {
+    if (rows >= N) store(m, std::integral_constant<int, N>(), results + m * N);
+    else store(m, int(rows), results + m * N);
+  }
+}
+
+// Up to M inputs with up to 16 rows of the weights, the first inputs or others.
+template <typename Dot, int M, bool first, typename Store>
+void block(
+    const typename Dot::Input* x, const typename Dot::Weight* w, int64_t K, int64_t inputs, int64_t rows, const Store& store) {
+  constexpr int N = 16 / M;
+  for (int64_t n = 0; n < rows; n += N)
+    tile<Dot, M, first>(x, w + n * K, K, inputs, rows - n, [&](int m, auto count, const auto* results) {
+      store(m, n, count, results);
+    });
+}
+
+// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in the nearest cache for all inputs.
+template <typename Dot, typename Store>
+void range(
+    const typename Dot::Input* x, const typename Dot::Weight* w, int64_t M, int64_t K, int64_t begin, int64_t end,
+    const Store& store) {
+  for (int64_t from = begin; from < end; from += 16) {
+    const int64_t rows = std::min<int64_t>(end - from, 16);
+    for (int64_t m = 0; m < M;) {
+      const auto at = [&](int i, int64_t n, auto count, const auto* results) { store(m + i, from + n, count, results); };
+      const int64_t left = M - m, size = left > 2 ? 4 : left;
+      const auto run = [&](auto inputs) {
+        constexpr int many = decltype(inputs)::value;
+        if (m == 0) block<Dot, many, true>(x, w + from * K, K, left, rows, at);
+        else block<Dot, many, false>(x + m * K, w + from * K, K, left, rows, at);
+      };
+      if (size == 1) run(std::integral_constant<int, 1>());
+      else if (size == 2) run(std::integral_constant<int, 2>());
+      else run(std::integral_constant<int, 4>());
+      m += size;
+    }
+  }
+}
+
+// Results in the dtype of the inputs.
+template <typename Count>
+void narrow(const float* from, Count count, BFloat16* to) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<Count, std::integral_constant<int, 4>>) {
+    const __m128bh four = _mm_cvtneps_pbh(_mm_loadu_ps(from));
+    std::memcpy(to, &four, 8);
+    return;
+  }
+  if constexpr (std::is_same_v<Count, std::integral_constant<int, 8>>) {
+    const __m128bh eight = _mm256_cvtneps_pbh(_mm256_loadu_ps(from));
+    std::memcpy(to, &eight, 16);
+    return;
+  }
+#endif
+  for (int j = 0; j < count; ++j) to[j] = BFloat16(from[j]);
+}
+
+template <typename Count>
+void narrow(const float* from, Count count, float* to) {
+  for (int j = 0; j < count; ++j) to[j] = from[j];
+}
+
+// The rows of several matrices, end to end, are divided among the threads.
+template <typename Work>
+void divide(at::TensorList weights, const Work& work) {
+  std::vector<int64_t> starts{0};
+  for (const Tensor& weight : weights) starts.push_back(starts.back() + weight.size(0));
+  const int64_t chunk = 16, chunks = (starts.back() + chunk - 1) / chunk;
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    const int64_t from = first * chunk, to = std::min(last * chunk, starts.back());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int64_t begin = std::max(from, starts[i]), end = std::min(to, starts[i + 1]);
+      if (begin < end) work(i, begin - starts[i], end - starts[i]);
+    }
+  });
+}
+
+std::vector<Tensor> outputs(const Tensor& x, at::TensorList weights) {
+  std::vector<Tensor> found;
+  for (const Tensor& weight : weights) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    found.push_back(at::empty(sizes, x.options()));
+  }
+  return found;
+}
+
+// The bias of a map; none of the maps has one, or all have.
+const BFloat16* bias_of(at::TensorList biases, size_t i) {
+  return biases.empty() ? nullptr : biases[i].const_data_ptr<BFloat16>();
+}
+
+std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, at::TensorList biases) {
+  const Tensor input = x.contiguous();
+  const int64_t K = x.size(-1), M = x.numel() / K;
+  auto found = outputs(x, weights);
+  divide(weights, [&](size_t i, int64_t begin, int64_t end) {
+    BFloat16* y = found[i].mutable_data_ptr<BFloat16>();
+    const BFloat16* bias = bias_of(biases, i);
+    const int64_t N = weights[i].size(0);
+    range<Bf16>(
+        input.const_data_ptr<BFloat16>(), weights[i].const_data_ptr<BFloat16>(), M, K, begin, end,
+        [&](int64_t m, int64_t n, auto count, const float* sums) {
+          float results[16];
+          for (int j = 0; j < count; ++j) results[j] = bias ? sums[j] + float(bias[n + j]) : sums[j];
+          narrow(results, count, y + m * N + n);
+        });
+  });
+  return found;
+}
+
+// The bits of a number without its sign, which are ordered as the numbers are.
+uint32_t magnitude(BFloat16 value) { return uint32_t(value.x & 0x7fff) << 16; }
+uint32_t magnitude(float value) { return std::bit_cast<uint32_t>(value) & 0x7fffffff; }
+
+// Each input row scaled to its own largest value: it depends on that row alone.
+template <typename Value>
+void quantize(const Value* x, int64_t M, int64_t K, uint8_t* to, float* scales) {
+  for (int64_t m = 0; m < M; ++m) {
+    const Value* row = x + m * K;
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < K; ++k) bits = std::max(bits, magnitude(row[k]));
+    const float most = std::bit_cast<float>(bits), inverse = most > 0 ? 127.f / most : 0.f;
+    for (int64_t k = 0; k < K; ++k) to[m * K + k] = uint8_t(int(std::nearbyint(float(row[k]) * inverse)) + 128);
+    scales[m] = most / 127.f;
+  }
+}
+
+template <typename Value>
+std::vector<Tensor> quantized_linear(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases) {
+  const Tensor input = x.contiguous();
+  const int64_t K = x.size(-1), M = x.numel() / K;
+  auto found = outputs(x, weights);
+  std::vector<uint8_t> quantized(M * K);
+  std::vector<float> sizes(M);
+  quantize(input.const_data_ptr<Value>(), M, K, quantized.data(), sizes.data());
+  divide(weights, [&](size_t i, int64_t begin, int64_t end) {
+    Value* y = found[i].mutable_data_ptr<Value>();
+    const float* scale = scales[i].const_data_ptr<float>();
+    const int32_t* offset = offsets[i].const_data_ptr<int32_t>();
+    const float* bias = biases.empty() ? nullptr : biases[i].const_data_ptr<float>();
+    const int64_t N = weights[i].size(0);
+    range<Int8>(
+        quantized.data(), weights[i].const_data_ptr<int8_t>(), M, K, begin, end,
+        [&](int64_t m, int64_t n, auto count, const int32_t* sums) {
+          float results[16];
+          for (int j = 0; j < count; ++j) {
+            results[j] = float(sums[j] - offset[n + j]) * scale[n + j] * sizes[m];
+            if (bias) results[j] += bias[n + j];
+          }
+          narrow(results, count, y + m * N + n);
+        });
+  });
+  return found;
+}
+
+// Weights are int8 with a scale for each row; `offsets` are 128 times the sum of each row. Biases are float32.
+std::vector<Tensor> linear_int8(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases) {
+  const auto map = x.scalar_type() == at::kFloat ? quantized_linear<float> : quantized_linear<BFloat16>;
+  return map(x, weights, scales, offsets, biases);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(medusa, library) {
+  library.def("linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]");
+  library.def("linear_int8(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor[] biases) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(medusa, CPU, library) {
+  library.impl("linear", linear);
+  library.impl("linear_int8", linear_int8);
+}

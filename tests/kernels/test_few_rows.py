@@ -1,0 +1,111 @@
+"""Kernels: a token's linear maps do not depend on the tokens beside it, in compiled steps as out of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa.checkpoints.quantization import quantized
+from medusa.errors import InvalidInput
+from medusa.kernels import build, int8
+from medusa.kernels.build import load_kernels
+from medusa.kernels.fusion import fuse_linear_maps
+
+needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
+SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (64, 31, 5)]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "width", "outputs"), SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_row_is_the_same_alone_and_among_others(rows, width, outputs, bias):
+    torch.manual_seed(0)
+    maps = [nn.Linear(width, size, bias, dtype=torch.bfloat16).requires_grad_(False) for size in (outputs, 3, outputs + 1)]
+    x = torch.randn(rows, width, dtype=torch.bfloat16)
+    weights, biases = [m.weight for m in maps], [m.bias for m in maps if bias]
+    together = torch.ops.medusa.linear(x, weights, biases)
+    alone = [
+        torch.cat(parts) for parts in zip(*(torch.ops.medusa.linear(row[None], weights, biases) for row in x), strict=True)
+    ]
+    for one, other, linear in zip(together, alone, maps, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, linear(x), rtol=2e-2, atol=2e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "width", "outputs"), SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_maps_are_integer_products_of_each_row(rows, width, outputs, bias, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(width, outputs, bias, dtype=dtype)
+    mapped, x = int8.Int8Linear(linear), torch.randn(rows, width, dtype=dtype)
+    x[-1, 1:] = 0  # a row of one number
+    together = mapped(x)
+    assert torch.equal(together, torch.cat([mapped(row[None]) for row in x]))
+    mapped._kernel = False  # torch's own integer product
+    assert torch.equal(together, mapped(x))
+    error = (together - linear(x)).float().norm() / linear(x).float().norm()
+    assert error < 0.03
+
+
+@needs_compiler
+def test_maps_of_one_input_run_as_one_and_give_the_same():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(64, size, False, dtype=torch.bfloat16) for size in (64, 32, 32, 64))
+
+        def forward(self, x):
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return self.o(q + torch.cat([k, v], -1))
+
+    def backend(graph, _inputs):
+        fuse_linear_maps(graph)
+        graphs.append(graph)
+        return graph
+
+    graphs: list = []
+    block, x = Block().requires_grad_(False), torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    fused = torch.compile(block, backend=backend)(x)
+    calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.linear.default]
+    assert [len(call.args[1]) for call in calls] == [3, 1]
+    torch.testing.assert_close(fused, block(x), rtol=2e-2, atol=2e-2)
+    assert torch.equal(fused[:, 2:3], torch.compile(block, backend=backend)(x[:, 2:3]))
+
+
+@pytest.fixture(scope="module")
+def int8_model():
+    return MedusaModel.from_pretrained(EMBEDDED, dtype=torch.float32, **quantized("int8-dynamic"))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # a fallback would show nothing
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_int8_medusa_equals_int8_plain(int8_model, sampled, compiled):
+    ids = torch.arange(300, 340).view(2, 20)
+    options = {"max_new_tokens": 24, "compile": compiled}
+    if sampled:
+        options |= {"do_sample": True, "temperature": 0.9, "seed": 3}
+    plain = int8_model.generate(ids, tree=MedusaTree([]), **options)
+    assert torch.equal(int8_model.generate(ids, **options), plain)
+
+
+def test_int8_keeps_the_lm_head_and_replaces_every_other_map(int8_model):
+    decoder = [
+        type(module) for module in int8_model.backbone.model.modules() if isinstance(module, nn.Linear | int8.Int8Linear)
+    ]
+    assert decoder and set(decoder) == {int8.Int8Linear}
+    assert type(int8_model.lm.lm_head) is nn.Linear
+
+
+def test_int8_refuses_a_dtype_that_the_kernel_does_not_take():
+    with pytest.raises(InvalidInput, match=r"bfloat16 or float32 models on a CPU, got torch\.float16"):
+        MedusaModel.from_pretrained(EMBEDDED, dtype=torch.float16, **quantized("int8-dynamic"))
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("false", "exit status 1"), ("/nonexistent/compiler", "No such file")])
+def test_without_a_working_compiler_slower_kernels_are_used(compiler, reason, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(RuntimeWarning, match=f"slower ones are used: .*{reason}"):
+        assert build.load_kernels.__wrapped__() is False
