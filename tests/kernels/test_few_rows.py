@@ -3,13 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.checkpoints.quantization import quantized
 from medusa.errors import InvalidInput
 from medusa.kernels import build, int8
 from medusa.kernels.build import load_kernels
-from medusa.kernels.fusion import fuse_linear_maps
+from medusa.kernels.fusion import fuse_linear_maps, replace_attention
+from medusa.trees.tensors import Frame
 
 needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
 SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (64, 31, 5)]
@@ -72,6 +74,48 @@ def test_maps_of_one_input_run_as_one_and_give_the_same():
     assert [len(call.args[1]) for call in calls] == [3, 1]
     torch.testing.assert_close(fused, block(x), rtol=2e-2, atol=2e-2)
     assert torch.equal(fused[:, 2:3], torch.compile(block, backend=backend)(x[:, 2:3]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "slots", "width"), [(1, 16, 64), (3, 300, 40), (16, 256, 64), (11, 33, 7)])
+@pytest.mark.parametrize("shared_by", [1, 3])
+def test_attention_is_torchs_and_each_query_is_the_same_alone(rows, slots, width, shared_by):
+    torch.manual_seed(0)
+    q = torch.randn(2, rows, 2 * shared_by, width, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(2, 2, 400, width, dtype=torch.bfloat16)[:, :, :slots] for _ in range(2))
+    mask = torch.zeros(2, 1, rows, slots, dtype=torch.bfloat16)
+    mask = mask.masked_fill(torch.rand(mask.shape) < 0.4, torch.finfo(mask.dtype).min)
+    mask[..., 0] = 0
+    got = torch.ops.medusa.attention(q, k, v, mask, width**-0.5)
+    repeated = [tensor.repeat_interleave(shared_by, 1).float() for tensor in (k, v)]
+    wanted = nn.functional.scaled_dot_product_attention(q.float(), *repeated, attn_mask=mask.float())
+    torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-2)
+    alone = [torch.ops.medusa.attention(q[:, :, n : n + 1], k, v, mask[:, :, n : n + 1], width**-0.5) for n in range(rows)]
+    assert torch.equal(torch.cat(alone, 2), got)
+
+
+@needs_compiler
+def test_a_compiled_step_reads_shared_keys_in_place():
+    def backend(graph, _inputs):
+        replace_attention(graph)
+        graphs.append(graph)
+        return graph
+
+    graphs: list = []
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    model = MedusaModel(backbone, None, MedusaTree([]))
+    ids, cache = torch.arange(5)[None], model.new_cache(32)
+    model.prefill(ids, None, cache)
+    frame = Frame(torch.tensor(5), torch.tensor([5]), torch.tensor([0]), 32)
+    verify = torch.compile(model.lm.verify, backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        got = verify(ids[:, :1], MedusaTree([]).tensors(), frame, cache)
+        wanted = model.lm.verify(ids[:, :1], MedusaTree([]).tensors(), frame, cache)
+    calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.attention.default]
+    assert [tuple(call.args[1].meta["example_value"].shape) for call in calls] == [(1, 2, 32, 8)] * 2
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture(scope="module")

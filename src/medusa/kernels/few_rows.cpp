@@ -321,14 +321,126 @@ std::vector<Tensor> linear_int8(
   return map(x, weights, scales, offsets, biases);
 }
 
+// Vectors of GCC and Clang, for any processor.
+constexpr int lanes = 16;
+using Lanes = float __attribute__((vector_size(4 * lanes)));
+using Whole = int32_t __attribute__((vector_size(4 * lanes)));
+using Half = uint16_t __attribute__((vector_size(2 * lanes)));
+
+template <typename To, typename From>
+To vector_at(const From* p) {
+  To found;
+  std::memcpy(&found, p, sizeof found);
+  return found;
+}
+
+Lanes widened(const BFloat16* p) { return (Lanes)(__builtin_convertvector(vector_at<Half>(p), Whole) << 16); }
+
+// e^x to the last bits of float32; 0 below e^-87.
+Lanes exponential(Lanes x) {
+  const Lanes least = Lanes{} - 87.f, power = (x < least ? least : x) * 1.44269504f;
+  const Lanes whole = (power + 12582912.f) - 12582912.f;  // rounded: such large numbers have no fraction
+  const Lanes part = (power - whole) * 0.69314718f;
+  Lanes series = Lanes{} + 1.f / 720;
+  for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = series * part + factor;
+  const Lanes scale = (Lanes)((__builtin_convertvector(whole, Whole) + 127) << 23);
+  return x < least ? Lanes{} : series * scale;
+}
+
+// Softmax of a row of scores, whose width is a multiple of the lanes.
+void softmax(float* row, int64_t width) {
+  Lanes most = Lanes{} - INFINITY, sum{};
+  for (int64_t s = 0; s < width; s += lanes) {
+    const Lanes here = vector_at<Lanes>(row + s);
+    most = most > here ? most : here;
+  }
+  float top = most[0];
+  for (int i = 1; i < lanes; ++i) top = std::max(top, most[i]);
+  for (int64_t s = 0; s < width; s += lanes) {
+    const Lanes weight = exponential(vector_at<Lanes>(row + s) - top);
+    sum += weight;
+    std::memcpy(row + s, &weight, sizeof weight);
+  }
+  float total = 0;
+  for (int i = 0; i < lanes; ++i) total += sum[i];
+  for (int64_t s = 0; s < width; ++s) row[s] /= total;
+}
+
+// Up to R rows of probabilities, `width` apart, times the values (S, D); the rows of `y` are D apart.
+template <int R>
+void weigh(const float* p, int64_t width, const BFloat16* values, int64_t S, int64_t D, BFloat16* y) {
+  int64_t d = 0;
+  for (; d + lanes <= D; d += lanes) {
+    Lanes sum[R] = {};
+    for (int64_t s = 0; s < S; ++s) {
+      const Lanes value = widened(values + s * D + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r] += p[r * width + s] * value;
+    }
+    for (int r = 0; r < R; ++r) {
+      float results[lanes];
+      std::memcpy(results, &sum[r], sizeof results);
+      narrow(results, std::integral_constant<int, lanes>(), y + r * D + d);
+    }
+  }
+  for (; d < D; ++d)
+    for (int r = 0; r < R; ++r) {
+      float sum = 0;
+      for (int64_t s = 0; s < S; ++s) sum += p[r * width + s] * float(values[s * D + d]);
+      y[r * D + d] = BFloat16(sum);
+    }
+}
+
+// Attention of a few queries (B, H, M, D) to the cache (B, G, S, D), H a multiple of G, under an additive mask (B, 1 or H, M, S).
+// Keys and values are read in place; heads that share them need no copies.
+Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& mask, double scale) {
+  const int64_t B = queries.size(0), H = queries.size(1), M = queries.size(2), D = queries.size(3), S = keys.size(2);
+  const int64_t share = H / keys.size(1), width = (S + lanes - 1) / lanes * lanes;
+  const Tensor q = queries.contiguous();
+  Tensor output = at::empty({B, H, M, D}, q.options());
+  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(M * width);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / H, h = unit % H, g = h / share;
+      const BFloat16* k = keys.const_data_ptr<BFloat16>() + b * keys.stride(0) + g * keys.stride(1);
+      const BFloat16* v = values.const_data_ptr<BFloat16>() + b * values.stride(0) + g * values.stride(1);
+      const BFloat16* added = mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + (mask.size(1) > 1 ? h * mask.stride(1) : 0);
+      range<Bf16>(q.const_data_ptr<BFloat16>() + unit * M * D, k, M, D, 0, S,
+                  [&](int64_t m, int64_t n, auto count, const float* sums) {
+                    for (int j = 0; j < count; ++j) scores[m * width + n + j] = sums[j] * float(scale);
+                  });
+      for (int64_t m = 0; m < M; ++m) {
+        float* row = scores.data() + m * width;
+        const BFloat16* add = added + m * mask.stride(2);
+        int64_t s = 0;
+        for (; s + lanes <= S; s += lanes) {
+          const Lanes sum = vector_at<Lanes>(row + s) + widened(add + s);
+          std::memcpy(row + s, &sum, sizeof sum);
+        }
+        for (; s < S; ++s) row[s] += float(add[s]);
+        std::fill(row + S, row + width, -INFINITY);
+        softmax(row, width);
+      }
+      BFloat16* y = output.mutable_data_ptr<BFloat16>() + unit * M * D;
+      int64_t m = 0;
+      for (; m + 8 <= M; m += 8) weigh<8>(scores.data() + m * width, width, v, S, D, y + m * D);
+      for (; m + 2 <= M; m += 2) weigh<2>(scores.data() + m * width, width, v, S, D, y + m * D);
+      if (m < M) weigh<1>(scores.data() + m * width, width, v, S, D, y + m * D);
+    }
+  });
+  return output;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(medusa, library) {
   library.def("linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]");
   library.def("linear_int8(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor[] biases) -> Tensor[]");
+  library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear", linear);
   library.impl("linear_int8", linear_int8);
+  library.impl("attention", attention);
 }

@@ -1,4 +1,4 @@
-"""Fusion: the linear maps of a compiled step run through the kernels, those of one input together."""
+"""Fusion: the linear maps and the attention of a compiled step run through the kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ MOST_ROWS = 64  # with more, a step is bound by arithmetic, and torch's own kern
 
 
 def few_rows_backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-    """A backend of torch.compile for a CPU: inductor, after `fuse_linear_maps`."""
+    """A backend of torch.compile for a CPU: inductor, for what the kernels do not compute."""
     from torch._inductor.compile_fx import compile_fx
 
     fuse_linear_maps(graph)
+    replace_attention(graph)
     return compile_fx(graph, inputs)
 
 
@@ -40,6 +41,54 @@ def fuse_linear_maps(graph: fx.GraphModule) -> None:
             if alone is not None:
                 graph.graph.erase_node(alone)
     graph.recompile()
+
+
+def replace_attention(graph: fx.GraphModule) -> None:
+    """Replace the attention of a few bfloat16 queries by the kernel, which reads shared keys and values in place."""
+    for node in list(graph.graph.nodes):
+        if (operands := _attention(node)) is not None:
+            with graph.graph.inserting_before(node):
+                output = graph.graph.call_function(torch.ops.medusa.attention.default, operands)
+            output.meta = dict(node.meta)
+            node.replace_all_uses_with(output)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _attention(node: fx.Node) -> tuple[Any, ...] | None:
+    """The kernel's operands for an attention: queries, keys, values, mask and scale; None: it is not one, or does not fit."""
+    if node.op != "call_function" or node.target is not torch._C._nn.scaled_dot_product_attention:
+        return None
+    mask, known = node.kwargs.get("attn_mask"), {"attn_mask", "dropout_p", "scale", "is_causal", "enable_gqa"}
+    if len(node.args) != 3 or not isinstance(mask, fx.Node) or node.kwargs.keys() - known:
+        return None
+    if node.kwargs.get("dropout_p", 0.0) != 0.0 or node.kwargs.get("is_causal", False):
+        return None
+    queries, keys, values = node.args[0], *map(_unrepeated, node.args[1:])
+    nodes: tuple[Any, ...] = (queries, keys, values, mask)
+    q, k, v, m = (operand.meta["example_value"] for operand in nodes)
+    if not all(_is_bfloat16(tensor) and tensor.dim() == 4 for tensor in (q, k, v, m)):
+        return None
+    in_place = all(tensor.stride()[2:] == (tensor.shape[3], 1) for tensor in (k, v))  # rows of a head, one behind the other
+    if q.shape[2] > MOST_ROWS or not in_place or v.shape != k.shape or m.stride(3) != 1 or m.shape[0] != q.shape[0]:
+        return None
+    return queries, keys, values, mask, node.kwargs.get("scale") or q.shape[-1] ** -0.5
+
+
+def _unrepeated(node: Any) -> Any:
+    """Keys or values before transformers repeated each head for the queries that share it."""
+    expand = node.args[0] if node.target == "reshape" else None
+    if expand is None or expand.target != "expand" or expand.args[0].target is not operator.getitem:
+        return node
+    whole, repeated = expand.args[0].args[0], expand.meta["example_value"]
+    if repeated.dim() != 5 or repeated.stride(2) != 0 or whole.meta["example_value"].dim() != 4:
+        return node
+    same = repeated[:, :, 0].shape == whole.meta["example_value"].shape
+    return whole if same and repeated[:, :, 0].stride() == whole.meta["example_value"].stride() else node
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
 
 
 def _map(node: fx.Node) -> tuple[Any, Any, list[list[Any]]] | None:
@@ -69,9 +118,7 @@ def _fits(node: fx.Node) -> bool:
     if any(isinstance(operand, fx.Node) and operand.op not in ("placeholder", "get_attr") for operand in operands[1:]):
         return False
     values: list[Any] = [operand.meta.get("example_value") for operand in operands if isinstance(operand, fx.Node)]
-    if not all(
-        isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu" for value in values
-    ):
+    if not all(map(_is_bfloat16, values)):
         return False
     x, *held = values
     return x.numel() // x.shape[-1] <= MOST_ROWS and all(value.is_contiguous() for value in held)
