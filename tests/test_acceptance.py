@@ -1,12 +1,13 @@
 """Claims about acceptance, against a slow walk over the tree."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from medusa import MedusaTree
-from medusa.acceptance import TypicalAcceptance, accept_exact, accept_typical
+from medusa.acceptance import TypicalAcceptance, accept_drawn, accept_exact, accept_typical
 from medusa.errors import InvalidInput
 from tiny import random_tree
 
@@ -30,6 +31,8 @@ def test_exact_acceptance_is_the_walk_from_the_root(seed):
         tokens[:, node] = path[-1]
     said = torch.randint(0, 4, tokens.shape, generator=generator)
     accepted = accept_exact(tree.tensors(), tokens, said)
+    drawn = accept_drawn(tree.tensors(), tokens, lambda node: said.gather(1, node[:, None])[:, 0])
+    assert all(torch.equal(getattr(drawn, field.name), getattr(accepted, field.name)) for field in fields(accepted))
     lengths = set()
     for row in range(len(tokens)):
         path = walk_exact(tree, tokens[row].tolist(), said[row].tolist())
@@ -52,6 +55,16 @@ def test_token_zero_in_a_path_is_a_token_like_any_other():
     tree = MedusaTree([(0,), (0, 0)]).tensors()
     accepted = accept_exact(tree, torch.tensor([[5, 0, 0]]), torch.tensor([[0, 0, 9]]))
     assert accepted.length.tolist() == [3] and accepted.bonus.tolist() == [9]
+
+
+def test_a_repeated_path_is_followed_in_the_branch_that_goes_on():
+    tree = MedusaTree([(0,), (1,), (1, 0)]).tensors()  # nodes 1 and 2 hold the same token, and only node 2 has a child
+    tokens, said = torch.tensor([[9, 7, 7, 4]]), torch.tensor([[7, 4, 4, 5]])
+    for accepted in (
+        accept_exact(tree, tokens, said),
+        accept_drawn(tree, tokens, lambda node: said.gather(1, node[:, None])[:, 0]),
+    ):
+        assert accepted.path.tolist() == [[0, 2, 3]] and accepted.bonus.tolist() == [5]
 
 
 def typical_by_hand(tree: MedusaTree, tokens: list[int], scores: torch.Tensor, epsilon: float, delta: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -58,7 +59,27 @@ def accept_exact(
     """
     agreed = tokens == target.gather(1, tree.parents.expand_as(tokens))
     node = _reachable(tree, agreed).mul(tree.depths + 1).argmax(-1)  # at most one node at each depth is reachable
-    return _accepted(tree, node, target)
+    return _accepted(tree, node, target.gather(1, node[:, None]).squeeze(1))
+
+
+def accept_drawn(
+    tree: TreeTensors,
+    tokens: Tensor,  # (B, N) long
+    draw: Callable[[Tensor], Tensor],  # of a node in each row, (B,) long: the backbone's own token after it, (B,) long
+) -> Accepted:
+    """`accept_exact`, where a token is drawn only after nodes on the way down: D + 1 draws a row instead of N.
+
+    A draw reads the whole vocabulary several times, and sorts it for top-p.
+    """
+    parents, below = tree.parents.expand_as(tokens), tree.depths > 0
+    reached, node = ~below.expand_as(tokens), tokens.new_zeros(len(tokens))  # nodes of one depth; several if a path is repeated
+    for _ in range(tree.lineage.shape[2]):
+        bonus = draw(node)
+        children = reached.gather(1, parents) & below & (tokens == bonus[:, None])
+        found = children.any(-1)  # if not, the walk stays, and draws the same again
+        reached = children.where(found[:, None], reached)
+        node = children.int().argmax(-1).where(found, node)
+    return _accepted(tree, node, bonus)
 
 
 def accept_typical(
@@ -83,7 +104,7 @@ def accept_typical(
     own = own.masked_fill(tree.depths == 0, 0.0).clamp(min=-1e4)  # finite: -inf times 0 is NaN
     likelihood = (tree.ancestors.to(own.dtype) @ own[..., None]).squeeze(-1)
     node = likelihood.masked_fill(~deepest, -torch.inf).argmax(-1)
-    return _accepted(tree, node, scores.argmax(-1))
+    return _accepted(tree, node, scores.argmax(-1).gather(1, node[:, None]).squeeze(1))
 
 
 def _reachable(
@@ -94,7 +115,7 @@ def _reachable(
     return (accepted[:, None, :] | ~tree.ancestors).all(-1)
 
 
-def _accepted(tree: TreeTensors, node: Tensor, target: Tensor) -> Accepted:
+def _accepted(tree: TreeTensors, node: Tensor, bonus: Tensor) -> Accepted:
     rows = torch.arange(len(node), device=node.device)
     path = tree.lineage.expand(len(node), -1, -1)[rows, node]
-    return Accepted(node=node, path=path, length=(path >= 0).sum(-1), bonus=target.gather(1, node[:, None]).squeeze(1))
+    return Accepted(node=node, path=path, length=(path >= 0).sum(-1), bonus=bonus)

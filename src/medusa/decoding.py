@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from medusa.acceptance import Accepted, accept_exact, accept_typical
+from medusa.acceptance import Accepted, accept_drawn, accept_exact, accept_typical
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.rows import DecodingOptions, Row
 from medusa.sampling import NodePrefixes, RowText
 from medusa.state import Decodable, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
-from medusa.trees.tensors import Drafted
+from medusa.trees.tensors import Drafted, TreeTensors
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,34 @@ def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText])
     nodes = NodePrefixes(tokens, tree, state.levels if len(tree.parents) == 1 else None) if texts else None
     scores, errors = settings.processors(drafted.logits, texts, nodes)
     state.fail(errors)
-    uniform = None
-    if settings.draws:
-        assert state.uniforms is not None
-        # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
-        number = (state.lengths - state.starts)[:, None] + tree.depths + 1
-        uniform = state.uniforms.gather(1, number.clamp(0, state.uniforms.shape[1] - 1))  # idle rows may have any number
     if None in settings.typical.values():  # all rows
         (thresholds,) = settings.typical
-        return accept_typical(tree, tokens, scores.float(), thresholds)
-    accepted = accept_exact(tree, tokens, settings.choose(scores, uniform))
+        return accept_typical(tree, tokens, settings.processors.warp(scores).float(), thresholds)
+    if settings.draws:
+        accepted = accept_drawn(tree, tokens, lambda node: _draw_after(state, tree, scores, node))
+    else:
+        accepted = accept_exact(tree, tokens, settings.choose(scores, None))
     for thresholds, rows in settings.typical.items():
         assert rows is not None
-        accepted = accepted.replaced(rows, accept_typical(tree, tokens, scores.float(), thresholds))
+        typical = accept_typical(tree, tokens, settings.processors.warp(scores).float(), thresholds)
+        accepted = accepted.replaced(rows, typical)
     return accepted
+
+
+def _draw_after(
+    state: DecodingState,
+    tree: TreeTensors,
+    scores: Tensor,  # (B, N, V)
+    node: Tensor,  # (B,) long
+) -> Tensor:  # (B,) long
+    """The backbone's token after a node of each row."""
+    assert state.uniforms is not None
+    # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
+    depth = tree.depths.expand(len(node), -1).gather(1, node[:, None])
+    number = (state.lengths - state.starts)[:, None] + depth + 1
+    uniform = state.uniforms.gather(1, number.clamp(0, state.uniforms.shape[1] - 1))  # idle rows may have any number
+    here = scores.gather(1, node[:, None, None].expand(-1, -1, scores.shape[-1]))  # (B, 1, V)
+    return state.settings.choose(here, uniform)[:, 0]
 
 
 def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[list[int]]:

@@ -91,10 +91,11 @@ class RowSettings:
 
     def choose(
         self,
-        scores: Tensor,  # (B, N, V)
+        scores: Tensor,  # (B, N, V): before the warpers
         uniform: Tensor | None,  # (B, N)
     ) -> Tensor:  # (B, N) long
         """The backbone's token after every node: a draw where the row samples, else the likeliest."""
+        scores = self.processors.warp(scores)
         if self.drawing is None or uniform is None:
             return choose(scores, uniform if self.draws else None)
         drawn = choose(scores[self.drawing], uniform[self.drawing])

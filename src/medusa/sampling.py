@@ -182,8 +182,8 @@ class RowProcessors:
         texts: Mapping[int, RowText],  # of each reader, unless the row has finished
         nodes: NodePrefixes | None = None,  # None: N = 1, and the logits follow the texts
     ) -> tuple[Tensor, dict[int, Exception]]:
-        """Scores of every node (B, N, V), float32 if there are processors; and the error of each row whose processor failed."""
-        if not self._groups and not self._warpers:
+        """Scores of every node before the warpers (B, N, V), and the error of each row whose processor failed."""
+        if not self._groups:
             return logits, {}
         scores, errors = logits.float(), {}
         for own, rows, at in self._groups:
@@ -193,7 +193,13 @@ class RowProcessors:
                 errors.update(dict.fromkeys(rows, error))
                 continue
             scores = found if at is None else scores.index_copy(0, at, found)
-        return self._warpers(scores), errors
+        return scores, errors
+
+    def warp(
+        self,
+        scores: Tensor,  # (B, N, V)
+    ) -> Tensor:  # (B, N, V), float32 if there are warpers
+        return self._warpers(scores.float()) if self._warpers else scores
 
 
 def levels_of(tree: TreeTensors) -> list[Levels]:

@@ -81,7 +81,8 @@ def test_offline_reaches_the_hubs_client(monkeypatch):
 @pytest.mark.parametrize("setting", ["top_k", "top_p", "min_p"])
 def test_sampling_option_at_temperature_0_is_refused_by_its_flag(setting):
     values = {"top_k": None, "top_p": None, "min_p": None, setting: 0.5}
-    rest = {"repetition_penalty": None, "acceptance": "exact", "epsilon": 0.09, "delta": 0.3, "seed": None}
+    rest = dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"))
+    rest |= {"acceptance": "exact", "epsilon": 0.09, "delta": 0.3}
     with pytest.raises(InvalidInput, match="--" + setting.replace("_", "-")):
         common.sampling_options({"temperature": 0.0, **values, **rest})
     assert common.sampling_options({"temperature": 0.7, **values, **rest})[setting] == 0.5
