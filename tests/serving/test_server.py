@@ -118,7 +118,7 @@ def test_a_silent_stream_is_kept_open(model, tokenizer):
         blocker = threading.Thread(target=served.post, args=(CHAT, LONG))
         blocker.start()
         time.sleep(0.05)
-        with httpx.stream("POST", served.url + CHAT, json={**SHORT, "stream": True}, timeout=60) as response:
+        with httpx.stream("POST", served.url + CHAT, json={**SHORT, "stream": True}, timeout=300) as response:
             lines = [line for line in response.iter_lines() if line]
         blocker.join()
         assert ": keep-alive" in lines and lines[-1] == "data: [DONE]"
