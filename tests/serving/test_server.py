@@ -110,7 +110,7 @@ def test_time_is_up_ends_with_what_there_is(model, tokenizer):
         assert choice["finish_reason"] == "abort"
         events = served.stream(CHAT, LONG)
         assert events[-1]["choices"][0]["finish_reason"] == "abort"
-        assert served.idle(5)
+        assert served.idle(5) and served.metric("vllm:request_success_total", finished_reason="abort") == 2
 
 
 def test_a_silent_stream_is_kept_open(model, tokenizer):
