@@ -185,9 +185,12 @@ class _Place:
             if error := self._error():
                 raise InvalidInput(f"the grammar cannot be followed further: {error}")
             bits[self._width :] = 0
-            bits &= ~self._ends
+            others = bits & ~self._ends
             if self._matcher.is_accepting():
-                bits |= self._ends
+                bits = others | self._ends
+            elif others.any():
+                bits = others
+            # Else only tokens that end the row fit the grammar, as text: the row ends with one, cut off.
         return bits
 
     def masks(

@@ -59,14 +59,14 @@ class Served:
     server: Server
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=300, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=300, **options)
 
     def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         """The events of a streamed answer, which has to end with [DONE]."""
-        with httpx.stream("POST", self.url + path, json={**body, "stream": True}, timeout=60) as response:
+        with httpx.stream("POST", self.url + path, json={**body, "stream": True}, timeout=300) as response:
             assert response.status_code == 200, response.read()
             lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
         assert lines[-1] == "[DONE]"

@@ -110,7 +110,7 @@ def test_time_is_up_ends_with_what_there_is(model, tokenizer):
         assert choice["finish_reason"] == "abort"
         events = served.stream(CHAT, LONG)
         assert events[-1]["choices"][0]["finish_reason"] == "abort"
-        assert served.idle(5)
+        assert served.idle(5) and served.metric("vllm:request_success_total", finished_reason="abort") == 2
 
 
 def test_a_silent_stream_is_kept_open(model, tokenizer):
@@ -118,7 +118,7 @@ def test_a_silent_stream_is_kept_open(model, tokenizer):
         blocker = threading.Thread(target=served.post, args=(CHAT, LONG))
         blocker.start()
         time.sleep(0.05)
-        with httpx.stream("POST", served.url + CHAT, json={**SHORT, "stream": True}, timeout=60) as response:
+        with httpx.stream("POST", served.url + CHAT, json={**SHORT, "stream": True}, timeout=300) as response:
             lines = [line for line in response.iter_lines() if line]
         blocker.join()
         assert ": keep-alive" in lines and lines[-1] == "data: [DONE]"
@@ -204,3 +204,31 @@ def test_a_traced_stream_shows_every_step_and_its_tree(served):
             assert node.keys() == {"token", "text", "parent", "p", "accepted"} and 0 <= node["p"] <= 1
     assert any(step.get("nodes") for step in steps)
     assert not any("medusa" in event for event in served.stream(CHAT, {**LONG, "max_tokens": 5}))
+
+
+def test_a_prompt_that_was_seen_before_is_found_in_the_cache(model, tokenizer):
+    with serve(model, tokenizer, engine={"slots": 1}) as served:
+        body = {**SHORT, "messages": [{"role": "user", "content": "A long story that is told twice. " * 3}]}
+        first, again = (served.post(CHAT, body).json() for _ in range(2))
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert 50 < again["usage"]["prompt_tokens_details"]["cached_tokens"] < again["usage"]["prompt_tokens"]
+        assert again["choices"][0]["message"] == first["choices"][0]["message"]
+        assert served.metric("vllm:prefix_cache_hits_total", engine="0") > 50
+
+
+def test_a_stream_that_fails_ends_with_the_error(model, tokenizer):
+    with serve(model, tokenizer) as served, httpx.stream("POST", served.url + CHAT, json={**LONG, "stream": True}) as response:
+        lines = response.iter_lines()
+        while "content" not in next(lines):
+            pass
+        served.service.engine.close(drain=False)
+        *_, failed, done = [line.removeprefix("data: ") for line in lines if line]
+        assert json.loads(failed)["error"]["code"] == "shutting_down" and done == "[DONE]"
+        assert served.get("/health").status_code == 503
+
+
+def test_a_socket_of_this_machine(model, tokenizer, tmp_path):
+    with serve(model, tokenizer, uds=str(tmp_path / "medusa.sock")) as served:
+        assert served.url == f"unix:{tmp_path}/medusa.sock"
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "medusa.sock"))) as client:
+            assert client.get("http://medusa/v1/models").json()["data"][0]["id"] == "tiny"

@@ -149,3 +149,13 @@ def test_calls_that_a_model_makes_by_itself_are_read(model, family, said):
         assert text == (choice["message"]["content"] or "") and "tool_call" not in text
         without = other.post("/v1/chat/completions", {**body, "tool_choice": "none"}).json()["choices"][0]
         assert without["message"]["content"] == said and "tool_calls" not in without["message"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_stop_token_that_the_form_needs_ends_the_answer(served, plain):
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 20, "medusa": {"plain": plain}, "stop_token_ids": [ord("{")]}
+    form = {"structured_outputs": {"json": SCHEMA}}
+    choice = served.post("/v1/completions", body | form).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", ord("{"))
+    kept = served.post("/v1/completions", body | form | {"include_stop_str_in_output": True, "logprobs": 1}).json()
+    assert kept["choices"][0]["text"] == "{" and len(kept["choices"][0]["logprobs"]["tokens"]) == 1

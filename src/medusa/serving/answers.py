@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from medusa.serving.calls import Call, Service
@@ -57,6 +58,7 @@ class Answer:
         tokens, ended = list(delivery.tokens), ENDS.get(delivery.finish_reason or "")
         self.tokens += len(tokens)
         if tokens:
+            self.first_at = time.monotonic() if self.first_at is None else self.first_at
             self.steps += 1
             self.drafted += delivery.drafted
             self.accepted += len(tokens) - 1
@@ -159,7 +161,7 @@ class Answers:
         """
         try:
             for index, request in enumerate(self._requests):
-                self._tickets.append(self._service.engine.submit(request, lambda d, index=index: self._deliver(index, d)))  # type: ignore[misc]
+                self._tickets.append(self._service.engine.submit(request, partial(self._deliver, index)))
         except Exception as error:
             self.cancel("refused")
             problem = problem_of(error)
@@ -188,6 +190,7 @@ class Answers:
                     reason = "abort"
                     for index in sorted(self._open):
                         yield self.answers[index].abort(index)
+                        metrics.finished(self.answers[index], self.started)
                     self._open.clear()
                     return
                 if index not in self._open:
@@ -216,7 +219,7 @@ class Answers:
         if self._logged:
             return
         self._logged = True
-        if self._open and reason in ("cancelled", "error", "abort"):
+        if self._open and reason in ("cancelled", "error"):
             self._service.metrics.ended.labels(self._service.name, reason).inc(len(self._open))
         first = min((answer.first_at for answer in self.answers if answer.first_at is not None), default=None)
         tokens, steps = sum(a.tokens for a in self.answers), sum(a.steps for a in self.answers)

@@ -98,8 +98,7 @@ class Metrics:
         if not tokens:
             return
         self.generated.inc(tokens)
-        if answer.first_at is None:
-            answer.first_at = now
+        if answer.steps == 1:
             self.time_to_first_token.observe(now - started)
             self.queue.observe(answer.queued_seconds)
             self.prefill.observe(max(0.0, now - started - answer.queued_seconds))
