@@ -135,6 +135,15 @@ def test_int8_medusa_equals_int8_plain(int8_model, sampled, compiled):
     assert torch.equal(int8_model.generate(ids, **options), plain)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_two_models_in_one_process_have_graphs_of_their_own(int8_model):
+    ids = torch.arange(300, 320)[None]
+    other = MedusaModel.from_pretrained(EMBEDDED, dtype=torch.float32)
+    for model in (int8_model, other, int8_model):
+        wanted = model.generate(ids, max_new_tokens=12, tree=MedusaTree([]))
+        assert torch.equal(model.generate(ids, max_new_tokens=12, tree=MedusaTree([]), compile=True), wanted)
+
+
 def test_int8_keeps_the_lm_head_and_replaces_every_other_map(int8_model):
     decoder = [
         type(module) for module in int8_model.backbone.model.modules() if isinstance(module, nn.Linear | int8.Int8Linear)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -77,14 +78,18 @@ class Compiled:
         return True
 
 
-def _compile(function: Callable[..., Drafted], device: torch.device) -> Callable[..., Drafted]:
+def _compile(method: MethodType, device: torch.device) -> Callable[..., Drafted]:
+    # Dynamo keeps graphs with the code of a function: with code of its own, a model never meets the graphs of another.
+    code = method.__func__.__code__.replace()
+    function = FunctionType(code, method.__func__.__globals__, closure=method.__func__.__closure__)
+    method = MethodType(function, method.__self__)
     # The model does not change (see `TreeLM`): checking at every step that it has not costs a millisecond.
     unchanged: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     if device.type == "cuda":
         unchanged |= torch._inductor.list_mode_options("reduce-overhead")
     elif device.type == "cpu" and load_kernels():
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=few_rows_backend, options=unchanged)
-    return torch.compile(function, fullgraph=True, dynamic=False, options=unchanged)
+        return torch.compile(method, fullgraph=True, dynamic=False, backend=few_rows_backend, options=unchanged)
+    return torch.compile(method, fullgraph=True, dynamic=False, options=unchanged)
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:
