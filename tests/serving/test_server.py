@@ -31,6 +31,11 @@ def test_a_key_guards_everything_but_the_probes(model, tokenizer):
         assert served.get("/health").status_code == served.get("/ready").status_code == 200
 
 
+def test_probes_are_open_behind_a_proxy_too(model, tokenizer):
+    with serve(model, tokenizer, api_key=("right",), root_path="/llm") as served:
+        assert served.get("/health").status_code == 200 and served.get("/v1/models").status_code == 401
+
+
 def test_metrics_may_be_open(model, tokenizer):
     with serve(model, tokenizer, api_key=("right",), open_metrics=True) as served:
         assert served.get("/metrics").status_code == 200 and served.get("/version").status_code == 401

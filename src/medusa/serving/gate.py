@@ -55,7 +55,8 @@ class Gate:
         await self._app(scope, receive, named)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if not self._digests or scope["path"] in self._open or scope["method"] == "OPTIONS":
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not self._digests or path in self._open or scope["method"] == "OPTIONS":
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
