@@ -90,7 +90,7 @@ class Served:
 def serve(model: MedusaModel, tokenizer: Any, engine: dict[str, Any] | None = None, **settings: Any) -> Iterator[Served]:
     """A server for the time of a `with`."""
     made = Engine(model, **{"slots": 4, "capacity": 1088, **(engine or {})})
-    service = Service(made, model, tokenizer, "tiny", ServerSettings(port=0, **settings), Metrics("tiny", made))
+    service = Service(made, model, tokenizer, "tiny", ServerSettings(**{"port": 0, **settings}), Metrics("tiny", made))
     server = make_server(service)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -22,6 +22,7 @@ from medusa.serving.calls import Service
 from medusa.serving.chat import ChatAnswer, prepare_chat
 from medusa.serving.completions import CompletionAnswer, prepare_completion
 from medusa.serving.gate import OPEN, Gate, answer
+from medusa.serving.page import FILES, add_page
 from medusa.serving.problems import Problem, problem_of, problem_of_fields
 from medusa.serving.prompts import chat_ids
 from medusa.serving.responses import ResponseAnswer, ResponsesRequest, prepare_response
@@ -75,8 +76,9 @@ def create_app(service: Service) -> ASGIApp:
     _add_models(app, service)
     _add_tokens(app, service)
     _add_watching(app, service)
+    add_page(app)
     settings = service.settings
-    paths = (*OPEN, "/metrics") if settings.open_metrics else OPEN
+    paths = (*OPEN, *FILES, "/metrics") if settings.open_metrics else (*OPEN, *FILES)
     gated: ASGIApp = Gate(app, settings.api_key, settings.max_body, paths)
     if settings.allowed_origins:
         gated = CORSMiddleware(

@@ -77,6 +77,7 @@ class Service:
             "max_model_len": self.longest,
             "medusa": {
                 "heads": self.model.num_heads,
+                "chat": self.tokenizer.chat_template is not None,
                 "tree": self.model.tree.to_dict(),
                 "dtype": str(self.model.backbone.dtype).removeprefix("torch."),
                 "device": str(self.model.device),
