@@ -36,7 +36,7 @@ def opened(browser, address, expect=r"$^", **options):
     """A page, of which nothing may fail: no error in the console but those expected, no request to another host."""
     context = browser.new_context(**{"viewport": {"width": 1000, "height": 900}, **options})
     page, wrong = context.new_page(), []
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(20_000)
     page.on("console", lambda said: said.type == "error" and not re.search(expect, said.text) and wrong.append(said.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     host = urlparse(address).netloc
@@ -80,10 +80,10 @@ def test_page_needs_no_key_but_what_it_calls_does(model, tokenizer):
 def test_race_shows_both_runs_and_that_they_are_identical(browser, served):
     with opened(browser, served.url + "/") as page:
         page.get_by_label("Prompt").first.fill("Once upon a time")
-        page.get_by_role("button", name="Race").last.click()
+        page.get_by_role("region", name="Race").get_by_role("button", name="Race").click()
         page.locator("[data-same]").wait_for()
         assert page.locator("[data-same=yes]").count() == 1
-        page.get_by_role("button", name="Skip").click()
+        page.get_by_role("button", name="Replay").wait_for()
         texts = [page.locator(f"[data-pane={name}] .text").text_content() for name in ("plain", "medusa")]
         assert texts[0] == texts[1] != ""
         heads = [page.locator(f"[data-pane={name}] h2").text_content() for name in ("plain", "medusa")]
@@ -96,7 +96,7 @@ def test_race_shows_both_runs_and_that_they_are_identical(browser, served):
 @needs_chromium
 def test_race_is_shown_at_once_to_those_who_want_no_motion(browser, served):
     with opened(browser, served.url + "/" + link(prompt="Once", limit=12), reduced_motion="reduce") as page:
-        page.get_by_role("button", name="Race").last.click()
+        page.get_by_role("region", name="Race").get_by_role("button", name="Race").click()
         page.locator("[data-same=yes]").wait_for()
         assert page.get_by_role("button", name="Replay").count() == 1
 
@@ -129,7 +129,7 @@ def test_chat_streams_stops_and_goes_on(browser, served):
         view = page.get_by_role("region", name="Chat")
         view.get_by_label("Prompt", exact=True).fill("Hello")
         view.get_by_role("button", name="Send").click()
-        page.locator(".said-assistant .step").nth(2).wait_for()
+        page.locator(".said-assistant .step").nth(2).wait_for(state="attached")
         if view.get_by_role("button", name="Stop").count():
             view.get_by_role("button", name="Stop").click()
         view.get_by_role("button", name="Send").wait_for()
@@ -179,17 +179,17 @@ def test_live_view_shows_the_metrics(browser, served):
 
 @needs_chromium
 def test_full_server_is_said_and_asked_again(browser, model, tokenizer):
-    with running.serve(model, tokenizer, {"slots": 1, "max_queue": 1}) as served:
+    with running.serve(model, tokenizer, {"slots": 1, "queue": 1}) as served:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
         others = [threading.Thread(target=served.post, args=("/v1/completions", body)) for _ in range(2)]
         for each in others:
             each.start()
         while not served.service.engine.load().waiting:
             pass
-        with opened(browser, served.url + "/" + link(view="chat", prompt="b", limit=5), expect="503") as page:
+        with opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="503") as page:
             page.get_by_role("button", name="Send").click()
             page.get_by_text("trying again in").wait_for()
-            page.locator(".said-assistant .step").first.wait_for()
+            page.locator(".said-assistant .step").first.wait_for(state="attached")
         for each in others:
             each.join()
 
@@ -198,7 +198,7 @@ def test_full_server_is_said_and_asked_again(browser, model, tokenizer):
 def test_server_that_is_gone_is_said_and_found_again(browser, model, tokenizer):
     with running.serve(model, tokenizer) as first:
         port = urlparse(first.url).port
-        with opened(browser, first.url + "/" + link(view="chat", prompt="b", limit=5), expect="ERR_|Failed to load") as page:
+        with opened(browser, first.url + "/" + link(view="chat", prompt="Once", limit=5), expect="ERR_|Failed to load") as page:
             page.get_by_role("button", name="Send").wait_for()
             first.server.should_exit = True
             page.locator("[data-how=dead], [data-how=draining]").wait_for()
@@ -206,7 +206,7 @@ def test_server_that_is_gone_is_said_and_found_again(browser, model, tokenizer):
             with running.serve(model, tokenizer, port=port):
                 page.locator(".banner").wait_for(state="detached")
                 page.get_by_role("button", name="Send").click()
-                page.locator(".said-assistant .step").first.wait_for()
+                page.locator(".said-assistant .step").first.wait_for(state="attached")
 
 
 @needs_chromium
@@ -221,9 +221,9 @@ def test_every_view_fits_a_narrow_screen(browser, served, view):
 def test_key_is_asked_for(browser, model, tokenizer):
     with (
         running.serve(model, tokenizer, api_key=("secret",)) as served,
-        opened(browser, served.url + "/" + link(view="chat", prompt="b", limit=5), expect="401") as page,
+        opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="401") as page,
     ):
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Enter").click()
         page.get_by_role("button", name="Send").click()
-        page.locator(".said-assistant .step").first.wait_for()
+        page.locator(".said-assistant .step").first.wait_for(state="attached")

@@ -1,5 +1,5 @@
 // The page: its views, the state that its link restores, and how the server is.
-import { html, render, useEffect, useState } from "./preact.js";
+import { html, render, useEffect, useLayoutEffect, useState } from "./preact.js";
 import { card, key, ready } from "./api.js";
 import { Chat } from "./chat.js";
 import { Live } from "./live.js";
@@ -70,7 +70,7 @@ function Page() {
   const [state, setState] = useState(restored);
   const { model, how, look } = useModel();
   const set = (change) => setState((before) => ({ ...before, ...change }));
-  useEffect(() => history.replaceState(null, "", linkOf(state)), [state]);
+  useLayoutEffect(() => history.replaceState(null, "", linkOf(state)), [state]);
   useEffect(() => {
     const followed = () => setState(restored());
     addEventListener("hashchange", followed);

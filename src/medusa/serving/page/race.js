@@ -68,7 +68,7 @@ function Clock({ runs, clock, setClock }) {
     const start = performance.now();
     const tick = (now) => {
       const at = Math.max(0, now - start);
-      setClock(at < end ? at : null);
+      setClock((before) => (before == null || at >= end ? null : at)); // null: skipped meanwhile
       if (at < end) frame.current = requestAnimationFrame(tick);
     };
     frame.current = requestAnimationFrame(tick);

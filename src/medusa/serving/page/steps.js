@@ -62,9 +62,10 @@ export function Steps({ model, state, set, recorded }) {
 function Facts({ found, chosen }) {
   const step = found.steps[chosen];
   const before = found.steps.slice(0, chosen).reduce((sum, each) => sum + each.tokens.length, 0);
+  const path = (step.nodes ?? []).filter((node) => node.accepted); // names also what is not part of the text
   const word = (piece, i) => {
     const logprob = found.logprobs[before + i];
-    return html`<li key=${i}><b>${shown(piece)}</b>${logprob != null && html` <small>${percent(Math.exp(logprob))},
+    return html`<li key=${i}><b>${shown(path[i]?.text ?? piece)}</b>${logprob != null && html` <small>${percent(Math.exp(logprob))},
       log-probability ${logprob.toFixed(2)}</small>`}</li>`;
   };
   return html`<div class="facts" data-chosen=${chosen}>
