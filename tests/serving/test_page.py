@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from urllib.parse import urlparse
 
 import pytest
+import torch
 
 running = pytest.importorskip("running", reason="the extra `serve` is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+from medusa.cli.recorded_page import recorded_page
 from medusa.serving.page import FILES, FOLDER, POLICY
 
 CHROMIUM = shutil.which("chromium")
@@ -152,7 +154,9 @@ def test_link_restores_the_prompt_and_the_settings(browser, served):
         view = page.get_by_role("region", name="Steps")
         view.get_by_label("Prompt").fill("Ünïcode ✓")
         view.locator(".settings summary").click()
+        before = page.url
         view.get_by_label("Most tokens").fill("33")
+        page.wait_for_function("before => location.href !== before", arg=before)
         page.reload()
         view.get_by_label("Prompt").wait_for()
         assert view.get_by_label("Prompt").input_value() == "Ünïcode ✓"
@@ -214,7 +218,11 @@ def test_server_that_is_gone_is_said_and_found_again(browser, model, tokenizer):
 @pytest.mark.parametrize("view", ["race", "steps", "chat", "live"])
 def test_every_view_fits_a_narrow_screen(browser, served, view):
     with opened(browser, served.url + "/" + link(view=view, prompt="a"), viewport={"width": 360, "height": 700}) as page:
-        page.get_by_role("region").first.wait_for(state="attached")
+        region = page.get_by_role("region", name=view.title(), exact=True)
+        region.wait_for()
+        if view != "live":
+            region.locator("button.main").click()
+            region.locator(".step").nth(2).wait_for(state="attached")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -228,3 +236,20 @@ def test_key_is_asked_for(browser, model, tokenizer):
         page.get_by_role("button", name="Enter").click()
         page.get_by_role("button", name="Send").click()
         page.locator(".said-assistant .step").first.wait_for(state="attached")
+
+
+@needs_chromium
+def test_recorded_run_is_one_file_that_shows_race_and_steps(browser, model, tokenizer, tmp_path):
+    ids = tokenizer("Once </script> upon")["input_ids"]
+    tokens = model.generate(torch.tensor([ids]), max_new_tokens=16, eos_token_id=[257])[0, len(ids) :].tolist()
+    runs = {"plain": [(i / 100, [token]) for i, token in enumerate(tokens)], "medusa": [(0.01, tokens[:1]), (0.05, tokens[1:])]}
+    limits = {"max_new_tokens": 16, "eos_token_id": [257]}
+    text = recorded_page(model, tokenizer, "tiny", "Once </script> upon", ids, runs, limits)
+    (tmp_path / "run.html").write_text(text)
+    with opened(browser, (tmp_path / "run.html").as_uri()) as page:
+        page.locator("[data-same=yes]").wait_for()
+        assert page.locator(".asked").text_content() == "Once </script> upon"
+        page.get_by_role("button", name="Steps").click()
+        page.locator("[data-chosen='0'] .tree .accepted").first.wait_for()
+        record = json.loads(re.search('id="recorded">(.*)</script>', text)[1])
+        assert [token for step in record["steps"]["steps"] for token in step["tokens"]] == tokens

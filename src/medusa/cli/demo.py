@@ -55,6 +55,7 @@ def demo_command(
     compile: Annotated[bool, typer.Option(help="Compile our loops (slow start).")] = True,
     float32_check: Annotated[bool, typer.Option(help="Compare outputs in float32 too.")] = True,
     svg: Annotated[Path | None, typer.Option(help="Save a picture of the result to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Save the run as a page that replays it and shows its trees.")] = None,
     as_json: common.JsonOption = False,
     **options: Any,
 ) -> None:
@@ -74,6 +75,8 @@ def demo_command(
     header, rows, title, caption = _table(record, len(demo.batches), max_new_tokens, demo.model)
     if svg is not None:
         _save_picture(svg, demo.tokenizer, recorded, showing.tables(150, header, rows, title, caption))
+    if html is not None:
+        _save_page(html, demo, recorded)
     if as_json:
         print(json.dumps(record))
         return
@@ -263,6 +266,16 @@ def _save_picture(path: Path, tokenizer, recorded: dict[str, _Recording], tables
     screen.print(*tables)
     path.parent.mkdir(parents=True, exist_ok=True)
     screen.save_svg(str(path), title="medusa demo")
+
+
+def _save_page(path: Path, demo: _Demo, recorded: dict[str, _Recording]) -> None:
+    """Save both runs, and the trees of Medusa's, as one HTML file."""
+    from medusa.cli.recorded_page import recorded_page
+    from medusa.runs.files import write_text
+
+    runs = {name: recording.steps for name, recording in recorded.items()}
+    ids = recorded["medusa"].prompt
+    write_text(path, recorded_page(demo.model, demo.tokenizer, demo.name, demo.texts[0], ids, runs, demo.limits))
 
 
 def _panel(tokenizer, name: str, recording: _Recording, at: float):

@@ -56,7 +56,7 @@ function Chart({ rates }) {
 function Depths({ now }) {
   const drafts = now["vllm:spec_decode_num_drafts_total"] ?? 0;
   const name = "vllm:spec_decode_num_accepted_tokens_per_pos_total#";
-  const depths = Object.keys(now).filter((each) => each.startsWith(name)).sort((a, b) => now[b] - now[a]);
+  const depths = Object.keys(now).filter((each) => each.startsWith(name)).sort((a, b) => a.split("#")[1] - b.split("#")[1]);
   if (!drafts || !depths.length) return html`<p>No drafts yet.</p>`;
   return html`<table><caption>Steps whose path reached each depth</caption>
     <thead><tr><th scope="col">depth</th><th scope="col">share</th><th scope="col"><span class="hidden">bar</span></th></tr></thead>

@@ -69,7 +69,7 @@ function Facts({ found, chosen }) {
       log-probability ${logprob.toFixed(2)}</small>`}</li>`;
   };
   return html`<div class="facts" data-chosen=${chosen}>
-    <h2>Step ${chosen + 1}: ${step.tokens.length} ${step.tokens.length === 1 ? "token" : "tokens"}
+    <h2>Step ${chosen + 1}: ${step.tokens.length} ${step.tokens.length === 1 ? "token" : "tokens"}${" "}
       <small>${step.ms.toFixed(1)} ms, a tree of depth ${step.depth}${step.nodes && `, ${step.nodes.length} nodes`}</small></h2>
     <ol class="words">${step.pieces.map(word)}</ol>
     ${step.nodes && html`<${Tree} nodes=${step.nodes} />`}
