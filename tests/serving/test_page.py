@@ -128,7 +128,7 @@ def test_steps_are_walked_with_the_keyboard_and_show_their_trees(browser, served
 
 @needs_chromium
 def test_chat_streams_stops_and_goes_on(browser, served):
-    with opened(browser, served.url + "/" + link(view="chat", limit=900, seed="1", temperature=1)) as page:
+    with opened(browser, served.url + "/" + link(view="chat", limit=400, seed="1", temperature=1)) as page:
         view = page.get_by_role("region", name="Chat")
         view.get_by_label("Prompt", exact=True).fill("Hello")
         view.get_by_role("button", name="Send").click()
@@ -138,6 +138,7 @@ def test_chat_streams_stops_and_goes_on(browser, served):
         view.get_by_role("button", name="Send").wait_for()
         assert served.idle()
         view.get_by_label("Prompt", exact=True).fill("And then?")
+        view.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for()
         view.get_by_label("Prompt", exact=True).press("Control+Enter")
         page.locator(".said-assistant").nth(1).wait_for()
         assert page.locator(".said-user").all_text_contents() == ["userHello", "userAnd then?"]
@@ -194,6 +195,9 @@ def test_full_server_is_said_and_asked_again(browser, model, tokenizer):
         with opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="503") as page:
             page.get_by_role("button", name="Send").click()
             page.get_by_text("trying again in").wait_for()
+            page.get_by_role("button", name="Stop").click()
+            page.get_by_text("Stopped.").wait_for()
+            page.get_by_role("button", name="Regenerate").click()
             page.locator(".said-assistant .step").first.wait_for(state="attached")
         for each in others:
             each.join()

@@ -25,7 +25,7 @@ export function useCall() {
 
 export function Prompt({ state, set, run, start, label }) {
   const go = (event) => (event.preventDefault(), run.busy ? run.stop() : start());
-  const enter = (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && go(event);
+  const enter = (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && (run.busy || state.prompt) && go(event);
   return html`<form class="prompt" onSubmit=${go}>
     <label>Prompt <textarea rows="3" value=${state.prompt} onKeyDown=${enter}
       onInput=${(event) => set({ prompt: event.target.value })}></textarea></label>
