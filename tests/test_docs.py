@@ -61,8 +61,9 @@ def test_the_evaluation_pages_python_runs(capsys):
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"`((?:src|tests|docs|examples|benchmarks|integration)/[\w./-]+)`", text))
-    named |= set(re.findall(r"\]\((?!http)([\w./-]+)\)", text))
+    linked = set(re.findall(r"\]\((?!http)([\w./-]+)\)", text))  # from the document's own folder
     assert all((ROOT / name).exists() for name in named), named
+    assert all(((ROOT / document).parent / name).exists() for name in linked), linked
 
 
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
