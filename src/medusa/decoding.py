@@ -118,17 +118,17 @@ def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText])
     nodes = NodePrefixes(tokens, tree, state.levels if len(tree.parents) == 1 else None) if texts else None
     scores, errors = settings.processors(drafted.logits, texts, nodes)
     state.fail(errors)
+    warped = settings.processors.warp(scores).float() if settings.typical else scores
     if None in settings.typical.values():  # all rows
         (thresholds,) = settings.typical
-        return accept_typical(tree, tokens, settings.processors.warp(scores).float(), thresholds)
+        return accept_typical(tree, tokens, warped, thresholds)
     if settings.draws:
         accepted = accept_drawn(tree, tokens, lambda node: _draw_after(state, tree, scores, node))
     else:
         accepted = accept_exact(tree, tokens, settings.choose(scores, None))
     for thresholds, rows in settings.typical.items():
         assert rows is not None
-        typical = accept_typical(tree, tokens, settings.processors.warp(scores).float(), thresholds)
-        accepted = accepted.replaced(rows, typical)
+        accepted = accepted.replaced(rows, accept_typical(tree, tokens, warped, thresholds))
     return accepted
 
 

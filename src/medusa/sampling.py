@@ -92,20 +92,19 @@ class Processors:
                     scores[place] = process(scores[place], text, paths)  # type: ignore[call-arg, arg-type]
                 else:
                     prefix = text.tokens[text.pads :] if reads == "tokens" else text.tokens
-                    scores[place] = _by_depth(process, scores[place], prefix, nodes, row)  # type: ignore[arg-type]
+                    _by_depth(process, scores[place], prefix, nodes, row)  # type: ignore[arg-type]
         return scores
 
 
-def _by_depth(process: LogitsProcessor, scores: Tensor, prefix: Tensor, nodes: NodePrefixes | None, row: int) -> Tensor:
-    """The scores of a row by a processor that takes texts of one length at a time."""
+def _by_depth(process: LogitsProcessor, scores: Tensor, prefix: Tensor, nodes: NodePrefixes | None, row: int) -> None:
+    """Replace the scores of a row, (N, V), by those of a processor that takes texts of one length at a time."""
     if nodes is None:
-        return process(prefix[None], scores)
-    scores = scores.clone()
+        scores.copy_(process(prefix[None], scores))
+        return
     for level, lineage in nodes.of(row):
         tail = nodes.tokens[row][lineage]  # (nodes of the level, depth + 1)
         ids = torch.cat([prefix.expand(len(tail), -1), tail], dim=1)
         scores[level] = process(ids, scores[level])
-    return scores
 
 
 class NodePrefixes:

@@ -60,7 +60,7 @@ class Compiled:
     def _compile(self, device: torch.device, args: tuple) -> bool:
         """Compile for one shape; False, with a warning, if that fails or computes something else."""
         if self._compiled is None:
-            self._compiled = _compile(self._model.draft_and_verify, device)
+            self._compiled = _compiled(self._model.draft_and_verify, device)
         try:
             # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
             with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
@@ -78,7 +78,8 @@ class Compiled:
         return True
 
 
-def _compile(method: MethodType, device: torch.device) -> Callable[..., Drafted]:
+def _compiled(method: MethodType, device: torch.device) -> Callable[..., Drafted]:
+    """A model's method through torch.compile, with graphs of its own."""
     # Dynamo keeps graphs with the code of a function: with code of its own, a model never meets the graphs of another.
     code = method.__func__.__code__.replace()
     function = FunctionType(code, method.__func__.__globals__, closure=method.__func__.__closure__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import Tensor
+
+from medusa.runs.files import digest
 
 SOURCE = Path(__file__).with_name("few_rows.cpp")
 FLAGS = (
@@ -59,8 +60,7 @@ def _compiled(compiler: str) -> Path:
     from torch.utils.cpp_extension import include_paths
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    told = (SOURCE.read_text(), torch.__version__, version, torch.backends.cpu.get_cpu_capability(), " ".join(FLAGS), _cpu())
-    name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
+    name = digest([SOURCE.read_text(), torch.__version__, version, FLAGS, _cpu()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa" / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name}.so"

@@ -245,8 +245,9 @@ std::vector<Tensor> outputs(const Tensor& x, at::TensorList weights) {
 }
 
 // The bias of a map; none of the maps has one, or all have.
-const BFloat16* bias_of(at::TensorList biases, size_t i) {
-  return biases.empty() ? nullptr : biases[i].const_data_ptr<BFloat16>();
+template <typename Value>
+const Value* bias_of(at::TensorList biases, size_t i) {
+  return biases.empty() ? nullptr : biases[i].const_data_ptr<Value>();
 }
 
 std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, at::TensorList biases) {
@@ -255,7 +256,7 @@ std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, at::TensorLi
   auto found = outputs(x, weights);
   divide(weights, [&](size_t i, int64_t begin, int64_t end) {
     BFloat16* y = found[i].mutable_data_ptr<BFloat16>();
-    const BFloat16* bias = bias_of(biases, i);
+    const BFloat16* bias = bias_of<BFloat16>(biases, i);
     const int64_t N = weights[i].size(0);
     range<Bf16>(
         input.const_data_ptr<BFloat16>(), weights[i].const_data_ptr<BFloat16>(), M, K, begin, end,
@@ -298,7 +299,7 @@ std::vector<Tensor> quantized_linear(
     Value* y = found[i].mutable_data_ptr<Value>();
     const float* scale = scales[i].const_data_ptr<float>();
     const int32_t* offset = offsets[i].const_data_ptr<int32_t>();
-    const float* bias = biases.empty() ? nullptr : biases[i].const_data_ptr<float>();
+    const float* bias = bias_of<float>(biases, i);
     const int64_t N = weights[i].size(0);
     range<Int8>(
         quantized.data(), weights[i].const_data_ptr<int8_t>(), M, K, begin, end,

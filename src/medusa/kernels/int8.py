@@ -49,7 +49,8 @@ class Int8Linear(nn.Module):
 
 def quantize_int8(model: nn.Module) -> None:
     """Replace the linear maps of a model's decoder by `Int8Linear`, in place. The LM head, which heads may share, is kept."""
+    lm_head = model.get_output_embeddings()  # type: ignore[operator]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not model.get_output_embeddings():  # type: ignore[operator]
+            if type(child) is nn.Linear and child is not lm_head:
                 setattr(module, name, Int8Linear(child))

@@ -22,6 +22,7 @@ from medusa.state import Decodable, DecodingState, overhang
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree
 from medusa.trees.static import MedusaTree
+from medusa.trees.tensors import Drafter
 
 STALLED = 300.0  # seconds without progress after which the engine does not count as alive; compiling a step takes long
 PAUSE = 1.0  # seconds without requests after which a graph is made
@@ -91,7 +92,8 @@ class Engine:
         """See `Serves.submit`."""
         tree = None if request.tree is None else request.tree.for_batch(1)
         ids, _ = check_request(self.model, torch.tensor([request.ids]).long(), None, tree or self.tree, request.options)
-        drafter, room = None if tree is None else tree.drafter(self.model.device), self.room(tree)
+        drafter = None if tree is None else tree.drafter(self.model.device)
+        room = self._room(drafter)
         if len(request.ids) + request.options.max_new_tokens > room:
             raise ContextOverflow(
                 f"{len(request.ids)} prompt tokens and {request.options.max_new_tokens} new ones exceed the {room} that a slot "
@@ -109,8 +111,11 @@ class Engine:
 
     def room(self, tree: Tree | None = None) -> int:
         """See `Serves.room`."""
-        own = None if tree is None else tree.for_batch(1).drafter(self.model.device)
-        return self.capacity - max(map(overhang, [*self._drafters.values()] if own is None else [own]))
+        return self._room(None if tree is None else tree.for_batch(1).drafter(self.model.device))
+
+    def _room(self, drafter: Drafter | None) -> int:
+        """The same beside the trees of a drafter; None: beside those that requests share."""
+        return self.capacity - max(map(overhang, self._drafters.values() if drafter is None else [drafter]))
 
     def load(self) -> Load:
         """What it is doing now."""

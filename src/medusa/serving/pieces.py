@@ -81,6 +81,15 @@ class Piece:
     text: str
 
 
+def settled(text: str, awaited: Sequence[str]) -> int:
+    """The number of characters of a text before an end that may become one of the awaited strings."""
+    longest = max(map(len, awaited), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(each.startswith(text[start:]) for each in awaited):
+            return start
+    return len(text)
+
+
 class AnswerText:
     """The text of an answer as its tokens arrive: it ends before a stop string, and holds back what may become one.
 
@@ -127,10 +136,4 @@ class AnswerText:
     @property
     def safe(self) -> int:
         """The number of characters that no later token can take back."""
-        if self.stopped is not None or not self._stops:
-            return len(self.text)
-        longest = max(map(len, self._stops)) - 1
-        for start in range(max(0, len(self.text) - longest), len(self.text)):
-            if any(stop.startswith(self.text[start:]) for stop in self._stops):
-                return start
-        return len(self.text)
+        return settled(self.text, self._stops) if self.stopped is None else len(self.text)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from medusa.serving.pieces import settled
 from medusa.serving.schemas import ChatRequest, NamedTool, Tool
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -77,10 +78,7 @@ def _hermes(text: str, complete: bool) -> Parsed:
 
 def _certain(text: str) -> str:
     """A text without an end that may become the opening tag."""
-    for length in range(min(len(text), len(OPENING) - 1), 0, -1):
-        if OPENING.startswith(text[-length:]):
-            return text[:-length]
-    return text
+    return text[: settled(text, [OPENING])]
 
 
 def _calls(text: str) -> tuple[Called, ...]:
