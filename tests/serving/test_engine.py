@@ -424,7 +424,7 @@ def test_closing_cancels_what_takes_too_long(model):
 def test_trees_that_change_with_measured_times_change_no_output(model, monkeypatch):
     chance = random.Random(3)
     requests = [random_request(model, chance) for _ in range(40)]
-    monkeypatch.setattr(medusa.serving.trees, "LEAST", 4)
+    monkeypatch.setattr(medusa.serving.trees, "LEAST_STEPS", 4)
     monkeypatch.setattr(TreeByLoad, "note", lambda self, _, tokens, note=TreeByLoad.note: note(self, chance.random(), tokens))
     engine = Engine(model, slots=4, capacity=200, chunk=16, measured=True)
     found = submitted(engine, *requests)

@@ -47,7 +47,7 @@ def test_the_fastest_tree_is_found_and_trials_of_others_cost_little(each, wanted
     assert used[0] == LARGE  # the file's comes first
     assert {LARGE, SMALL, PLAIN} == set(used)
     assert used[300:].count(wanted) > 0.85 * 2700
-    assert speed > 0.95
+    assert speed > 0.92
 
 
 def test_a_file_of_one_tree_gives_way_to_plain_decoding_where_that_is_faster():

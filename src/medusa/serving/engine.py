@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,12 @@ class Part:
     tree: MedusaTree | DynamicTree
     state: DecodingState
     wide: DecodingState | None = None  # the same rows, and idle ones behind them up to the number of a graph
+
+    def with_tree(self, tree: MedusaTree | DynamicTree, drafter: Drafter) -> Part:
+        """The same slots with another tree; the settings of their rows stay as they are."""
+        state, wide = (each and replace(each, drafter=drafter, _levels=None) for each in (self.state, self.wide))
+        assert state is not None
+        return Part(self.first, self.rows, tree, state, wide)
 
 
 class Engine:
@@ -230,7 +236,9 @@ class Engine:
         before = self._by_load.used
         tree = self._by_load.choose(_kind(shared), new=self._idle) if shared else before
         self._idle = not shared
-        if self._parts is not None and tree == before:
+        if self._parts is not None:
+            if tree != before:
+                self._parts[0] = self._parts[0].with_tree(tree, self._drafters[tree])
             return self._parts
         self._parts, stop = [], self.slots
         own: dict[MedusaTree | DynamicTree, list[Job]] = {}

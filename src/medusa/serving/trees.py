@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
-from statistics import fmean, median_low
+from statistics import fmean, median
 from typing import NamedTuple
 
 from medusa.serving.requests import Speed
@@ -14,9 +14,9 @@ from medusa.trees.files import Tree, TreeChoice
 from medusa.trees.static import MedusaTree
 
 PATIENCE = 8  # steps that another tree has to be the better one before it is used
-TRIAL = 5  # steps of a trial
+LEAST_TRIALS = 5  # steps with a tree before its cost is known
 KEPT = 256  # steps of rows whose accepted tokens count
-LEAST = 32  # of them, before a tree is judged by them alone
+LEAST_STEPS = 32  # of them, before acceptance is known
 MARGIN = 1.03  # how many times as fast another tree has to be
 SHARE = 0.01  # of the time: the most that trials of another tree may lose
 PLAIN = MedusaTree([])
@@ -75,6 +75,8 @@ class TreeByLoad:
         Args:
             new: no row has been stepped before, so that there is nothing to change from.
         """
+        if kind != self._now and kind in self._paces:
+            self._paces[kind].before = None
         self._now = kind
         wanted, trial = self._tree.for_batch(kind.rows), False
         if self._measured and len(self.candidates(kind.rows)) > 1:
@@ -106,7 +108,7 @@ class TreeByLoad:
     def _tokens(self, tree: Single, guided: bool) -> float:
         """The tokens per step of a row. What is not known yet counts as if all was accepted, so that it is tried."""
         kept = self._kept.get((tree, guided), ())
-        return 1.0 if tree == PLAIN else fmean([*kept, *[tree.depth + 1] * (LEAST - len(kept))])
+        return 1.0 if tree == PLAIN else fmean([*kept, *[tree.depth + 1] * (LEAST_STEPS - len(kept))])
 
     def note(self, seconds: float, tokens: Iterable[int]) -> None:
         """The step that was chosen for last was made.
@@ -134,44 +136,61 @@ class TreeByLoad:
 
 
 class Pace:
-    """The times of steps of one kind, with each tree that they may have."""
+    """What steps of one kind cost with each tree that they may have.
+
+    A tree is tried for single steps, each compared with the step before it, one with the best tree: a machine that is slow for a
+    while is slow for both.
+    """
 
     def __init__(self, trees: Iterable[Single]):
-        self._times: dict[Single, deque[float]] = {tree: deque(maxlen=3 * TRIAL) for tree in trees}  # of the last steps
-        self._since = dict.fromkeys(self._times, 0.0)  # seconds of steps with other trees since the last one with this
-        self.trees = list(self._times)
+        self._costs: dict[Single, deque[float]] = {tree: deque(maxlen=3 * LEAST_TRIALS) for tree in trees}  # best step: 1
+        self._since = dict.fromkeys(self._costs, 0.0)  # time since each was tried, in steps of the best tree
+        self.before: float | None = None  # seconds of the step before, if it was one of the best tree
+        self.trees = list(self._costs)
         self.best = self.trees[0]
         self.speeds: dict[Single, float] = {}  # tokens per second with each tree over those of plain decoding
 
     def note(self, tree: Single, seconds: float) -> None:
         """A step with this tree took so long."""
-        if tree in self._times:  # for some steps after a change, the tree may be one for fewer rows
-            self._times[tree].append(seconds)
-        for other in self._since:
-            self._since[other] = 0.0 if other == tree else self._since[other] + seconds
+        if tree == self.best:
+            self.before = seconds
+            self._since = {other: since + 1 for other, since in self._since.items()}
+        else:
+            if self.before is not None and tree in self._costs:  # for some steps after a change, the tree may be another
+                self._costs[tree].append(seconds / self.before)
+                self._since[tree] = 0.0
+            self.before = None
 
     def next(self, tokens: Mapping[Single, float]) -> tuple[Single, bool]:
         """The tree for the next step, and whether that is a trial of another than the best.
 
         Args:
-            tokens: the tokens per step of a row.
+            tokens: the tokens per step of a row with each tree.
         """
-        rates: dict[Single, float] = {}
-        for tree, times in self._times.items():
-            if len(times) < TRIAL:
-                return tree, tree != self.best
-            rates[tree] = tokens[tree] / median_low(times)
-        self.speeds = {tree: rate / rates[PLAIN] for tree, rate in rates.items()}
-        fastest = max(rates, key=rates.__getitem__)
-        if rates[fastest] > MARGIN * rates[self.best]:
-            self.best = fastest
-        for tree, rate in rates.items():
-            # A trial may lose little, and a tree that is nearly the best is tried often: its speed changes with the text.
-            lost = TRIAL * median_low(self._times[tree]) * max(0.1, 1 - rate / rates[self.best])
-            if tree != self.best and SHARE * self._since[tree] > lost:
-                self._times[tree].clear()
-                return tree, True
-        return self.best, False
+        others = [tree for tree in self.trees if tree != self.best]
+        untried = [tree for tree in others if len(self._costs[tree]) < LEAST_TRIALS]
+        if not untried:
+            costs = {tree: 1.0 if tree == self.best else median(self._costs[tree]) for tree in self.trees}
+            rates = {tree: tokens[tree] / cost for tree, cost in costs.items()}
+            self.speeds = {tree: rate / rates[PLAIN] for tree, rate in rates.items()}
+            fastest = max(rates, key=rates.__getitem__)
+            if rates[fastest] > MARGIN * rates[self.best]:
+                self._lead(fastest, costs[fastest])
+                return self.best, False
+            # What trials lose is limited, and a tree that is nearly the best is tried often: acceptance changes with the text.
+            lost = {tree: costs[tree] * max(0.1, 1 - rates[tree] / rates[self.best]) for tree in others}
+            untried = [tree for tree in others if SHARE * self._since[tree] > lost[tree]]
+        return (untried[0], True) if untried and self.before is not None else (self.best, False)
+
+    def _lead(self, tree: Single, cost: float) -> None:
+        """A tree is the best from now on; costs are relative to its own."""
+        for costs in self._costs.values():
+            relative = [each / cost for each in costs]
+            costs.clear()
+            costs.extend(relative)
+        self._costs[self.best].extend([1 / cost] * LEAST_TRIALS)
+        self._costs[tree].clear()
+        self.best, self.before = tree, None
 
 
 def name(tree: Single) -> str:
