@@ -143,7 +143,7 @@ class Pace:
     """
 
     def __init__(self, trees: Iterable[Single]):
-        self._costs: dict[Single, deque[float]] = {tree: deque(maxlen=3 * LEAST_TRIALS) for tree in trees}  # best step: 1
+        self._costs: dict[Single, deque[float]] = {tree: deque(maxlen=3 * LEAST_TRIALS) for tree in trees}  # of the best: 1
         self._since = dict.fromkeys(self._costs, 0.0)  # time since each was tried, in steps of the best tree
         self.before: float | None = None  # seconds of the step before, if it was one of the best tree
         self.trees = list(self._costs)
