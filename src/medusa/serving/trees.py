@@ -138,8 +138,8 @@ class TreeByLoad:
 class Pace:
     """What steps of one kind cost with each tree that they may have.
 
-    A tree is tried for single steps, each compared with the step before it, one with the best tree: a machine that is slow for a
-    while is slow for both.
+    A tree is tried for single steps, each compared with the step before it, which had the best tree: a machine that is slow for
+    a while is slow for both.
     """
 
     def __init__(self, trees: Iterable[Single]):
