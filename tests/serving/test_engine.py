@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import medusa.serving.engine
+import medusa.serving.trees
 from medusa import DynamicTree, Grammar, MedusaModel, MedusaTree
 from medusa.backbone.compilation import Compiled
 from medusa.decoding import decode
@@ -23,7 +24,7 @@ from medusa.sampling import Processors
 from medusa.serving.engine import Engine
 from medusa.serving.memory import pool_size, token_bytes
 from medusa.serving.requests import QueueFull, Request
-from medusa.serving.trees import PATIENCE, TreeByLoad
+from medusa.serving.trees import TreeByLoad
 from medusa.trees.files import TreeChoice
 from test_decoding_fake import FakeModel, plain, trees
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
@@ -420,11 +421,19 @@ def test_closing_cancels_what_takes_too_long(model):
     assert received.wait().reason == "cancelled"
 
 
-def test_rows_step_with_the_tree_of_their_number_and_not_at_every_change():
-    by_load = TreeByLoad(CHOICE)
-    assert by_load.choose(4, new=True) == CHOICE.trees[4]
-    assert [by_load.choose(1, new=False) for _ in range(PATIENCE)] == [CHOICE.trees[4]] * (PATIENCE - 1) + [CHOICE.trees[1]]
-    assert [by_load.choose(rows, new=False) for rows in (2, 2, 1, 2, 2, 1)] == [CHOICE.trees[1]] * 6
+def test_trees_that_change_with_measured_times_change_no_output(model, monkeypatch):
+    chance = random.Random(3)
+    requests = [random_request(model, chance) for _ in range(40)]
+    monkeypatch.setattr(medusa.serving.trees, "LEAST_STEPS", 4)
+    monkeypatch.setattr(TreeByLoad, "note", lambda self, _, tokens, note=TreeByLoad.note: note(self, chance.random(), tokens))
+    engine = Engine(model, slots=4, capacity=200, chunk=16, measured=True)
+    found = submitted(engine, *requests)
+    speeds = engine.load().speeds
+    engine.close()
+    assert {speed.rows for speed in speeds} >= {1, 2, 3} and len({speed.nodes for speed in speeds}) == 3
+    assert {delivery.drafted for got in found for delivery in got.deliveries} >= {0, 11, 23}
+    for request, got in zip(requests, found, strict=True):
+        assert got.tokens == alone(model, request)
 
 
 def test_one_request_costs_what_a_batch_of_one_costs(model, monkeypatch):

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from medusa.serving.graphs import Graphs
 from medusa.serving.jobs import Job
 from medusa.serving.requests import Delivery, Load, QueueFull, Request
 from medusa.serving.slots import Slots
-from medusa.serving.trees import TreeByLoad
+from medusa.serving.trees import Kind, TreeByLoad
 from medusa.state import Decodable, DecodingState, overhang
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree
@@ -38,6 +38,12 @@ class Part:
     state: DecodingState
     wide: DecodingState | None = None  # the same rows, and idle ones behind them up to the number of a graph
 
+    def with_tree(self, tree: MedusaTree | DynamicTree, drafter: Drafter) -> Part:
+        """The same slots with another tree; the settings of their rows stay as they are."""
+        state, wide = (each and replace(each, drafter=drafter, _levels=None) for each in (self.state, self.wide))
+        assert state is not None
+        return Part(self.first, self.rows, tree, state, wide)
+
 
 class Engine:
     """Decodes requests of different settings together. A request's tokens depend on itself alone; see `Serves`.
@@ -54,6 +60,7 @@ class Engine:
         queue: number of requests that may wait for a slot.
         chunk: number of prompt tokens processed between two steps.
         compiled: whether to compile steps, while there is nothing to decode; until a graph is ready, steps run uncompiled.
+        measured: whether the times of steps choose among the trees and plain decoding; see `TreeByLoad`.
     """
 
     def __init__(
@@ -65,12 +72,13 @@ class Engine:
         queue: int = 256,
         chunk: int = 128,
         compiled: bool = False,
+        measured: bool = False,
     ):
         self.model: Decodable = model
         self.tree: Tree = model.tree if tree is None else tree
         self.tree.check(model.num_heads, model.scored)
         self.slots, self.capacity, self.queue, self.chunk = slots, capacity, queue, chunk
-        self._by_load = TreeByLoad(self.tree)
+        self._by_load = TreeByLoad(self.tree, measured)
         self._drafters = {tree: tree.drafter(model.device) for tree in self._by_load.all}
         readers = [drafter for drafter in self._drafters.values() if drafter.reads_history]
         self._pool = Slots(model, slots, capacity, (readers or [*self._drafters.values()])[0])
@@ -129,6 +137,7 @@ class Engine:
             capacity=self.capacity,
             nodes=len(self._by_load.used),
             last_step=self._last if running or waiting else time.monotonic(),
+            speeds=self._by_load.speeds,
         )
 
     def alive(self) -> bool:
@@ -162,6 +171,7 @@ class Engine:
             try:
                 if self._graphs is not None and not (self._waiting or any(self._at)):
                     self._graphs.make()
+                    self._by_load.forget()
                     continue
                 self._leave()
                 self._read()
@@ -224,9 +234,11 @@ class Engine:
         live = [job for job in self._at if job is not None and job is not self._reading]
         shared = [job for job in live if job.tree is None]
         before = self._by_load.used
-        tree = self._by_load.choose(len(shared), new=self._idle) if shared else before
+        tree = self._by_load.choose(_kind(shared), new=self._idle) if shared else before
         self._idle = not shared
-        if self._parts is not None and tree == before:
+        if self._parts is not None:
+            if tree != before:
+                self._parts[0] = self._parts[0].with_tree(tree, self._drafters[tree])
             return self._parts
         self._parts, stop = [], self.slots
         own: dict[MedusaTree | DynamicTree, list[Job]] = {}
@@ -274,6 +286,9 @@ class Engine:
             self._pool.stepped(part.first, part.first + len(state.rows), base)
         for place, job in enumerate(jobs):
             self._deliver(job, job.delivery(stepped, place, seconds))
+        if stepped.drafted is not None and jobs[0].tree is None:
+            going = [len(stepped.tokens[place]) for place, job in enumerate(jobs) if job.row.finish_reason is None]
+            self._by_load.note(time.perf_counter() - began, going)
 
     def _compiled(self, part: Part) -> tuple[Decodable, DecodingState] | None:
         """The compiled model and the rows of its graph, if there is one for this step."""
@@ -300,3 +315,9 @@ class Engine:
             self._at[job.slot], self._parts = None, None
         if self._reading is job:
             self._reading = None
+
+
+def _kind(jobs: list[Job]) -> Kind:
+    """The kind of a step of these requests."""
+    longest = max(job.row.committed for job in jobs)
+    return Kind.of(len(jobs), longest, any(job.request.options.processors.guide is not None for job in jobs))

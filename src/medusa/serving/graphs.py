@@ -36,7 +36,7 @@ class Graphs:
         widths = sorted({self.width(rows) for rows in range(1, pool.number + 1)})
         seen = sorted({visible_slots(length, pool.capacity) for length in range(1, pool.capacity + 1)})
         for fewer, width in zip([0, *widths], widths, strict=False):
-            trees = dict.fromkeys(by_load.wanted(rows) for rows in range(fewer + 1, width + 1))
+            trees = dict.fromkeys(t for rows in range(fewer + 1, width + 1) for t in by_load.candidates(rows))
             self._left += [(w, t, v) for w, t, v in product([width], trees, seen) if v >= drafters[t].num_nodes]
 
     @property

@@ -83,6 +83,15 @@ class Metrics:
             family = GaugeMetricFamily(name, text, labels=tuple(self._names))
             family.add_metric(tuple(self._names.values()), value)
             yield family
+        speeds = GaugeMetricFamily(
+            "medusa:tree_speedup",
+            "Tokens per second over those of plain decoding, measured, by rows, length and nodes.",
+            labels=(*self._names, "rows", "length", "nodes"),
+        )
+        found = {(str(speed.rows), str(speed.length), str(speed.nodes)): speed.speedup for speed in load.speeds}
+        for labels, speedup in found.items():
+            speeds.add_metric((*self._names.values(), *labels), speedup)
+        yield speeds
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -68,6 +68,16 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """The speed of a tree, as the engine has measured it."""
+
+    rows: int  # that decode together
+    length: int  # of the longest of them, rounded up
+    nodes: int  # of the tree; 1: plain decoding
+    speedup: float  # tokens per second over those of plain decoding
+
+
+@dataclass(frozen=True)
 class Load:
     """What the engine is doing now."""
 
@@ -78,6 +88,7 @@ class Load:
     capacity: int  # tokens that a slot holds
     nodes: int  # of the tree in use; 1: plain decoding
     last_step: float  # time.monotonic() of the last step, or of the last time that nothing was to be done
+    speeds: Sequence[Speed] = ()  # what has been measured of trees
 
 
 class Ticket(Protocol):

@@ -107,7 +107,14 @@ def make_service(
     """
     size = pool_size(model, slots, capacity)
     note(f"{size.slots} slots of {size.capacity} tokens: {size.bytes / 2**20:.0f} MiB of keys and values")
-    engine = Engine(model, size.slots, size.capacity, queue=settings.max_queue, compiled=compiled)
+    engine = Engine(
+        model,
+        size.slots,
+        size.capacity,
+        queue=settings.max_queue,
+        compiled=compiled,
+        measured=settings.measure_trees,
+    )
     return Service(engine, model, tokenizer, name, settings, Metrics(name, engine))
 
 
