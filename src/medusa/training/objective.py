@@ -72,7 +72,7 @@ class Objective(nn.Module):
         input_ids: Tensor,  # (B, T) long
         labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
         segments: Tensor,  # (B, T) long: the text each token belongs to, numbered from 1; 0 is padding
-        hidden: Tensor | None = None,  # (B, T, d): stored hidden states of the backbone
+        hidden: Tensor | None = None,  # (B, T, d): stored hidden states of the backbone, without its adapter
         counts: Tensor | None = None,  # (1 + K,): divisors of the losses; None: `count_asked` of this batch
         rows: Tensor | None = None,  # (B,) long: which rows these are, for messages
     ) -> dict[str, Tensor]:
@@ -82,15 +82,18 @@ class Objective(nn.Module):
             counts = count_asked(labels, segments, len(self.heads))
         counts = counts.clamp(min=1)
         packed = segments if bool((segments > 1).any()) else None
-        if hidden is None:
+        distill = config.joint and config.lm_loss == "distill"
+        original = hidden
+        if config.joint or hidden is None:
             with torch.set_grad_enabled(config.joint and torch.is_grad_enabled()):
                 hidden = model.hidden_states(input_ids, packed)
-        following = predicted(labels != IGNORED, segments, 1)  # positions whose next token counts
-        original = hidden.detach()[:, :-1][following]
-        distill = config.joint and config.lm_loss == "distill"
-        if distill:
+        if not distill:
+            original = hidden.detach()
+        elif original is None:
             with torch.no_grad(), without_adapter(self.backbone):
-                original = model.hidden_states(input_ids, packed)[:, :-1][following]
+                original = model.hidden_states(input_ids, packed)
+        following = predicted(labels != IGNORED, segments, 1)  # positions whose next token counts
+        original = original[:, :-1][following]
 
         # Medusa 2.2.1, Eq. 1
         head_losses = self._head_losses(input_ids, hidden, labels, segments, following, original, distill) / counts[1:]
