@@ -18,10 +18,11 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# docs/cli.md from --help, then the site in site/, whose first page is the README.
+# docs/cli.md from --help, docs/scale.md from its commands, then the site in site/, whose first page is the README.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python docs/cli.py
+	$(BIN)/python docs/scale.py
 	sed 's#](docs/#](#' README.md > docs/index.md
 	$(BIN)/mkdocs build --quiet --strict
 

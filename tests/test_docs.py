@@ -50,6 +50,7 @@ def test_the_evaluation_pages_python_runs(capsys):
         "docs/architecture.md",
         "docs/training.md",
         "docs/evaluation.md",
+        "docs/scale.md",
         "docs/simulation.md",
         "docs/server.md",
         "docs/serving.md",
@@ -112,10 +113,25 @@ def test_lines_of_documents_are_at_most_132_characters():
 
 
 def test_the_page_of_the_command_line_is_what_the_commands_say():
-    pinned = re.search(r"^typer==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
-    if importlib.metadata.version("typer") != pinned:
-        pytest.skip("other versions of typer word types and defaults differently")
-    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "docs" / "cli.py")
+    only_with_pinned("typer")  # other versions word types and defaults differently
+    assert (ROOT / "docs" / "cli.md").read_text() == script_of_docs("cli").page(), "run python docs/cli.py"
+
+
+def test_the_page_on_fleets_is_what_its_commands_print():
+    only_with_pinned("rich")  # other versions may draw tables differently
+    shown = (ROOT / "docs" / "scale.md").read_text()
+    assert shown.count("$ medusa simulate") > 10
+    assert shown == script_of_docs("scale").page(), "run python docs/scale.py"
+
+
+def only_with_pinned(package):
+    pinned = re.search(rf"^{package}==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    if importlib.metadata.version(package) != pinned:
+        pytest.skip(f"{package} {importlib.metadata.version(package)} is not the pinned {pinned}")
+
+
+def script_of_docs(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_page", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.page(), "run python docs/cli.py"
+    return module

@@ -13,14 +13,17 @@ from vllm import LLM, SamplingParams, TokensPrompt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backbone")
-    parser.add_argument("prompts", type=Path, help="JSON: lists of token ids")
+    parser.add_argument("prompts", type=Path, help="JSON: lists of token ids; the last one is short, for samples")
     parser.add_argument("output", type=Path)
     parser.add_argument("--heads", help="folder of heads; default: plain decoding")
     parser.add_argument("--num-heads", type=int)
     parser.add_argument("--native", action="store_true", help="by vLLM's own Medusa; default: by medusa.engines.vllm")
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--samples", type=int, default=0, help="also draw this many short continuations of the first prompt")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="also continue the short prompt so often, three of four times drawn"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--sampled-tokens", type=int, default=4)
     args = parser.parse_args()
     llm = LLM(
@@ -34,13 +37,19 @@ def main() -> None:
         disable_log_stats=False,  # otherwise nothing is counted
         **speculation(args),
     )
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(args.prompts.read_text())]
+    *prompts, short = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(args.prompts.read_text())]
     greedy = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
     found = {"tokens": continued(llm, prompts, greedy), "counts": counts(llm)}
     if args.samples:
-        drawn = SamplingParams(temperature=1, max_tokens=args.sampled_tokens, ignore_eos=True)
+        # Requests with a seed, without one, and greedy ones decode in one batch.
+        options = {"max_tokens": args.sampled_tokens, "ignore_eos": True}
+        seeds = [n if n % 2 else None for n in range(args.samples)]
+        kinds = [SamplingParams(temperature=args.temperature, seed=seed, **options) for seed in seeds]
+        kinds[::4] = [SamplingParams(temperature=0, **options)] * len(kinds[::4])
         before = found["counts"]
-        found["sampled"] = continued(llm, prompts[:1] * args.samples, drawn)
+        texts = continued(llm, [short] * args.samples, kinds)
+        found["greedy_beside"] = texts[::4]
+        found["sampled"] = [text for n, text in enumerate(texts) if n % 4]
         found["sampled_counts"] = {
             name: counted - before[name] for name, counted in counts(llm).items() if "per_pos" not in name
         }
@@ -59,7 +68,7 @@ def speculation(args: argparse.Namespace) -> dict:
     }
 
 
-def continued(llm: LLM, prompts: list[TokensPrompt], settings: SamplingParams) -> list[list[int]]:
+def continued(llm: LLM, prompts: list[TokensPrompt], settings: SamplingParams | list[SamplingParams]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, settings, use_tqdm=False)]
 
 

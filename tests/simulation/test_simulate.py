@@ -99,3 +99,17 @@ def test_errors_are_one_line():
     command = [sys.executable, "-m", "medusa", "simulate", "--hardware", "abacus"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_a_fleet_serves_within_a_limit_and_under_a_load():
+    options = ["llama-3-8b", "--hardware", "h100-sxm", "--shared-lm-head", "--launch", "0", "--limit", "5", "--load", "4000"]
+    record = json.loads(simulate(*options, "--replicas", "4", "--price", "2", "--json"))
+    limit, load = record["rows"]
+    assert (limit["asked"], load["asked"]) == ("5 ms", "4000 tokens/s")
+    assert limit["medusa"]["tokens_per_second"] > 2 * limit["plain"]["tokens_per_second"] and limit["medusa"]["nodes"] > 1
+    assert limit["medusa"]["milliseconds_per_token"] <= 5 and load["plain"]["tokens_per_second"] >= 4000
+    assert load["medusa"]["milliseconds_per_token"] < load["plain"]["milliseconds_per_token"]
+    fleet_hours = 4 * 2 * 1e6 / 3600 / limit["plain"]["tokens_per_second"]
+    assert limit["plain"]["cost"] == pytest.approx(fleet_hours)
+    slow = simulate(*options[:4], "--limit", "1", "--limit", "50")
+    assert "1 ms" in slow and slow.count(" - ") == 9 and "llama-3-8b on 1 x h100-sxm" in slow

@@ -15,6 +15,7 @@ from medusa.errors import InvalidInput
 from medusa.runs.console import note
 
 if TYPE_CHECKING:
+    from medusa.simulation.fleet import Operating
     from medusa.simulation.hardware import Hardware
     from medusa.simulation.prediction import Acceleration, Setting
     from medusa.simulation.shapes import ModelShape
@@ -31,7 +32,7 @@ class Grid:
         (1024,), "Context length in tokens; repeatable (default: 1024).", flags=("--context",), least=1
     )
     sizes: tuple[int, ...] = option(
-        (1, 8, 16, 32, 48, 64, 96, 128),
+        (1, 2, 4, 8, 16, 32, 64, 128),
         "Tree size, the root included; repeatable (default: 1 to 128).",
         flags=("--nodes",),
         least=1,
@@ -47,19 +48,50 @@ class Assumed:
     num_heads: int = option(5, "Number of Medusa heads that the trees use.", least=0)
     shared_lm_head: bool = option(False, "The heads share the backbone's LM head.")
     heads_kind: HeadsKind = option("medusa", "What the heads read besides the hidden state.")
+    gpus: int = option(1, "Number of GPUs that share every layer of one copy of the model (tensor parallel).", least=1)
+    launch: float | None = option(
+        None, "Microseconds in which an operator starts; 0: CUDA graphs hide it (default: the machine's).", least=0
+    )
     paper_block: bool = option(False, "Only simulate eight operators of one layer, no heads, as in the paper.")
 
     def setting(self, shape: ModelShape, machine: Hardware) -> Setting:
         from medusa.simulation.prediction import Setting
 
-        given = {name: value for name, value in vars(self).items() if name != "shared_lm_head"}
+        given = {name: value for name, value in vars(self).items() if name not in ("shared_lm_head", "launch")}
+        if self.launch is not None:
+            machine = dataclasses.replace(machine, launch=self.launch / 1e6)
         return Setting(shape, machine, own_lm_heads=not self.shared_lm_head, **given)
 
 
-@common.with_options(Grid, Assumed)
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """The fleet to predict, if a limit or a load is given."""
+
+    limits: tuple[float, ...] = option(
+        (),
+        "Predict what a fleet serves if a request's token may take this many milliseconds; repeatable.",
+        flags=("--limit",),
+        above=0,
+    )
+    loads: tuple[float, ...] = option(
+        (),
+        "Predict how fast a fleet is that has to generate this many tokens per second; repeatable.",
+        flags=("--load",),
+        above=0,
+    )
+    replicas: int = option(1, "Number of copies of the model in the fleet.", least=1)
+    price: float = option(1.0, "Price of one GPU for one hour (default: 1, so that costs are GPU-hours).", above=0)
+    prompt_tokens: int = option(1024, "Number of tokens of every prompt, with --limit or --load.", least=1)
+    answer_tokens: int = option(256, "Number of tokens of every answer, with --limit or --load.", least=1)
+
+
+@common.with_options(Grid, Assumed, Fleet)
 def simulate_command(
     model: Annotated[
-        str, typer.Argument(help="llama-7b, llama-13b, llama-33b, `embedded`, or a folder or hub id with a config.")
+        str,
+        typer.Argument(
+            help="llama-7b, llama-13b, llama-33b, llama-3-8b, llama-3-70b, `embedded`, or a folder or hub id with a config."
+        ),
     ] = "llama-7b",
     hardware: Annotated[
         str, typer.Option(help="A known machine, or a file written by --measure (FILE or FILE:NAME).")
@@ -101,11 +133,8 @@ def simulate_command(
     machine = load_hardware(hardware)
     if paper_table is not None:
         return show_paper_table(paper_table, machine, as_json)
-    model, grid, assumed = (
-        common.with_file(model, gguf_file, revision),
-        common.take(Grid, options),
-        common.take(Assumed, options),
-    )
+    model = common.with_file(model, gguf_file, revision)
+    grid, assumed, fleet = common.take(Grid, options), common.take(Assumed, options), common.take(Fleet, options)
     setting = assumed.setting(load_shape(model, trust_remote_code), machine)
     if roofline:
         return show_roofline(setting, grid, as_json)
@@ -115,6 +144,8 @@ def simulate_command(
     if plots is not None:
         draw_figures(setting, acceleration, plots)
     names = {"model": model, "hardware": hardware, "acceleration": source}
+    if fleet.limits or fleet.loads:
+        return show_fleet(setting, names, fleet, sizes, acceleration, as_json)
     return show_predictions(setting, names, dataclasses.replace(grid, sizes=sizes), acceleration, as_json)
 
 
@@ -128,16 +159,15 @@ def draw_figures(setting: Setting, acceleration: Acceleration, folder: Path) -> 
 def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, acceleration: Acceleration, as_json: bool) -> None:
     """Print the speedup of every setting, its best tree size, and the batch size from which no tree pays off. `names` are those
     of the model, the hardware and the source of the acceleration rates."""
-    from medusa.simulation.operators import memory
     from medusa.simulation.prediction import best, predict, stops_paying
 
     settings = [(b, s) for b in grid.batches for s in grid.lengths]
     points = [predict(setting, b, s, q, acceleration) for b, s in settings for q in grid.sizes]
     bests = [best(setting, b, s, acceleration, grid.sizes) for b, s in settings]
     stops = {s: stops_paying(setting, s, acceleration, grid.sizes) for s in grid.lengths}
-    held = memory(setting.shape, max(grid.batches), max(grid.lengths), setting.element, setting.weight_bytes)
-    if held > setting.hardware.memory:
-        has = f"{names['hardware']} has {setting.hardware.memory / 1e9:.0f} GB"
+    held = setting.memory(max(grid.batches), max(grid.lengths))
+    if held > setting.gpus * setting.hardware.memory:
+        has = f"{names['hardware']} has {setting.gpus * setting.hardware.memory / 1e9:.0f} GB"
         note(f"the largest setting needs {held / 1e9:.0f} GB, {has}")
     if as_json:
         record = {
@@ -159,6 +189,51 @@ def show_predictions(setting: Setting, names: dict[str, str], grid: Grid, accele
     for s, stop in stops.items():
         gain = "trees pay off at every batch size tried" if stop is None else f"no tree pays off from batch size {stop} on"
         print(f"length {s}: {gain}")
+
+
+def show_fleet(
+    setting: Setting, names: dict[str, str], fleet: Fleet, sizes: tuple[int, ...], acceleration: Acceleration, as_json: bool
+) -> None:
+    """Print what the fleet serves within every limit, and how fast it is under every load: plain, and with the best trees."""
+    from medusa.simulation.fleet import Replica
+
+    pair = [Replica(setting, fleet.prompt_tokens, fleet.answer_tokens, acceleration, among) for among in ((1,), (1, *sizes))]
+    asked = [(f"{limit:g} ms", [replica.within(limit / 1e3) for replica in pair]) for limit in fleet.limits]
+    asked += [(f"{load:g} tokens/s", [replica.under(load / fleet.replicas) for replica in pair]) for load in fleet.loads]
+    found = [(question, [figures(point, fleet, setting.gpus) for point in points]) for question, points in asked]
+    if as_json:
+        record = [{"asked": question, "plain": plain, "medusa": medusa} for question, (plain, medusa) in found]
+        print(json.dumps({**names, "most_requests": [replica.most_requests for replica in pair], "rows": record}))
+        return
+    columns = ("requests", "nodes", "ms/token", "tokens/s", "cost/M")
+    rows = []
+    for question, points in found:
+        plain, medusa = (
+            [f"{figure:.{digits}f}" for figure, digits in zip(point.values(), (0, 0, 1, 0, 3), strict=True)]
+            if point
+            else ["-"] * 5
+            for point in points
+        )
+        rows.append([question, *plain[:1], *plain[2:], *medusa])
+    machines = f"{setting.gpus} {names['hardware']}" if setting.gpus > 1 else names["hardware"]
+    title = f"{names['model']} on {fleet.replicas} x {machines}: plain, then Medusa; tokens per step: {names['acceleration']}"
+    showing.print_table(["", *columns[:1], *columns[2:], *columns], rows, title)
+    most = " plain and ".join(str(replica.most_requests) for replica in pair)
+    size = f"{fleet.prompt_tokens} + {fleet.answer_tokens} tokens"
+    print(f"memory of a replica: for {most} Medusa requests of {size}")
+
+
+def figures(point: Operating | None, fleet: Fleet, gpus: int) -> dict[str, float] | None:
+    """Requests at a time on a replica, its tree's nodes, milliseconds per token, the fleet's tokens per second, cost."""
+    if point is None:
+        return None
+    return {
+        "requests": point.requests,
+        "nodes": point.candidates,
+        "milliseconds_per_token": 1e3 * point.seconds_per_token,
+        "tokens_per_second": fleet.replicas * point.tokens_per_second,
+        "cost": point.cost(fleet.price, gpus),
+    }
 
 
 def acceleration_of(

@@ -48,5 +48,6 @@ def svg_of(figure: Figure) -> str:
 def _save(figure: Figure, file: Any, kind: str, text: bool = False) -> None:
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none" if text else "path"}):
+    # With the salt the same figure is the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none" if text else "path", "svg.hashsalt": "medusa"}):
         figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)

@@ -37,6 +37,7 @@ class Hardware:
     # By dtype, [inputs, rows, seconds per weight] of linear layers with weights from memory, inputs and rows rising; measured
     # machines only, and used instead of peak and bandwidth.
     linear: dict[str, list[list[float]]] = field(default_factory=dict)
+    link: float | None = None  # bytes per second that each of several GPUs sends while it receives as many; None: not known
     asynchronous: bool = True  # the host runs ahead of the device: a step takes the longer of fixed costs and work
 
     def __post_init__(self) -> None:

@@ -40,10 +40,12 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> ModelShap
     return ModelShape(hidden, intermediate, layers, heads, heads, 128, 32000)
 
 
-BUILT_IN = {  # the paper's models
+BUILT_IN = {  # the paper's models, and Llama 3's
     "llama-7b": _llama(4096, 11008, 32, 32),
     "llama-13b": _llama(5120, 13824, 40, 40),
     "llama-33b": _llama(6656, 17920, 60, 52),
+    "llama-3-8b": ModelShape(4096, 14336, 32, 32, 8, 128, 128256),
+    "llama-3-70b": ModelShape(8192, 28672, 80, 64, 8, 128, 128256),
 }
 
 
