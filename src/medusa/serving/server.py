@@ -26,6 +26,8 @@ from medusa.serving.settings import Launch, ServerSettings
 
 KEY = "MEDUSA_API_KEY"
 LOG = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%H:%M:%S"}
+IDLE = 75  # seconds after which an idle connection is closed: clients (5) and proxies (60) close theirs before, and so never
+# send a call into a connection that is just being closed
 
 
 class Server(uvicorn.Server):
@@ -87,6 +89,7 @@ def make_server(service: Service) -> Server:
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=IDLE,
     )
     return Server(service, config)
 
