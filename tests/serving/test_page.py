@@ -215,7 +215,7 @@ def test_server_that_is_gone_is_said_and_found_again(browser, model, tokenizer):
             with running.serve(model, tokenizer, port=port):
                 page.locator(".banner").wait_for(state="detached")
                 page.get_by_role("button", name="Send").click()
-                page.locator(".said-assistant .step").first.wait_for(state="attached", timeout=120_000)  # the others end first
+                page.locator(".said-assistant .step").first.wait_for(state="attached")
 
 
 @needs_chromium
