@@ -4,17 +4,19 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 import httpx
+import yaml
 
 from medusa.errors import InvalidInput, MedusaError
 from medusa.serving import ray as ours
 from medusa.serving.proxy import Proxied
-from medusa.serving.settings import Launch, ServerSettings
+from medusa.serving.settings import Launch, ServerSettings, options_in, parted
 
 SETTINGS = ServerSettings(max_queue=7, shutdown_timeout=90.0)
 
@@ -116,10 +118,27 @@ def test_options_come_from_arguments_over_a_file(serve, tmp_path, capsys):
     assert "host: not followed" in capsys.readouterr().err
 
 
+def test_the_manifests_have_options_that_the_server_knows():
+    folder = Path(__file__).parents[2] / "examples/kubernetes"
+    config, *rest = yaml.safe_load_all((folder / "deployment.yaml").read_text())
+    _, settings = parted(options_in(yaml.safe_load(config["data"]["serve.yaml"]), "deployment.yaml"), "deployment.yaml")
+    spec = rest[0]["spec"]["template"]["spec"]
+    assert spec["terminationGracePeriodSeconds"] > settings.shutdown_timeout + 5
+    service = yaml.safe_load((folder / "rayservice.yaml").read_text())
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    own = application["args"].pop("deployment")
+    launch, settings = parted(options_in(application["args"], "rayservice.yaml"), "rayservice.yaml")
+    chosen = ours.deployment(launch, settings, own)
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["maxReplicas"] >= chosen["autoscaling_config"]["max_replicas"]
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > chosen["graceful_shutdown_timeout_s"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"slot": 3}, "unknown key 'slot'; did you mean 'slots'?"),
+        ({"model": "a: b: c"}, "are not YAML"),
         ({"slots": "three"}, "slots is 'three'"),
         ({"max_queue": 0}, "expected at least 1"),
         ({"deployment": "two"}, "expected a mapping"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,10 +18,10 @@ from medusa.errors import ConfigError, InvalidInput, one_line
 from medusa.runs.console import note
 from medusa.runs.files import read_yaml
 from medusa.serving.proxy import Proxied
-from medusa.serving.settings import Launch, ServerSettings, options_in, parted
+from medusa.serving.settings import MOST_SLOTS, Launch, ServerSettings, options_in, parted
 
-SLOTS = 16  # of a replica that takes as many as memory allows: the most there can be
 PROXYS = ("host", "port", "uds", "root_path", "ssl_certfile", "ssl_keyfile")  # options that only `medusa serve` follows
+ARGUMENTS = "the application's arguments"
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -41,12 +40,15 @@ def app(options: dict[str, Any]) -> Any:
         from ray import serve
     except ImportError:  # also ray without what its own extra `serve` installs
         raise InvalidInput("medusa.serving.ray needs ray[serve]: pip install 'medusa-decoding[ray]'") from None
-    given = {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in options.items()}
+    try:
+        given = {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in options.items()}
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"{ARGUMENTS} are not YAML: {one_line(error)}") from None
     path, own = given.pop("config", None), given.pop("deployment", {})
-    found = {} if path is None else options_in(read_yaml(Path(path), InvalidInput) or {}, str(path))
-    launch, settings = parted(found | options_in(given, "the application's arguments"), "the application's arguments")
+    found = {} if path is None else options_in(read_yaml(str(path), InvalidInput) or {}, str(path))
+    launch, settings = parted(found | options_in(given, ARGUMENTS), ARGUMENTS)
     if theirs := [name for name in PROXYS if getattr(settings, name) != getattr(ServerSettings(), name)]:
-        note(f"{', '.join(theirs)}: not followed; Ray Serve's proxies listen, as its http_options say")
+        note(f"{', '.join(theirs)}: not followed; Ray Serve's proxies listen where its http_options say")
     # Read by the proxies when they start. On a cluster that already runs, its nodes have to set it.
     os.environ.setdefault(CALLBACK, "medusa.serving.ray:middlewares")
     chosen = deployment(launch, settings, own)
@@ -65,7 +67,7 @@ def deployment(launch: Launch, settings: ServerSettings, own: Any) -> dict[str, 
     """
     if not isinstance(own, Mapping):
         raise ConfigError(f"deployment is {own!r}, expected a mapping of options of Ray Serve's deployments")
-    slots = launch.slots or SLOTS
+    slots = launch.slots or MOST_SLOTS
     ours: dict[str, Any] = {
         "autoscaling_config": {"target_ongoing_requests": slots},
         # Enough to refill its slots at once. More go to the next replica, though it has not seen the session; if all have as
