@@ -62,9 +62,9 @@ class Soak:
             await asyncio.sleep(chance.expovariate(2.0))
 
     async def _refused(self, response: httpx.Response, chance: random.Random) -> None:
-        if response.status_code != 503 or "retry-after" not in response.headers:
+        if response.status_code not in (429, 503) or "retry-after" not in response.headers:
             self.seen.faults.append(f"status {response.status_code}: {response.text[:200]}")
-        self.seen.outcomes["refused: queue full"] += 1
+        self.seen.outcomes["refused: share taken" if response.status_code == 429 else "refused: queue full"] += 1
         await asyncio.sleep(chance.uniform(0.5, 2) * float(response.headers.get("retry-after", 1)))
 
     async def _known_one(self, chance: random.Random) -> str:

@@ -1,6 +1,7 @@
 """Claims about what OpenAI's own Python client sees."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -8,6 +9,8 @@ openai = pytest.importorskip("openai")
 
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from running import serve
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -132,3 +135,19 @@ def test_an_async_client(served):
             return [answer.choices[0].message.content for answer in await asyncio.gather(*tasks)]
 
     assert len(set(asyncio.run(ask()))) == 1
+
+
+@pytest.mark.parametrize("settings", [{"max_per_client": 2}, {"engine": {"slots": 1, "queue": 1}}])
+def test_the_client_tries_again_when_its_share_or_the_queue_is_full(model, tokenizer, settings):
+    with serve(model, tokenizer, **settings) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=50)
+        long = {"model": "tiny", "messages": HELLO, "max_tokens": 500, "extra_body": {"ignore_eos": True}}
+        streams = [client.chat.completions.create(**long, stream=True) for _ in range(2)]
+        with pytest.raises((openai.RateLimitError, openai.InternalServerError)) as refused:
+            client.with_options(max_retries=0).chat.completions.create(**long)
+        assert refused.value.status_code == (429 if "max_per_client" in settings else 503)
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(client.chat.completions.create, **{**long, "max_tokens": 20})
+            for stream in streams:
+                list(stream)
+            assert waiting.result().usage.completion_tokens == 20

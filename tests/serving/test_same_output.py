@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-from running import SPECIAL, Served
+from running import SPECIAL, Served, serve
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 REQUESTS = int(os.environ.get("MEDUSA_REQUESTS", "40"))  # 500 for the whole claim
@@ -138,6 +138,13 @@ def test_a_crowd_changes_no_answer(served, requests, plain):
         answers = list(pool.map(lambda request: whole(served, *request), requests))
     for (_, body), answer, wanted in zip(requests, answers, plain, strict=True):
         assert same(answer, wanted), json.dumps(body)
+
+
+def test_trees_that_are_chosen_by_time_change_no_answer(model, tokenizer, requests, plain):
+    with serve(model, tokenizer, engine={"measured": True, "slots": 6}) as served:
+        test_a_crowd_changes_no_answer(served, requests, plain)
+        nodes = {speed.nodes for speed in served.service.engine.load().speeds}
+    assert nodes == {1, 48}  # plain decoding was tried beside the tree
 
 
 def test_streams_say_the_same(served, requests, plain):

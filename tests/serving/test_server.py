@@ -103,6 +103,36 @@ def test_a_full_queue_says_when_to_come_back(model, tokenizer):
         assert served.idle() and served.post(CHAT, SHORT).status_code == 200
 
 
+def test_a_client_that_has_its_share_waits_and_others_do_not(model, tokenizer):
+    mine, other = ({"authorization": f"Bearer {key}"} for key in ("mine", "other"))
+    with serve(model, tokenizer, api_key=("mine", "other"), max_per_client=3, engine={"slots": 4}) as served:
+        events: list[dict] = []
+        running = threading.Thread(target=lambda: events.extend(streamed(served, {**LONG, "n": 2, "max_tokens": 900}, mine)))
+        running.start()
+        while served.service.held["key 0"] < 2:
+            time.sleep(0.01)
+        refused = served.post(CHAT, {**SHORT, "n": 2}, headers=mine)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert served.metric("medusa:share_rejections_total", engine="0") == 1
+        assert served.post(CHAT, {**SHORT, "n": 2}, headers=other).status_code == 200
+        assert served.post(CHAT, SHORT, headers=mine).status_code == 200  # the third
+        assert served.post(CHAT, {**SHORT, "n": 4}, headers=mine).status_code == 400  # never possible
+        running.join()
+        assert served.post(CHAT, {**SHORT, "n": 3}, headers=mine).status_code == 200
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(served.url + CHAT, json={**LONG, "n": 3}, headers=mine, timeout=httpx.Timeout(5, read=0.05))
+        until = time.monotonic() + 20
+        while served.service.held:  # a client that has gone holds nothing
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+def streamed(served, body, headers) -> list[dict]:
+    with httpx.stream("POST", served.url + CHAT, json={**body, "stream": True}, headers=headers, timeout=300) as response:
+        return [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+
+
 def test_answers_to_a_call_are_all_queued_or_none(model, tokenizer):
     with serve(model, tokenizer, engine={"slots": 1, "queue": 3}) as served:
         assert served.post(CHAT, {**LONG, "n": 30}).status_code == 503
@@ -185,6 +215,10 @@ def test_metrics_count_as_vllm_does(model, tokenizer):
         assert served.metric("vllm:spec_decode_num_accepted_tokens_total", engine="0") == accepted > 0
         steps = served.metric("medusa:tokens_per_step_count", engine="0")
         assert steps == 50 - accepted
+        for name in ("e2e_request_latency", "request_queue_time", "request_inference_time", "time_to_first_token"):
+            assert served.metric(f"vllm:{name}_seconds_count", engine="0") == 1
+        assert served.metric("vllm:inter_token_latency_seconds_count", engine="0") == steps - 1
+        assert served.metric("medusa:request_tokens_per_step_sum", engine="0") == pytest.approx(50 / steps)
 
 
 def test_tokenize_and_detokenize_are_inverse(served):

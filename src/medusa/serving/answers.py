@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Answer:
     cached: int = 0
     queued_seconds: float = 0.0
     first_at: float | None = None  # time.monotonic() of its first token
+    last_at: float | None = None  # of its last tokens
+    gap: float = 0.0  # seconds between these and the ones before
     _sent: int = 0  # characters
     _released: int = 0  # pieces
 
@@ -58,7 +61,9 @@ class Answer:
         tokens, ended = list(delivery.tokens), ENDS.get(delivery.finish_reason or "")
         self.tokens += len(tokens)
         if tokens:
-            self.first_at = time.monotonic() if self.first_at is None else self.first_at
+            now = time.monotonic()
+            self.first_at = self.first_at or now
+            self.last_at, self.gap = now, now - (self.last_at or now)
             self.steps += 1
             self.drafted += delivery.drafted
             self.accepted += len(tokens) - 1
@@ -139,10 +144,11 @@ class Answers:
         calls: the calls; their answers are numbered in order.
         request_id: the id of the HTTP request, for the log.
         route: its path, for the log.
+        client: who asks, for its share of the queue.
     """
 
-    def __init__(self, service: Service, calls: Sequence[Call], request_id: str, route: str):
-        self._service, self._id, self._route = service, request_id, route
+    def __init__(self, service: Service, calls: Sequence[Call], request_id: str, route: str, client: str):
+        self._service, self._id, self._route, self._client = service, request_id, route, client
         self.answers = [Answer(call, text) for call in calls for text in call.texts]
         self._requests = [request for call in calls for request in call.requests]
         self.prompt_tokens = sum(len(call.ids) for call in calls)
@@ -151,15 +157,17 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
         self._open = set(range(len(self.answers)))
+        self._held = 0  # answers that count for the client's share
         self._logged = False
 
     def submit(self) -> None:
         """Hand the requests to the engine; all or none.
 
         Raises:
-            Problem: the queue is full, or a request cannot be decoded.
+            Problem: the client has its share, the queue is full, or a request cannot be decoded.
         """
         try:
+            self._take_share()
             for index, request in enumerate(self._requests):
                 self._tickets.append(self._service.engine.submit(request, partial(self._deliver, index)))
         except Exception as error:
@@ -167,7 +175,24 @@ class Answers:
             problem = problem_of(error)
             if problem.status == 503:
                 self._service.metrics.rejected.inc()
+            if problem.status == 429:
+                self._service.metrics.over_share.inc()
             raise problem from error
+
+    def _take_share(self) -> None:
+        number, share, held = len(self._requests), self._service.settings.max_per_client, self._service.held
+        if share and number > share:
+            raise Problem(f"the call asks for {number} answers, expected at most {share}; send several calls")
+        if share and held[self._client] + number > share:
+            raise Problem(
+                f"{held[self._client]} answers to this client are running or waiting, and {share} may at a time; send the call "
+                "again when they have ended",
+                429,
+                code="rate_limit_exceeded",
+                retry_after=1,
+            )
+        held[self._client] += number
+        self._held = number
 
     def _deliver(self, index: int, delivery: Delivery) -> None:
         with suppress(RuntimeError):  # the event loop is closed: nobody listens
@@ -219,6 +244,7 @@ class Answers:
         if self._logged:
             return
         self._logged = True
+        self._service.held -= Counter({self._client: self._held})  # drops clients that hold nothing
         if self._open and reason in ("cancelled", "error"):
             self._service.metrics.ended.labels(self._service.name, reason).inc(len(self._open))
         first = min((answer.first_at for answer in self.answers if answer.first_at is not None), default=None)

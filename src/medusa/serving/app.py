@@ -137,7 +137,7 @@ async def _answered(service: Service, request: Request, body: Any, prepare: Call
         raise Problem("the server is shutting down", 503, code="shutting_down", retry_after=5)
     try:
         calls = await _in_pool(service, request, prepare, service, body)
-        answers = Answers(service, calls, request.state.request_id, request.url.path)
+        answers = Answers(service, calls, request.state.request_id, request.url.path, request.state.client)
         answers.submit()
         found = kind(service, body, answers, request.state.request_id)
         if body.stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Service:
     fingerprint: str = field(init=False)  # of what decides the output
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False  # no new requests are taken
+    held: Counter[str] = field(default_factory=Counter)  # number of answers that each client has running or waiting
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.tokenizer)

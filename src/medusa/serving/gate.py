@@ -1,4 +1,4 @@
-"""The gate in front of all endpoints: keys, sizes of bodies, ids of requests."""
+"""The gate in front of all endpoints: keys and clients, sizes of bodies, ids of requests."""
 
 from __future__ import annotations
 
@@ -47,23 +47,25 @@ class Gate:
             await send(message)
 
         try:
-            self._check_key(scope, headers)
+            scope["state"]["client"] = self._client(scope, headers)
             receive = await self._whole_body(headers, receive)
         except Problem as problem:
             await answer(problem)(scope, receive, named)
             return
         await self._app(scope, receive, named)
 
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
+    def _client(self, scope: Scope, headers: Headers) -> str:
+        """Who calls: the number of its key, or its address where no key is needed."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not self._digests or path in self._open or scope["method"] == "OPTIONS":
-            return
+            return str((scope.get("client") or ("",))[0])
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
         # Every key is compared, in constant time: the time tells neither how far nor which one matched.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise Problem("the API key is missing or wrong; send Authorization: Bearer KEY", 401, code="invalid_api_key")
+        return f"key {matches.index(True)}"
 
     async def _whole_body(self, headers: Headers, receive: Receive) -> Receive:
         """Read the body, so that one that is too large is refused whatever its header says."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medusa.serving.answers import Answer
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+STEPS = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 3, 3.5, 4, 5, 6, 8, 12, 16)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
@@ -36,17 +37,19 @@ class Metrics:
         self.registry.register(self)  # its `collect` shows the load
         histogram, counter = self._histogram, self._counter
         self.time_to_first_token = histogram("vllm:time_to_first_token_seconds", "Time to the first token.", SECONDS)
-        self.inter_token = histogram("vllm:inter_token_latency_seconds", "A step's time, per token that it emitted.", SECONDS)
+        self.inter_token = histogram("vllm:inter_token_latency_seconds", "Time since the step before, per token.", SECONDS)
         self.per_token = histogram("vllm:request_time_per_output_token_seconds", "A request's mean time per token.", SECONDS)
         self.e2e = histogram("vllm:e2e_request_latency_seconds", "Time from a call to the end of an answer.", SECONDS)
         self.queue = histogram("vllm:request_queue_time_seconds", "Time in the queue.", SECONDS)
         self.prefill = histogram("vllm:request_prefill_time_seconds", "Time from the queue to the first token.", SECONDS)
+        self.inference = histogram("vllm:request_inference_time_seconds", "Time from the queue to the end.", SECONDS)
         self.decode = histogram("vllm:request_decode_time_seconds", "Time from the first token to the last.", SECONDS)
         self.prompt_sizes = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self.answer_sizes = histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKENS)
         self.limits = histogram("vllm:request_params_max_tokens", "The limit of an answer.", TOKENS)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.")
         self.generated = counter("vllm:generation_tokens", "Tokens generated.")
+        self.over_share = counter("medusa:share_rejections", "Calls refused since their client had its share.")
         self.rejected = counter("vllm:admission_rejections", "Calls refused since the queue was full.")
         self.queries = counter("vllm:prefix_cache_queries", "Tokens of prompts looked up in the cache.")
         self.hits = counter("vllm:prefix_cache_hits", "Tokens of prompts found in the cache.")
@@ -56,6 +59,7 @@ class Metrics:
         self.nodes = counter("medusa:draft_nodes", "Draft tokens, as the nodes below the root of each tree.")
         self.step_seconds = histogram("medusa:step_seconds", "Duration of a step, seen by each request in it.", SECONDS)
         self.emitted = histogram("medusa:tokens_per_step", "Tokens that a step emitted for a request.", range(1, 17))
+        self.per_step = histogram("medusa:request_tokens_per_step", "An answer's mean tokens per step.", STEPS)
         labels = ("model_name", "engine", "position")
         self.by_position = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by depth.", labels, registry=self.registry
@@ -115,7 +119,7 @@ class Metrics:
             self.queries.inc(len(answer.call.ids))
             self.hits.inc(answer.cached)
         else:
-            self.inter_token.observe(delivery.seconds / tokens)
+            self.inter_token.observe(answer.gap / tokens)
         self.step_seconds.observe(delivery.seconds)
         self.emitted.observe(tokens)
         if delivery.drafted:
@@ -131,6 +135,8 @@ class Metrics:
         now = time.monotonic()
         first = now if answer.first_at is None else answer.first_at
         self.e2e.observe(now - started)
+        self.inference.observe(max(0.0, now - started - answer.queued_seconds))
+        self.per_step.observe(answer.tokens / max(1, answer.steps))
         self.decode.observe(now - first)
         if answer.tokens > 1:
             self.per_token.observe((now - first) / (answer.tokens - 1))

@@ -22,6 +22,12 @@ class ServerSettings:
     api_key: tuple[str, ...] = option((), "Key that clients must send, as a bearer token; repeatable (also: MEDUSA_API_KEY).")
     allowed_origins: tuple[str, ...] = option((), "Web origin whose pages may call the server; repeatable (default: none).")
     max_queue: int = option(256, "Number of requests that may wait for a slot; more are answered with 503.", least=1)
+    max_per_client: int = option(
+        0,
+        "Number of answers that a client (its key, or else its address) may have running or waiting; more are answered with "
+        "429; 0: no limit.",
+        least=0,
+    )
     max_answers: int = option(64, "Number of answers that one call may ask for.", least=1)
     max_body: int = option(8 << 20, "Bytes of a request's body.", least=1024)
     request_timeout: float = option(0.0, "Seconds after which a request ends with what it has; 0: never.", least=0)
