@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
 import threading
 import weakref
 from collections import deque
@@ -91,7 +92,7 @@ class Ranks:
 
     def tell(self, what: Any) -> None:
         """End the others' `follow`, which returns this."""
-        with self._lock:
+        with self._lock, self._noticing():
             self._send(None, "", (what,))
 
     def call(self, thing: Any, name: str, function: Callable[..., Any], args: tuple) -> Any:
@@ -99,10 +100,11 @@ class Ranks:
         with self._lock:
             if not self.leading or self._inside:
                 return function(*args)
-            self._send(self._numbers[thing], name, args)
             self._inside = True
             try:
-                return self._made(function(*args))
+                with self._noticing(), _uninterrupted():
+                    self._send(self._numbers[thing], name, args)
+                    return self._made(function(*args))
             finally:
                 self._inside = False
 
@@ -127,11 +129,12 @@ class Ranks:
     @torch.inference_mode()
     def follow(self) -> Any:
         """Repeat the calls of rank 0 until it tells something; returns that."""
-        while True:
-            number, name, args = self._receive()
-            if number is None:
-                return args[0]
-            self._made(getattr(self._things[number], name)(*args))
+        with self._noticing():
+            while True:
+                number, name, args = self._receive()
+                if number is None:
+                    return args[0]
+                self._made(getattr(self._things[number], name)(*args))
 
     def _told(self) -> Iterator[Any]:
         told = None
@@ -156,24 +159,18 @@ class Ranks:
         packed.dump(args)
         kinds = [(tensor.dtype, tensor.shape) for tensor in packed.tensors]
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
-        try:
-            dist.broadcast_object_list([(number, name, packed.file.getvalue(), kinds, gone)], 0, self._group)
-            if kinds:
-                dist.broadcast(torch.cat([_bytes(tensor.to(self.device)) for tensor in packed.tensors]), 0)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        dist.broadcast_object_list([(number, name, packed.file.getvalue(), kinds, gone)], 0, self._group)
+        if kinds:
+            dist.broadcast(torch.cat([_bytes(tensor.to(self.device)) for tensor in packed.tensors]), 0)
 
     def _receive(self) -> tuple[int | None, str, tuple]:
         header: list[Any] = [None]
-        try:
-            dist.broadcast_object_list(header, 0, self._group)
-            number, name, packed, kinds, gone = header[0]
-            sizes = [_room(dtype, shape) for dtype, shape in kinds]
-            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-            if kinds:
-                dist.broadcast(buffer, 0)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        dist.broadcast_object_list(header, 0, self._group)
+        number, name, packed, kinds, gone = header[0]
+        sizes = [_room(dtype, shape) for dtype, shape in kinds]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        if kinds:
+            dist.broadcast(buffer, 0)
         parts = zip(kinds, buffer.split(sizes), strict=True)
         tensors = [part[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for (dtype, shape), part in parts]
         args = _Unpacking(packed, tensors, self._things).load()
@@ -181,10 +178,34 @@ class Ranks:
             del self._things[each]
         return number, name, args
 
-    def _lost(self, error: Exception) -> RankLost:
-        return RankLost(
-            f"rank {self.rank} of {self.size} has lost another, which has ended; start all again: {one_line(error, 80)}"
-        )
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Say in one line that another rank is gone; torch.distributed has several errors for that."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise RankLost(
+                f"rank {self.rank} of {self.size} has lost the connection to another, which has probably ended; start all "
+                f"ranks again: {one_line(error, 80)}"
+            ) from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off to the end of the context: other ranks wait for what has been begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Packing(pickle.Pickler):

@@ -49,6 +49,7 @@ def serve_command(
         int | None, typer.Option(min=16, help="Tokens of a prompt and its answer together (default: what memory allows).")
     ] = None,
     quantization: common.QuantizationOption = "none",
+    tp: common.TpOption = 1,
     compile: common.CompileOption = False,
     config: Annotated[
         Path | None,
@@ -64,6 +65,7 @@ def serve_command(
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve", "medusa serve")
     from medusa.checkpoints import named
+    from medusa.cli import parallel
     from medusa.serving.server import log_to_stderr, make_service, run
 
     if not options.get("api_key") and os.environ.get(KEY):
@@ -73,7 +75,7 @@ def serve_command(
     name, full = settings.served_model_name or model, common.full_name(model, options)
     named.require_heads(full, options["heads"], tree == "root")
     tokenizer = named.load_tokenizer(full, options["trust_remote_code"])
-    medusa = named.load_model(full, tree=tree, quantization=quantization, **options)
+    medusa = parallel.load_model(full, tp, tree=tree, quantization=quantization, **options)
     named.note_advice_on_tree(medusa, full, options["heads"], tree)
     log_to_stderr()
     run(make_service(medusa, tokenizer, name, settings, slots, capacity, compile))
