@@ -45,7 +45,7 @@ def test_a_server_on_two_ranks_answers_exactly_and_a_rank_that_dies_ends_it_with
     ("options", "said"),
     [
         (["--tp", 4], "6 key/value heads cannot be shared out among 4 ranks; choose 2 or 3 or 6"),
-        (["--tp", 2, "--quantization", "int8"], "neither quantised"),
+        (["--tp", 2, "--quantization", "int8"], "leave --quantization out"),
         (["--tp", 2, "--device", "cpu"], "leave --device out"),
     ],
 )

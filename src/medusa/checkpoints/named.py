@@ -125,8 +125,8 @@ def require_parts(model: str, tp: int, options: dict[str, Any]) -> None:
         options: those of `load_model`.
     """
     source = find_model(model, code=options["trust_remote_code"])
-    if source.gguf_file is not None or options["quantization"] != "none":
-        raise InvalidInput("--tp is for models that are neither quantised nor in a GGUF file; leave it out, or choose another")
+    if options["quantization"] != "none":
+        raise InvalidInput("--tp is for models that are not quantised when loaded; leave --quantization out, or --tp")
     if options["device"] is not None:
         raise InvalidInput("--tp gives each part a GPU of its own, or all the CPU if there is none; leave --device out")
     if torch.cuda.is_available() and torch.cuda.device_count() < tp:
