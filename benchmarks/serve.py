@@ -249,6 +249,8 @@ def main() -> None:
     with server(*own, *args.serve.split(), ready="/ready") as (url, _):
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         bench.measure(url, name, {"plain": {"medusa": {"plain": True}}, "medusa": {}})
+        speeds = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("medusa:tree_speedup")]
+        print("what the server measured of its trees:", *speeds, sep="\n", file=sys.stderr)
     if not args.only_medusa:
         with tempfile.TemporaryDirectory() as folder:
             whole = str(whole_folder(args.model, Path(folder) / "model", args.dtype))

@@ -203,7 +203,7 @@ def drawn_from_backbone(model: MedusaModel, prompt: torch.Tensor, sampled: list[
     generator, numbers = torch.Generator().manual_seed(0), []
     for tokens in torch.tensor(sampled).split(64):
         ids = torch.cat([prompt.expand(len(tokens), -1), tokens], 1)
-        logits = model.backbone(ids[:, :-1]).logits[:, len(prompt) - 1 :].double()
+        logits = model.backbone(ids[:, :-1], logits_to_keep=tokens.shape[1]).logits.double()
         p = (logits / temperature).softmax(-1)
         own = p.gather(2, tokens[..., None])
         before = torch.where(p > own, p, 0).sum(-1)

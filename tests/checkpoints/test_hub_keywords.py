@@ -4,7 +4,7 @@ import pytest
 
 import medusa.checkpoints.hub
 from medusa import MedusaModel
-from medusa.checkpoints.hub import find_model
+from medusa.checkpoints.hub import at, find_model, with_file
 from medusa.cli import common
 from medusa.errors import CheckpointError, InvalidInput
 from tiny import random_heads, tiny_backbone
@@ -60,11 +60,11 @@ def test_proxies_are_refused():
 
 
 def test_command_line_names_a_revision_of_a_hub_id_alone(tmp_path):
-    assert common.with_file("me/model", None, "old") == "me/model@old"
-    assert common.with_file("me/model", "q8.gguf", "old") == "me/model@old/q8.gguf"
-    assert common.with_file("embedded", None, "old") == "embedded"
-    assert common.at(str(tmp_path), "old") == str(tmp_path)
-    assert common.at("me/model@new", "old") == "me/model@new"
+    assert with_file("me/model", None, "old") == "me/model@old"
+    assert with_file("me/model", "q8.gguf", "old") == "me/model@old/q8.gguf"
+    assert with_file("embedded", None, "old") == "embedded"
+    assert at(str(tmp_path), "old") == str(tmp_path)
+    assert at("me/model@new", "old") == "me/model@new"
 
 
 def test_offline_reaches_the_hubs_client(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-from serving.test_serve_command import started
+from serving.test_serve_command import started  # noqa: E402
 
 SERVER = ("embedded", "--tp", 2, "--dtype", "float32", "--slots", 2, "--capacity", 256)
 

@@ -198,7 +198,7 @@ def test_full_server_is_said_and_asked_again(browser, model, tokenizer):
             page.get_by_role("button", name="Stop").click()
             page.get_by_text("Stopped.").wait_for()
             page.get_by_role("button", name="Regenerate").click()
-            page.locator(".said-assistant .step").first.wait_for(state="attached")
+            page.locator(".said-assistant .step").first.wait_for(state="attached", timeout=120_000)  # the others end first
         for each in others:
             each.join()
 

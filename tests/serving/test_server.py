@@ -148,6 +148,10 @@ def test_time_is_up_ends_with_what_there_is(model, tokenizer):
         assert served.idle(5) and served.metric("vllm:request_success_total", finished_reason="abort") == 2
 
 
+def test_idle_connections_are_kept_for_longer_than_by_clients_and_proxies(served):
+    assert served.server.config.timeout_keep_alive > 60
+
+
 def test_a_silent_stream_is_kept_open(model, tokenizer):
     with serve(model, tokenizer, engine={"slots": 1}, keep_alive=0.1) as served:
         blocker = threading.Thread(target=served.post, args=(CHAT, LONG))

@@ -187,7 +187,7 @@ class Ranks:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise RankLost(
-                f"rank {self.rank} of {self.size} has lost the connection to another, which has probably ended; start them all again"
+                f"rank {self.rank} of {self.size} has lost the connection to another, which has probably ended; start all again"
             ) from error
 
 

@@ -86,6 +86,18 @@ def find_model(
     return _in_folder(fetch(name, code=code, **hub))
 
 
+def with_file(name: str, gguf_file: str | None, revision: str | None = None) -> str:
+    """A model's full name: with its revision, and with its GGUF file."""
+    name = at(name, revision)
+    return name if gguf_file is None else f"{name}/{gguf_file}"
+
+
+def at(name: str, revision: str | None) -> str:
+    """A hub id with its revision; local models have none, and an id that already has one keeps it."""
+    here = name in ("embedded", "smollm2") or Path(name).exists()
+    return name if revision is None or here or "@" in name else f"{name}@{revision}"
+
+
 def local_model(name: str | Path) -> Source | None:
     """The files of a model that needs no download; None if there is no local model of that name."""
     path = Path(name)

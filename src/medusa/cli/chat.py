@@ -29,8 +29,7 @@ def chat_command(
     **options: Any,
 ) -> None:
     """Talk to a model that has a chat template. Type /help for its commands."""
-    from medusa.checkpoints import named
-    from medusa.cli import parallel
+    from medusa.checkpoints import named, parallel
 
     prompting.refuse_prompt_as_model(model, "start medusa chat MODEL and type the prompt there")
     model, sampling = common.full_name(model, options), common.sampling_options(options)

@@ -175,25 +175,17 @@ def sampling_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def full_name(model: str, options: dict[str, Any]) -> str:
     """The model's full name, with its revision and its GGUF file, which are taken out of a command's options."""
+    from medusa.checkpoints.hub import with_file
+
     options.pop("offline")  # has been followed
     return with_file(model, options.pop("gguf_file"), options.pop("revision"))
 
 
-def with_file(model: str, gguf_file: str | None, revision: str | None = None) -> str:
-    model = at(model, revision)
-    return model if gguf_file is None else f"{model}/{gguf_file}"
-
-
-def at(name: str, revision: str | None) -> str:
-    """A hub id with its revision; local models have none, and an id that already has one keeps it."""
-    here = name in ("embedded", "smollm2") or Path(name).exists()
-    return name if revision is None or here or "@" in name else f"{name}@{revision}"
-
-
-def _go_offline(offline: bool) -> None:
+def _go_offline(offline: bool) -> bool:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; worker processes inherit it
         if "huggingface_hub" in sys.modules:
             from huggingface_hub import constants
 
             constants.HF_HUB_OFFLINE = True
+    return offline

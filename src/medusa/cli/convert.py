@@ -37,12 +37,13 @@ def convert_command(
     """Write heads in the format of another engine (docs/serving.md), and check them by reading them back."""
     from medusa.checkpoints import publish
     from medusa.checkpoints.conversion import convert
+    from medusa.checkpoints.hub import at
     from medusa.checkpoints.named import quiet_transformers
 
     quiet_transformers()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        written = convert(common.at(source, revision), output, to, backbone, trust_remote_code=trust_remote_code)
+        written = convert(at(source, revision), output, to, backbone, trust_remote_code=trust_remote_code)
     for warning in caught:
         if warning.category is UserWarning:  # ours; deprecations of libraries have other categories
             note(f"medusa: {warning.message}")

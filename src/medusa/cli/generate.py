@@ -42,8 +42,7 @@ def generate_command(
     """Answer a prompt (chat model) or continue it (any other model). Text is streamed to stdout, statistics go to stderr."""
     import torch
 
-    from medusa.checkpoints import named
-    from medusa.cli import parallel
+    from medusa.checkpoints import named, parallel
     from medusa.data.prompts import as_conversation, prompt_ids
 
     if prompt is None and prompt_file is None:

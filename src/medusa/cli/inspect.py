@@ -35,7 +35,7 @@ def inspect_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Describe a model: its backbone, its heads with their format and sizes, and its tree."""
-    from medusa.checkpoints.hub import GGUF, SMOLLM2_HEADS, find_model
+    from medusa.checkpoints.hub import GGUF, SMOLLM2_HEADS, at, find_model
     from medusa.checkpoints.reader import has_heads, open_checkpoint
     from medusa.config import TREE_FILE
     from medusa.trees.files import Tree, load_tree
@@ -50,7 +50,7 @@ def inspect_command(
         elif path in SMOLLM2_HEADS:
             source, its_heads = None, SMOLLM2_HEADS[path]
         else:
-            found: Source = find_model(common.at(path, revision))
+            found: Source = find_model(at(path, revision))
             source, its_heads = found, found.heads or found.folder
         backbone = backbone_facts(source) if source is not None else None
         if backbone is not None:

@@ -127,13 +127,14 @@ def simulate_command(
         raise InvalidInput("give one of --measure, --validate, --roofline and --paper-table")
     if measure:
         return measure_here(name, output, device, options["dtype"], as_json)
+    from medusa.checkpoints.hub import with_file
     from medusa.simulation.hardware import load_hardware
     from medusa.simulation.shapes import load_shape
 
     machine = load_hardware(hardware)
     if paper_table is not None:
         return show_paper_table(paper_table, machine, as_json)
-    model = common.with_file(model, gguf_file, revision)
+    model = with_file(model, gguf_file, revision)
     grid, assumed, fleet = common.take(Grid, options), common.take(Assumed, options), common.take(Fleet, options)
     setting = assumed.setting(load_shape(model, trust_remote_code), machine)
     if roofline:

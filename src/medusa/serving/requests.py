@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from medusa.errors import MedusaError
-from medusa.rows import DecodingOptions
-from medusa.trees.files import Tree
+
+if TYPE_CHECKING:  # a proxy that tells clients of problems needs no torch
+    from medusa.rows import DecodingOptions
+    from medusa.trees.files import Tree
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 

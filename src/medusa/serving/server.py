@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
 
+from medusa.checkpoints import named, parallel
+from medusa.checkpoints.hub import with_file
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
 from medusa.runs.console import note
@@ -18,9 +22,12 @@ from medusa.serving.calls import Service
 from medusa.serving.engine import Engine
 from medusa.serving.memory import pool_size
 from medusa.serving.metrics import Metrics
-from medusa.serving.settings import ServerSettings
+from medusa.serving.settings import Launch, ServerSettings
 
+KEY = "MEDUSA_API_KEY"
 LOG = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%H:%M:%S"}
+IDLE = 75  # seconds after which an idle connection is closed: clients (5) and proxies (60) close theirs before, and so never
+# send a call into a connection that is just being closed
 
 
 class Server(uvicorn.Server):
@@ -82,6 +89,7 @@ def make_server(service: Service) -> Server:
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=IDLE,
     )
     return Server(service, config)
 
@@ -116,6 +124,33 @@ def make_service(
         measured=settings.measure_trees,
     )
     return Service(engine, model, tokenizer, name, settings, Metrics(name, engine))
+
+
+def launched(launch: Launch, settings: ServerSettings) -> Service:
+    """The model, loaded, in an engine that runs; one line of the log for each request goes to stderr.
+
+    Raises:
+        MedusaError: something is missing, broken, or does not fit the memory.
+    """
+    if not settings.api_key and os.environ.get(KEY):
+        settings = replace(settings, api_key=(os.environ[KEY],))
+    full = with_file(launch.model, launch.gguf_file, launch.revision)
+    named.require_heads(full, launch.heads, launch.tree == "root")
+    tokenizer = named.load_tokenizer(full, launch.trust_remote_code)
+    model = parallel.load_model(
+        full,
+        launch.tp,
+        heads=launch.heads,
+        tree=launch.tree,
+        dtype=launch.dtype,
+        device=launch.device,
+        trust_remote_code=launch.trust_remote_code,
+        quantization=launch.quantization,
+    )
+    named.note_advice_on_tree(model, full, launch.heads, launch.tree)
+    log_to_stderr()
+    name = settings.served_model_name or launch.model
+    return make_service(model, tokenizer, name, settings, launch.slots, launch.capacity, launch.compile)
 
 
 def run(service: Service) -> None:

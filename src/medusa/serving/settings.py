@@ -1,11 +1,34 @@
-"""Settings of the server: where it listens, who may call it, and how much it takes on."""
+"""Options of the server: what it loads, where it listens, who may call it, and how much it takes on; and files of options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from medusa.config import check_options, option
-from medusa.errors import InvalidInput
+from medusa.config import check_options, from_mapping, option
+from medusa.errors import ConfigError, InvalidInput
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The options of `medusa serve` that concern the model and its engine; its --help describes them."""
+
+    model: str = "smollm2"
+    heads: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    offline: bool = False  # followed by whoever starts the process, before it imports the hub's client
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+    tree: str | None = None
+    quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = "none"
+    tp: int = 1
+    slots: int | None = None
+    capacity: int | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,3 +66,36 @@ class ServerSettings:
         for key in self.api_key:
             if not (key and key.isascii() and key.isprintable() and " " not in key):
                 raise InvalidInput("an API key is empty or has characters that a header cannot carry; choose another")
+
+
+NAMES = {kind: [field.name for field in fields(kind)] for kind in (Launch, ServerSettings)}
+KNOWN = [name for names in NAMES.values() for name in names]
+REPEATABLE = [field.name for field in fields(ServerSettings) if isinstance(field.default, tuple)]
+
+
+def options_in(found: Any, source: str, known: Collection[str] = KNOWN) -> dict[str, Any]:
+    """The options in what a YAML file holds, by their names in Python.
+
+    Args:
+        source: where they are from, for errors.
+        known: names of the options that may be there.
+
+    Raises:
+        InvalidInput: something else is there.
+        ConfigError: an option is unknown; the nearest known one is named.
+    """
+    if not isinstance(found, Mapping):
+        raise InvalidInput(f"{source} holds a {type(found).__name__}, expected `option: value` lines")
+    options = {str(key).replace("-", "_"): value for key, value in found.items()}
+    for key in options.keys() - set(known):
+        nearest = difflib.get_close_matches(key, known, n=1)
+        raise ConfigError(f"{source}: unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+    for key in options.keys() & set(REPEATABLE):
+        options[key] = options[key] if isinstance(options[key], list) else [options[key]]
+    return options
+
+
+def parted(options: Mapping[str, Any], source: str) -> tuple[Launch, ServerSettings]:
+    """The options of `medusa serve` in their two parts; ConfigError if a value has the wrong type."""
+    mine, theirs = ({name: options[name] for name in options if name in names} for names in NAMES.values())
+    return from_mapping(Launch, mine, source), from_mapping(ServerSettings, theirs, source)

@@ -179,7 +179,7 @@ class Pace:
                 return self.best, False
             # What trials lose is limited, and a tree that is nearly the best is tried often: acceptance changes with the text.
             lost = {tree: costs[tree] * max(0.1, 1 - rates[tree] / rates[self.best]) for tree in others}
-            untried = [tree for tree in others if SHARE * self._since[tree] > lost[tree]]
+            untried = [tree for tree in others if SHARE / len(others) * self._since[tree] > lost[tree]]
         return (untried[0], True) if untried and self.before is not None else (self.best, False)
 
     def _lead(self, tree: Single, cost: float) -> None:
