@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Column, Table
+from torch.nn import functional as F
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -28,7 +29,6 @@ from medusa.checkpoints.reader import load_heads
 from medusa.data.prompt_sets import held_out_prompts
 from medusa.training.config import resolve
 from medusa.training.data import load_rows
-from medusa.training.losses import cross_entropy
 from medusa.training.run import train_heads
 from medusa.trees.calibration import Calibration
 from medusa.trees.search import search_joint_tree
@@ -160,7 +160,7 @@ def text_loss(model: MedusaModel) -> float:
     total = count = 0.0
     for prompt in held_out_prompts():
         hidden = model.hidden_states(prompt.ids[None])[0, :-1]
-        total += cross_entropy(model.logits(hidden), prompt.ids[1:]).item()
+        total += F.cross_entropy(model.logits(hidden).float(), prompt.ids[1:], reduction="sum").item()
         count += len(prompt.ids) - 1
     return total / count
 

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from medusa import MedusaHeads, MedusaModel
 from medusa.training.config import TrainingConfig
 from medusa.training.data import Row, collate
-from medusa.training.losses import hard_targets, linear_cross_entropy
+from medusa.training.losses import hard_targets, lm_head_loss
 from medusa.training.objective import MOST_LOGITS, Objective
 
 SHAPES = {
@@ -47,7 +47,7 @@ def loss_of(variant: str, states: torch.Tensor, lm_head: nn.Linear, labels: torc
     """The summed cross-entropy of one head."""
     if variant == "ours":
         chunk = max(1, min(1024, MOST_LOGITS // lm_head.out_features))
-        return linear_cross_entropy(states, lm_head, hard_targets(labels), chunk, dtype)
+        return lm_head_loss(states, lm_head, hard_targets(labels), chunk, dtype)
     if variant == "torch":
         options = nn.LinearCrossEntropyOptions()
         # Without reduction: its sum in bfloat16 is wrong by several per cent.

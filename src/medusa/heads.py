@@ -72,10 +72,14 @@ class DraftLMHead(nn.Module):
         super().__init__()
         self._whole = (lm_head,)  # in a tuple, so that it is not a submodule
         self.register_buffer("tokens", tokens, persistent=False)
+        self.tokens: Tensor
+
+    @property
+    def whole(self) -> nn.Module:
+        return self._whole[0]
 
     def forward(self, h: Tensor) -> Tensor:
-        lm_head = self._whole[0]
-        return lm_head(h.to(dtype_of(lm_head))).index_select(-1, self.get_buffer("tokens"))
+        return self.whole(h.to(dtype_of(self.whole))).index_select(-1, self.tokens)
 
 
 class MedusaHeads(nn.ModuleList):

@@ -1,5 +1,6 @@
 """Claims about training runs: the label shift, the frozen backbone, Medusa-2, offline mode, resuming, and what stops them."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -90,11 +91,16 @@ def test_every_head_learns_the_token_that_is_its_own(data, way):
     assert "| 5 | token t+6 | " in (data / "heads" / "README.md").read_text()
 
 
-def test_offline_training_gives_the_heads_of_online_training(data):
-    config = TrainingConfig(num_heads=2, max_steps=6, batch_size=8, learning_rate=1e-2, warmup_steps=0)
-    found = rows(data / "train.jsonl")
+@pytest.mark.parametrize("backbone", ["frozen", "lora"])
+def test_offline_training_gives_the_heads_of_online_training(data, backbone):
+    config = TrainingConfig(num_heads=2, max_steps=6, batch_size=8, learning_rate=1e-2, warmup_steps=0, backbone=backbone)
+    if backbone == "lora":
+        pytest.importorskip("peft")
+        config = dataclasses.replace(config, lm_loss="distill", heads_steps=2)
+    found, metrics = rows(data / "train.jsonl"), {}
     for name, kept in (("online", None), ("offline", data / "hidden")):
-        train_heads(MedusaModel(tiny_backbone()), found, data / name, config, hidden_states=kept)
+        metrics[name] = train_heads(MedusaModel(tiny_backbone()), found, data / name, config, hidden_states=kept)
+    assert metrics["offline"] == pytest.approx(metrics["online"], rel=1e-3, abs=1e-4)
     online, offline = load_heads(data / "online").state_dict(), load_heads(data / "offline").state_dict()
     for name in online:
         torch.testing.assert_close(offline[name], online[name], atol=1e-4, rtol=1e-3)
@@ -431,7 +437,7 @@ def test_recipes_are_the_papers():
         resolve("medusa-1", {"learning_rat": 1.0})
 
 
-def test_hidden_states_of_a_trained_backbone_are_refused(data):
-    with pytest.raises(InvalidInput, match="only for a frozen backbone"):
+def test_hidden_states_for_a_backbone_trained_on_labels_are_refused(data):
+    with pytest.raises(InvalidInput, match="uses no stored hidden states"):
         config = TrainingConfig(backbone="lora", max_steps=1)
         train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "o", config, hidden_states=data / "h")

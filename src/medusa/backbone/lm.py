@@ -130,6 +130,11 @@ class TreeLM:
             logits = rule(logits, value)
         return logits
 
+    @property
+    def logits_of(self) -> Callable[[Tensor], Tensor]:
+        """What makes logits of hidden states: the LM head itself, unless a cap or scale follows it."""
+        return self.logits if self._rules else self.lm_head
+
     @repeated
     def hidden_states(
         self,

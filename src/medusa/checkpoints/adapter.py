@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
-from medusa.placement import device_of, is_offloaded
+from medusa.placement import device_of, is_offloaded, is_plain
 from medusa.runs.extras import require
 from medusa.runs.files import whole
 
@@ -95,6 +95,27 @@ def save_adapter(backbone: PreTrainedModel, folder: Path, base_model: str | None
     saved = copy.copy(config)
     saved.base_model_name_or_path, saved.inference_mode = base_model, True
     saved.save_pretrained(str(folder))
+
+
+def plain_lora(layer: Any) -> tuple[nn.Linear, Callable[[Tensor], Tensor], Tensor] | None:
+    """The parts of a linear layer with one plain LoRA that is switched on: the layer y = base(x) + inner(x) outer^T; None for
+    any other module.
+
+    Returns:
+        base, a dense matrix of V rows; inner, which makes r features of x; outer (V, r).
+    """
+    if not hasattr(layer, "lora_A"):
+        return None
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear or layer.disable_adapters or layer.merged or not is_plain(base := layer.base_layer):
+        return None
+    (name, *others), parts = layer.active_adapters, dict(layer.named_modules())
+    down, up = parts.get(f"lora_A.{name}"), parts.get(f"lora_B.{name}")
+    if others or layer.lora_variant or not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)) or up.bias is not None:
+        return None
+    dropout, scale = parts[f"lora_dropout.{name}"], layer.scaling[name]
+    return base, lambda x: scale * down(dropout(x.to(down.weight.dtype))), up.weight
 
 
 @contextmanager

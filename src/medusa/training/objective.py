@@ -17,11 +17,9 @@ from medusa.training.config import TrainingConfig
 from medusa.training.losses import (
     IGNORED,
     Targets,
-    cross_entropy,
+    Teacher,
     hard_targets,
-    in_chunks,
-    kl_divergence,
-    linear_cross_entropy,
+    lm_head_loss,
     soft_targets,
 )
 
@@ -74,7 +72,7 @@ class Objective(nn.Module):
         input_ids: Tensor,  # (B, T) long
         labels: Tensor,  # (B, T) long, IGNORED where a token is not to be learnt
         segments: Tensor,  # (B, T) long: the text each token belongs to, numbered from 1; 0 is padding
-        hidden: Tensor | None = None,  # (B, T, d): stored hidden states of the backbone
+        hidden: Tensor | None = None,  # (B, T, d): stored hidden states of the backbone, without its adapter
         counts: Tensor | None = None,  # (1 + K,): divisors of the losses; None: `count_asked` of this batch
         rows: Tensor | None = None,  # (B,) long: which rows these are, for messages
     ) -> dict[str, Tensor]:
@@ -84,28 +82,26 @@ class Objective(nn.Module):
             counts = count_asked(labels, segments, len(self.heads))
         counts = counts.clamp(min=1)
         packed = segments if bool((segments > 1).any()) else None
-        if hidden is None:
+        distill = config.joint and config.lm_loss == "distill"
+        original = hidden
+        if config.joint or hidden is None:
             with torch.set_grad_enabled(config.joint and torch.is_grad_enabled()):
                 hidden = model.hidden_states(input_ids, packed)
-        following = predicted(labels != IGNORED, segments, 1)  # positions whose next token counts
-        original = hidden.detach()[:, :-1][following]
-        distill = config.joint and config.lm_loss == "distill"
-        if distill:
+        if not distill:
+            original = hidden.detach()
+        elif original is None:
             with torch.no_grad(), without_adapter(self.backbone):
-                original = model.hidden_states(input_ids, packed)[:, :-1][following]
+                original = model.hidden_states(input_ids, packed)
+        following = predicted(labels != IGNORED, segments, 1)  # positions whose next token counts
+        original = original[:, :-1][following]
 
         # Medusa 2.2.1, Eq. 1
         head_losses = self._head_losses(input_ids, hidden, labels, segments, following, original, distill) / counts[1:]
         loss = (head_losses.new_tensor(config.lambdas(len(self.heads))) * head_losses).sum()
         output = {"head_losses": head_losses.detach(), "hidden": hidden.detach()}
         if config.joint:
-            states, wanted = hidden[:, :-1][following], labels[:, 1:][following]
-            if distill:
-                lm_loss = in_chunks(self._distillation, states, original, chunk=self.chunk)
-            else:
-                lm_loss = in_chunks(
-                    lambda states, wanted: cross_entropy(model.logits(states), wanted), states, wanted, chunk=self.chunk
-                )
+            targets = hard_targets(labels[:, 1:][following]) if not distill else Teacher(original, self._original_logits)
+            lm_loss = lm_head_loss(hidden[:, :-1][following], model.lm.logits_of, targets, self.chunk, self.compute)
             lm_loss = lm_loss / counts[0]
             output["lm_loss"] = lm_loss.detach()
             loss = lm_loss + self.lambda_0 * loss  # Medusa 2.2.2, Eq. 2
@@ -140,7 +136,7 @@ class Objective(nn.Module):
             known = None if embedded is None else self._known(embedded, counted, k)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
                 states = self.heads.state(states, k, known)
-            losses.append(linear_cross_entropy(states, self.heads.lm_head(k), targets, self.chunk, self.compute))
+            losses.append(lm_head_loss(states, self.heads.lm_head(k), targets, self.chunk, self.compute))
         return torch.stack(losses)
 
     def _known(
@@ -164,15 +160,16 @@ class Objective(nn.Module):
         heads, model = self.heads, self._model[0]
         logits_of: Callable[[Tensor], Tensor] = model.logits
         if heads.config.medusa_draft_vocabulary is not None:
-            shared = heads.config.medusa_shared_lm_head
-            rows = heads.lm_head(0) if shared else heads.rows_of(self.backbone.get_output_embeddings())
+            lm_head = self.backbone.get_output_embeddings()
+            if distill:  # not its adapter, so that only these rows are computed
+                rows = heads.rows_of(getattr(lm_head, "base_layer", lm_head))
+            else:
+                rows = heads.lm_head(0) if heads.config.medusa_shared_lm_head else heads.rows_of(lm_head)
             logits_of = functools.partial(model.logits, lm_head=rows)
         with without_adapter(self.backbone) if distill else nullcontext():
             return soft_targets(original, logits_of, self.recipe.soft_top, self.chunk)
 
-    def _distillation(self, states: Tensor, original: Tensor) -> Tensor:
-        """sum KL(p_original || p) over rows of hidden states (paper 2.3.2)."""
-        model = self._model[0]
-        with torch.no_grad(), without_adapter(self.backbone):
-            teacher = model.logits(original)
-        return kl_divergence(model.logits(states), teacher)
+    def _original_logits(self, original: Tensor) -> Tensor:
+        """The logits of the backbone without its adapter."""
+        with without_adapter(self.backbone):
+            return self._model[0].logits(original)

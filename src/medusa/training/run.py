@@ -66,7 +66,8 @@ def train_heads(
         eval_rows: rows to evaluate on; None: `config.held_out` of the rows are held out, and if that is none, some of the
             training rows are used, which flatters the heads.
         resume: continue from the newest complete checkpoint in `output`, if any.
-        hidden_states: folder to store the frozen backbone's hidden states in and to train from.
+        hidden_states: folder to store the untrained backbone's hidden states in; heads of a frozen backbone are trained from
+            them, and with `lm_loss="distill"` they are the teacher's.
         callbacks: callbacks of transformers' Trainer; an error in one ends the run, which can be resumed.
 
     Returns:
@@ -78,8 +79,8 @@ def train_heads(
     """
     output = Path(output)
     make_folder(output)
-    if hidden_states is not None and config.joint:
-        raise InvalidInput("hidden states can be stored only for a frozen backbone; drop --hidden-states or train medusa-1")
+    if hidden_states is not None and config.joint and config.lm_loss != "distill":
+        raise InvalidInput("a backbone that is trained on labels uses no stored hidden states; drop --hidden-states")
     with hold(output / IDENTITY) if is_main_process() else nullcontext():
         _claim(output, model, rows, config, resume)
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
@@ -105,7 +106,7 @@ def _train(
         if not (resume and (first / RECORD).is_file()):
             steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
             alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
-            train_heads(model, rows, first, alone, eval_rows, resume, callbacks=callbacks)
+            train_heads(model, rows, first, alone, eval_rows, resume, hidden_states, callbacks)
         model = MedusaModel(model.backbone, load_heads(first))
 
     if config.joint and config.lm_loss == "distill" and getattr(model.backbone, "hf_quantizer", None) is not None:
@@ -113,15 +114,15 @@ def _train(
         warnings.warn("the teacher is the quantised model; without quantization the result may be better", stacklevel=2)
     base_model = model.backbone.config._name_or_path or None
     heads = _new_heads(model, config, rows)
-    model = _trainable(model, config)
-    # Including a new adapter.
-    heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
-    objective = Objective(model, heads, config)
     arguments = _arguments(model, output, config)  # sets up the processes
     data: dict[str, Any] = {"train": rows, "eval": eval_rows}
     if hidden_states is not None:
         with PartialState().main_process_first():
             data = {name: save_hidden_states(model, part, Path(hidden_states) / name) for name, part in data.items()}
+    model = _trainable(model, config)
+    # Including a new adapter.
+    heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
+    objective = Objective(model, heads, config)
     trainer = MedusaTrainer(
         model=objective, args=arguments, train_dataset=data["train"], eval_dataset=data["eval"], data_collator=collate
     )

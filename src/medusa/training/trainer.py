@@ -56,7 +56,7 @@ class MedusaTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluated: Evaluated | None = None
-        self._right: dict[str, float] = {}  # accuracy of each head's first guess on a batch
+        self._right: dict[str, float] = {}  # accuracy of each head's first guess on a batch, and L_LM of Eq. 2
         self._measured_at = -1  # the step of this batch
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `_get_num_items_in_batch` gives
 
@@ -73,11 +73,13 @@ class MedusaTrainer(Trainer):
             self.model.lambda_0 = config.lambda_0 * math.sin(math.pi / 2 * done)
         output = model(**inputs, counts=num_items_in_batch)
         loss = output["loss"]
+        # Each batch of an accumulated step has a share of the loss.
+        shares = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if self.state.global_step != self._measured_at and logs_at(self.state.global_step + 1, self.args.logging_steps):
             self._measured_at = self.state.global_step
             self._right = self._accuracies(inputs, output["hidden"])
-        # Each batch of an accumulated step has a share of the loss.
-        shares = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps * self.accelerator.num_processes
+            if "lm_loss" in output:
+                self._right["lm_loss"] = output["lm_loss"].item() * shares
         self._check(loss.item() * shares, inputs)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, ours are shares of a sum
@@ -92,7 +94,7 @@ class MedusaTrainer(Trainer):
         return {f"head{k}_top1": row[0] for k, row in enumerate(accuracies_of(hits.tolist(), asked.tolist()), 1)}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """The losses of some steps, with the heads' accuracies on one batch of the last of them."""
+        """The losses of some steps, with the heads' accuracies and the backbone's loss on one batch of the last of them."""
         super().log(logs | self._right if "loss" in logs else logs, *args, **kwargs)
 
     def _check(self, loss: float, inputs: dict[str, Tensor]) -> None:
@@ -228,5 +230,7 @@ class Progress(ProgressCallback):
                     f"{100 * value:.0f}" for name, value in logs.items() if name.startswith(head) and name.endswith("_top1")
                 ]
                 told = f", head accuracies {' '.join(right)} %" if right else ""
+                if (lm_loss := logs.get(loss.replace("loss", "lm_loss"))) is not None:
+                    told = f", of the backbone {lm_loss:.4f}{told}"
                 line = f"step {state.global_step} of {state.max_steps}{what}: loss {logs[loss]:.3f}{told}"
                 self.training_bar.write(line, file=sys.stderr)
