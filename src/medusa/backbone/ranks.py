@@ -142,7 +142,7 @@ class Ranks:
             while (told := self.follow()) is not None and not isinstance(told, MedusaError):
                 yield told
         except GeneratorExit:  # taken no further, here as on rank 0
-            while self.follow() is not None:
+            while (told := self.follow()) is not None and not isinstance(told, MedusaError):
                 pass
             raise
         if told is not None:
