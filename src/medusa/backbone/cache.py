@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from medusa.backbone.ranks import Ranks, repeated
+from medusa.kernels.build import are_loaded
 
 
 class _Cursor:
@@ -100,9 +101,11 @@ class TreeCache(Cache):
         target: Tensor,  # (B, n) long: where they go
     ) -> None:
         """Move keys and values within each row; the targets are overwritten."""
-        for layer in self.layers:
-            if not layer.is_initialized:  # layers that share another layer's cache have no own
-                continue
+        held = [layer for layer in self.layers if layer.is_initialized]  # layers that share another's cache have no own
+        if source.device.type == "cpu" and are_loaded():
+            torch.ops.medusa.move_slots([states for layer in held for states in (layer.keys, layer.values)], source, target)
+            return
+        for layer in held:
             device = layer.keys.device
             rows = torch.arange(source.shape[0], device=device)[:, None]
             at, to = source.to(device), target.to(device)
