@@ -10,6 +10,8 @@ from typing import Any, Literal
 from medusa.config import check_options, from_mapping, option
 from medusa.errors import ConfigError, InvalidInput
 
+MOST_SLOTS = 16  # if memory decides
+
 
 @dataclass(frozen=True)
 class Launch:
