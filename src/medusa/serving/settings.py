@@ -27,6 +27,7 @@ class Launch:
     trust_remote_code: bool = False
     tree: str | None = None
     quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = "none"
+    tp: int = 1
     slots: int | None = None
     capacity: int | None = None
     compile: bool = False
