@@ -187,20 +187,31 @@ def test_live_view_shows_the_metrics(browser, served):
 def test_full_server_is_said_and_asked_again(browser, model, tokenizer):
     with running.serve(model, tokenizer, {"slots": 1, "queue": 1}) as served:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
-        others = [threading.Thread(target=served.post, args=("/v1/completions", body)) for _ in range(2)]
+        seen = threading.Event()
+
+        def ask() -> None:  # again and again: the server stays full for as long as a browser takes to open the page
+            while not seen.is_set():
+                served.post("/v1/completions", body)
+                seen.wait(0.05)
+
+        others = [threading.Thread(target=ask) for _ in range(5)]
         for each in others:
             each.start()
         while not served.service.engine.load().waiting:
             pass
-        with opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="503") as page:
-            page.get_by_role("button", name="Send").click()
-            page.get_by_text("trying again in").wait_for()
-            page.get_by_role("button", name="Stop").click()
-            page.get_by_text("Stopped.").wait_for()
-            page.get_by_role("button", name="Regenerate").click()
-            page.locator(".said-assistant .step").first.wait_for(state="attached", timeout=120_000)  # the others end first
-        for each in others:
-            each.join()
+        try:
+            with opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="503") as page:
+                page.get_by_role("button", name="Send").click()
+                page.get_by_text("trying again in").wait_for()
+                page.get_by_role("button", name="Stop").click()
+                page.get_by_text("Stopped.").wait_for()
+                seen.set()
+                page.get_by_role("button", name="Regenerate").click()
+                page.locator(".said-assistant .step").first.wait_for(state="attached", timeout=120_000)  # the others end first
+        finally:
+            seen.set()
+            for each in others:
+                each.join()
 
 
 @needs_chromium
