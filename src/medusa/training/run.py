@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa import __version__
@@ -120,6 +120,7 @@ def _train(
     if hidden_states is not None:
         with PartialState().main_process_first():
             data = {name: save_hidden_states(model, part, Path(hidden_states) / name) for name, part in data.items()}
+    set_seed(config.seed)  # of a new adapter; the same in all processes
     model = _trainable(model, config)
     # Including a new adapter.
     heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
