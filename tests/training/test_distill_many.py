@@ -1,4 +1,4 @@
-"""Claims about distillation on many machines: work is shared, and what dies hands its rows to the others: all, and none twice."""
+"""Claims about distillation on many machines: work is shared; what dies hands its rows over; none is lost or made twice."""
 
 import json
 import os

@@ -18,7 +18,7 @@ from medusa.errors import CheckpointError, InvalidInput
 from tiny import plain_greedy, random_prompt, tiny_backbone
 from training.test_run import determined_text
 
-# 58 rows remain to be learnt, 8 in a step: the last step of the first epoch, step 8, has 2, the last of the run is in the second.
+# 58 rows remain to be learnt, 8 in a step: step 8, the last of the first epoch, has 2, and the run ends in the second.
 OPTIONS = {
     "max_steps": 13,
     "save_steps": 5,
@@ -73,8 +73,8 @@ def agree(folder: Path, one: dict, other: dict, *outputs: str) -> None:
     assert len(losses(one)) == OPTIONS["max_steps"]
     assert losses(other) == pytest.approx(losses(one), rel=1e-4)
     assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
-    files = [name for name in ("medusa_lm_head.safetensors", "adapter_model.safetensors") if (folder / outputs[0] / name).exists()]
-    for name in files:
+    names = "medusa_lm_head.safetensors", "adapter_model.safetensors"
+    for name in (name for name in names if (folder / outputs[0] / name).exists()):
         first, second = (load_file(folder / output / name) for output in outputs)
         assert first.keys() == second.keys()
         for key in first:
@@ -102,7 +102,7 @@ def test_two_processes_have_the_losses_and_heads_of_one_and_each_goes_on_from_th
     if way == "medusa-2 path":
         cut(folder, "one", "then two")
         agree(folder, one, in_two(folder, "then two", resume=True, **WAYS[way]), "one", "then two")
-        with pytest.raises(InvalidInput, match="made with 8 rows per step.*pass --gradient-accumulation 4"):
+        with pytest.raises(InvalidInput, match=r"made with 8 rows per step.*pass --gradient-accumulation 4"):
             alone(folder, "then one", resume=True, **WAYS[way] | {"batch_size": 2})
     model = MedusaModel.from_pretrained(folder / "backbone", heads=folder / "two")
     prompt = random_prompt(12)
