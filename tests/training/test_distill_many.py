@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import medusa
 from data.test_endpoint import ASKED, HELLO, Server
-from medusa import MedusaModel
+from medusa import EMBEDDED, MedusaModel
 from medusa.checkpoints.writer import save_heads
 from medusa.config import TREE_FILE
 from medusa.data.endpoint import Endpoint, EndpointError
@@ -22,9 +24,9 @@ from medusa.data.samples import Skips
 from medusa.training.answerers import EndpointAnswerer, ModelAnswerer
 from medusa.training.distillation import Distillation, Shards, answer_seeds, read_seeds
 from medusa.trees.files import save_tree
+from tiny import tiny_backbone
 
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+pytest.importorskip("httpx")
 
 
 def records(folder) -> list[dict]:
@@ -34,6 +36,7 @@ def records(folder) -> list[dict]:
 @pytest.fixture
 def folder(tmp_path):
     """A tiny chat model on disk, and prompts for it."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     from serving.running import byte_model, byte_tokenizer
 
     model = byte_model()
@@ -150,3 +153,47 @@ def test_an_address_that_is_back_gets_requests_again():
         server.close()
     with pytest.raises(EndpointError, match="does not answer after 3 tries"):
         Endpoint([gone.url, server.url], "m", tries=3, sleep=lambda _: None).chat(ASKED)
+
+
+def descendants(process: int) -> dict[int, bytes]:
+    """The command lines of a process, its children, their children and so on."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
+    found = [process]
+    for each in found:
+        found += children.get(each, [])
+    commands = {}
+    for each in found:
+        with suppress(OSError):
+            commands[each] = Path(f"/proc/{each}/cmdline").read_bytes()
+    return commands
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker in /proc")
+def test_ray_hands_the_rows_of_a_killed_worker_to_another_and_writes_the_shards_of_one_process(tmp_path):
+    pytest.importorskip("ray")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tiny_backbone(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [json.dumps({"text": f"import os\nx = {n}\n"}) + "\n" for n in range(48)]
+    (tmp_path / "seeds.jsonl").write_text("".join(texts))
+    how = {"max_new_tokens": 32, "batch_size": 2, "temperature": 0.0}
+    command = [sys.executable, "-m", "medusa", "distill", str(tmp_path / "model"), "--data", str(tmp_path / "seeds.jsonl")]
+    command += ["--output", str(tmp_path / "ray"), "--ray", "1", "--json"]
+    command += [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None and not (tmp_path / "ray" / "samples-00000.jsonl").exists():
+            time.sleep(0.005)
+        (worker,) = (each for each, name in descendants(process.pid).items() if name.startswith(b"ray::MapWorker"))
+        os.kill(worker, signal.SIGKILL)
+        shown, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-2000:]
+    assert "worker died" in errors, "killed too late"
+    assert json.loads(shown)["made"] == 48
+    medusa.distill(str(tmp_path / "model"), tmp_path / "seeds.jsonl", tmp_path / "here", **how)
+    made, here = records(tmp_path / "ray"), records(tmp_path / "here")
+    assert len(made) == 48 and {each["id"]: each for each in made} == {each["id"]: each for each in here}

@@ -72,7 +72,8 @@ def agree(folder: Path, one: dict, other: dict, *outputs: str) -> None:
     """Two runs are the same but for the rounding of sums in another order: of gradients, by processes and batches."""
     assert len(losses(one)) == OPTIONS["max_steps"]
     assert losses(other) == pytest.approx(losses(one), rel=1e-4)
-    assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    wanted = {name: value for name, value in one["metrics"].items() if name != "epoch"}  # a matter of batches
+    assert {name: other["metrics"][name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
     names = "medusa_lm_head.safetensors", "adapter_model.safetensors"
     for name in (name for name in names if (folder / outputs[0] / name).exists()):
         first, second = (load_file(folder / output / name) for output in outputs)
