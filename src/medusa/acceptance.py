@@ -76,7 +76,9 @@ def accept_drawn(
     for _ in range(tree.lineage.shape[2]):
         bonus = draw(node)
         children = reached.gather(1, parents) & below & (tokens == bonus[:, None])
-        found = children.any(-1)  # if not, the walk stays, and draws the same again
+        found = children.any(-1)  # if not, the walk stays, and would draw the same again
+        if tokens.device.type == "cpu" and not found.any():  # a GPU would have to be waited for
+            break
         reached = children.where(found[:, None], reached)
         node = children.int().argmax(-1).where(found, node)
     return _accepted(tree, node, bonus)

@@ -33,6 +33,10 @@ class UnsupportedBackbone(MedusaError, ValueError):
     """A model for which tree decoding would be wrong; the message gives the reason."""
 
 
+class RankLost(MedusaError, RuntimeError):
+    """Another process of a model that is shared out among several has ended."""
+
+
 class UnsupportedEngine(MedusaError, RuntimeError):
     """An inference engine, or a setting of it, in which Medusa heads cannot draft; the message gives the reason."""
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from medusa.backbone.cache import TreeCache
 from medusa.backbone.compilation import Compiled
 from medusa.backbone.lm import TreeLM
+from medusa.backbone.ranks import Ranks
 from medusa.checkpoints.adapter import has_adapter, load_adapter
 from medusa.checkpoints.hub import HUB_KEYWORDS, Source, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone
@@ -79,7 +80,7 @@ class MedusaModel(MedusaGenerationMixin):
         self.draft_vocabulary = heads.token_map if heads is not None and self.scored < self.vocab_size else None
         tree.check(self.num_heads, self.scored)
         self.tree = tree
-        self.compiled = Compiled(self, noise=self.lm.probe())  # the same model, with compiled steps
+        self._compiled = Compiled(self, noise=self.lm.probe())
 
     @classmethod
     def from_pretrained(
@@ -153,6 +154,18 @@ class MedusaModel(MedusaGenerationMixin):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_to_hub(folder, repo_id, private, token)
+
+    @property
+    def compiled(self) -> Compiled:
+        """The same model, with compiled steps."""
+        if self.ranks is not None:
+            raise InvalidInput("steps of a tensor-parallel model cannot be compiled; leave compile out")
+        return self._compiled
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that share this model; None: this one alone."""
+        return self.lm.ranks
 
     @property
     def device(self) -> torch.device:

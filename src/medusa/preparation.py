@@ -109,7 +109,8 @@ class Prepared:
         if self.embeds is not None:  # a token for every slot; those of the soft prompt are never read
             ids = torch.nn.functional.pad(ids, (self.embeds.shape[1] - ids.shape[1], 0))
             model = _Reading(model, self.embeds)
-        return decode(model, ids, self.attention_mask, tree, self.options)
+        steps = decode(model, ids, self.attention_mask, tree, self.options)
+        return steps if model.ranks is None else model.ranks.shared(steps)
 
 
 class _Reading:

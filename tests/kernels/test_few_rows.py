@@ -1,17 +1,24 @@
 """Kernels: a token's linear maps do not depend on the tokens beside it, in compiled steps as out of them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa.backbone.cache import TreeCache
 from medusa.checkpoints.quantization import quantized
+from medusa.decoding import prefill, step
 from medusa.errors import InvalidInput
 from medusa.kernels import build, int8
 from medusa.kernels.build import load_kernels
 from medusa.kernels.fusion import fuse_linear_maps, replace_attention
+from medusa.rows import DecodingOptions
+from medusa.sampling import Processors
 from medusa.trees.tensors import Frame
+from medusa.warpers import Warpers
 
 needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
 SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (64, 31, 5)]
@@ -77,6 +84,38 @@ def test_maps_of_one_input_run_as_one_and_give_the_same():
 
 
 @needs_compiler
+def test_a_slice_of_weights_is_read_in_place():
+    def backend(graph, _inputs):
+        fuse_linear_maps(graph)
+        graphs.append(graph)
+        return graph
+
+    def head(x, first, tokens):
+        return nn.functional.linear(x, first) + nn.functional.linear(x, tokens[:, :64])
+
+    graphs: list = []
+    x, first, tokens = (torch.randn(rows, width, dtype=torch.bfloat16) for rows, width in ((2, 64), (24, 64), (24, 192)))
+    fused = torch.compile(head, backend=backend)(x, first, tokens)
+    calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.linear.default]
+    assert [len(call.args[1]) for call in calls] == [2]
+    torch.testing.assert_close(fused, head(x, first, tokens), rtol=2e-2, atol=0.2)
+
+
+@needs_compiler
+def test_slots_are_all_read_before_any_is_written():
+    cache = TreeCache(1, 12)
+    cache.layers[0].allocate(torch.randn(2, 3, 1, 5), torch.randn(2, 3, 1, 4, dtype=torch.bfloat16), 2)
+    layer = cache.layers[0]
+    layer.keys.copy_(torch.randn_like(layer.keys))
+    source, target = torch.tensor([[4, 6, 4], [9, 8, 7]]), torch.tensor([[4, 5, 6], [7, 8, 9]])
+    wanted = layer.keys.clone()
+    for row in range(2):
+        wanted[row, :, target[row]] = layer.keys[row, :, source[row]]
+    cache.keep(source, target)
+    assert torch.equal(layer.keys, wanted)
+
+
+@needs_compiler
 @pytest.mark.parametrize(("rows", "slots", "width"), [(1, 16, 64), (3, 300, 40), (16, 256, 64), (11, 33, 7)])
 @pytest.mark.parametrize("shared_by", [1, 3])
 def test_attention_is_torchs_and_each_query_is_the_same_alone(rows, slots, width, shared_by):
@@ -123,6 +162,11 @@ def int8_model():
     return MedusaModel.from_pretrained(EMBEDDED, dtype=torch.float32, **quantized("int8-dynamic"))
 
 
+@pytest.fixture(scope="module")
+def bfloat16_model():
+    return MedusaModel.from_pretrained(EMBEDDED, dtype=torch.bfloat16)
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # a fallback would show nothing
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -133,6 +177,28 @@ def test_int8_medusa_equals_int8_plain(int8_model, sampled, compiled):
         options |= {"do_sample": True, "temperature": 0.9, "seed": 3}
     plain = int8_model.generate(ids, tree=MedusaTree([]), **options)
     assert torch.equal(int8_model.generate(ids, **options), plain)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_compiled_tree_computes_the_bits_of_compiled_plain_decoding_in_bfloat16(bfloat16_model, temperature):
+    """Though bfloat16 has eight bits: nothing that a step computes for a node depends on the tokens beside it."""
+
+    def decoded(tree):
+        processors = Processors(warpers=Warpers(temperature=temperature or None))
+        options = DecodingOptions(60, do_sample=temperature > 0, processors=processors, seed=3)
+        state, states = prefill(bfloat16_model.compiled, torch.arange(300, 340)[None], None, tree, options), []
+        while not state.finished:
+            _, drafted, accepted = step(bfloat16_model.compiled, state)
+            if drafted is not None:
+                states.append(drafted.hidden[0, accepted.path[0, : accepted.length]])
+        return state.rows[0].generated, torch.cat(states)
+
+    tokens, states = decoded(MedusaTree([]))
+    drafted_tokens, drafted_states = decoded(dataclasses.replace(bfloat16_model.tree.for_batch(1), num_nodes=12, copied=4))
+    assert drafted_tokens == tokens
+    assert torch.equal(drafted_states[: len(states)], states)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")

@@ -454,7 +454,7 @@ def test_one_request_costs_what_a_batch_of_one_costs(model, monkeypatch):
 def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda step, **_: step)
     monkeypatch.setattr(medusa.serving.engine, "PAUSE", 0.01)
-    monkeypatch.setattr(model, "compiled", Compiled(model, noise=0.0))
+    monkeypatch.setattr(model, "_compiled", Compiled(model, noise=0.0))
     chance = random.Random(5)
     requests = [random_request(model, chance) for _ in range(24)]
     engine = Engine(model, slots=6, capacity=400, chunk=16, compiled=True)

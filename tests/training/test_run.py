@@ -142,7 +142,7 @@ def test_resumed_run_ends_with_the_same_heads_whatever_was_half_written(data):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-@pytest.mark.parametrize("method", ["medusa-1", "medusa-2"])
+@pytest.mark.parametrize("method", ["medusa-1", "medusa-2", "medusa-2-self-distill"])
 def test_a_run_that_was_killed_resumes_to_the_same_heads(data, method):
     tiny_backbone(gain=1.0).save_pretrained(data / "backbone")
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(data / "backbone")
@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_heads(data, method):
     process.wait()
     assert last.exists() and not (data / "killed" / "medusa_lm_head.safetensors").exists(), "killed too late"
     subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
-    files = ["medusa_lm_head.safetensors"] + ["adapter_model.safetensors"] * (method == "medusa-2")
+    files = ["medusa_lm_head.safetensors"] + ["adapter_model.safetensors"] * (method != "medusa-1")
     for file in files:
         whole, killed = load_file(data / "whole" / file), load_file(data / "killed" / file)
         assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -291,7 +291,7 @@ def test_gradients_through_a_4_bit_backbone_are_right(data):
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["medusa-1", "medusa-2"])
+@pytest.mark.parametrize("method", ["medusa-1", "medusa-2", "medusa-2-self-distill"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_bfloat16_backbones_train_with_own_and_shared_lm_heads(data, method, shared):
     pytest.importorskip("peft")

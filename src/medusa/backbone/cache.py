@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from medusa.backbone.ranks import Ranks, repeated
+from medusa.kernels.build import are_loaded
+
 
 class _Cursor:
     """Where the next forward pass writes and how far it reads. All layers of a cache share one."""
@@ -82,30 +85,34 @@ class TreeCacheLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """Preallocated layers for `capacity` slots a row. Row b's committed tokens are slots pad_b .. length_b - 1."""
 
-    def __init__(self, num_layers: int, capacity: int):
+    def __init__(self, num_layers: int, capacity: int, ranks: Ranks | None = None):
         self.cursor = _Cursor()
-        self.capacity = capacity
+        self.capacity, self.ranks = capacity, ranks
         super().__init__(layers=[TreeCacheLayer(capacity, self.cursor) for _ in range(num_layers)])
 
     def aim(self, slots: Tensor, visible: int) -> None:
         """Set the slots that the next forward pass writes to, and the number of slots it sees."""
         self.cursor.slots, self.cursor.visible = slots, visible
 
+    @repeated
     def keep(
         self,
         source: Tensor,  # (B, n) long: slots to keep, in order
         target: Tensor,  # (B, n) long: where they go
     ) -> None:
         """Move keys and values within each row; the targets are overwritten."""
-        for layer in self.layers:
-            if not layer.is_initialized:  # layers that share another layer's cache have no own
-                continue
+        held = [layer for layer in self.layers if layer.is_initialized]  # layers that share another's cache have no own
+        if source.device.type == "cpu" and are_loaded():
+            torch.ops.medusa.move_slots([states for layer in held for states in (layer.keys, layer.values)], source, target)
+            return
+        for layer in held:
             device = layer.keys.device
             rows = torch.arange(source.shape[0], device=device)[:, None]
             at, to = source.to(device), target.to(device)
             layer.keys[rows, :, to] = layer.keys[rows, :, at]
             layer.values[rows, :, to] = layer.values[rows, :, at]
 
+    @repeated
     def place(
         self,
         other: TreeCache,
@@ -127,14 +134,16 @@ class TreeCache(Cache):
         held = [states for layer in self.layers if layer.is_initialized for states in (layer.keys, layer.values)]
         return sum(states.numel() * states.element_size() for states in held)
 
+    @repeated
     def rows(self, start: int, stop: int) -> TreeCache:
         """Rows start .. stop - 1 as a cache of their own; both share their keys and values. Everything must be allocated."""
-        part = TreeCache(len(self.layers), self.capacity)
+        part = TreeCache(len(self.layers), self.capacity, self.ranks)
         part.layers = [layer.rows(start, stop) for layer in self.layers]
         for layer in part.layers:
             layer.cursor = part.cursor
         return part
 
+    @repeated
     def swap(self, row: int, other: int, slots: int) -> None:
         """Let two rows change places, as far as the first `slots` slots."""
         for layer in self.layers:
@@ -145,6 +154,7 @@ class TreeCache(Cache):
                 states[row, :, :slots] = states[other, :, :slots]
                 states[other, :, :slots] = held
 
+    @repeated
     def grow(self, capacity: int) -> None:
         """Extend every row to `capacity` slots; the contents stay."""
         self.capacity = capacity

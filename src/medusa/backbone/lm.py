@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from medusa.backbone.cache import TreeCache
 from medusa.backbone.probe import hidden_states_of, probe
+from medusa.backbone.ranks import ranks_of, repeated
 from medusa.errors import UnsupportedBackbone, one_line
 from medusa.placement import device_of, linear_sizes
 from medusa.trees.tensors import Frame, TreeTensors
@@ -77,6 +78,11 @@ class TreeLM:
         self._window: int = getattr(self.config, "sliding_window", None) or 0
         self._chunk: int = getattr(self.config, "attention_chunk_size", None) or 0
         self.mask_kinds = self._mask_kinds(name)
+        self.ranks = ranks_of(backbone)
+        if self.ranks is not None:
+            self.ranks.enter(self)
+            self.ranks.repeat(lm_head)  # heads call both of them as well
+            self.ranks.repeat(backbone.get_input_embeddings())
 
     def _mask_kinds(self, name: str) -> tuple[str, ...]:
         """The kinds of attention mask that the layers take; if there are several, masks come as a dict."""
@@ -109,8 +115,9 @@ class TreeLM:
         config = getattr(self.backbone, "generation_config", None) or self.config
         return token_ids(config.eos_token_id)
 
+    @repeated
     def new_cache(self, capacity: int) -> TreeCache:
-        return TreeCache(self.num_layers, capacity)
+        return TreeCache(self.num_layers, capacity, self.ranks)
 
     def logits(
         self,
@@ -128,6 +135,7 @@ class TreeLM:
         """What makes logits of hidden states: the LM head itself, unless a cap or scale follows it."""
         return self.logits if self._rules else self.lm_head
 
+    @repeated
     def hidden_states(
         self,
         ids: Tensor,  # (B, T) long, possibly right-padded
@@ -148,6 +156,7 @@ class TreeLM:
         output = self.decoder(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)
         return output.last_hidden_state
 
+    @repeated
     def prefill(
         self,
         ids: Tensor,  # (B, P) long, left-padded
@@ -167,6 +176,7 @@ class TreeLM:
         # A clone, since compiled steps are specialised to the strides of a contiguous row.
         return hidden[:, -1].clone(memory_format=torch.contiguous_format)
 
+    @repeated
     def verify(
         self,
         ids: Tensor,  # (B, N) long: the tokens of the tree

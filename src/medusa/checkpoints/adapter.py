@@ -56,6 +56,11 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
     """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding; a quantised or
     offloaded backbone keeps it separate. CheckpointError if it is broken, or made for another model."""
     peft = require("peft", "train", "an adapter")
+    if (getattr(backbone, "_tp_size", None) or 1) > 1:
+        raise CheckpointError(
+            f"the adapter in {folder} cannot be merged into a tensor-parallel model; merge it first: "
+            "medusa convert HEADS OUT --to merged"
+        )
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from medusa.backbone.lm import max_length_of
+from medusa.backbone.ranks import check_shares
 from medusa.checkpoints import loading
 from medusa.checkpoints.hub import find_heads, find_model
 from medusa.checkpoints.quantization import quantized
@@ -37,11 +39,15 @@ def load_model(
     trust_remote_code: bool = False,
     quantization: str = "none",  # none, nf4 or int8
     heads_wanted: bool = True,  # whether a model without heads is refused; otherwise it decodes plainly
+    tp: int = 1,  # number of processes that hold a part of the model each (tensor parallel); this must be one of them
 ) -> MedusaModel:
     """The Medusa model of these names, on its device; MedusaError if something is missing, broken or does not fit together."""
     quiet_transformers()
     source = find_model(model, code=trust_remote_code)
     options = backbone_options(dtype, device, trust_remote_code, quantization)
+    if tp > 1:
+        del options["device_map"]  # each process takes the GPU of its number
+        options["distributed_config"] = DistributedConfig(tp_size=tp)
     found = find_tree(tree)
     plain = require_heads(model, heads, tree == "root" or not heads_wanted)
     with waiting(f"loading {model}"):
@@ -110,6 +116,22 @@ def require_heads(model: str, heads: str | None, plainly: bool = False) -> bool:
         f"{heads or model} has no Medusa heads; give some with --heads FOLDER, train some (medusa train {model}), or decode "
         "plainly with --tree root"
     )
+
+
+def require_parts(model: str, tp: int, options: dict[str, Any]) -> None:
+    """Refuse to load a model in `tp` parts, one per GPU, before anything is loaded, where that cannot work.
+
+    Args:
+        options: those of `load_model`.
+    """
+    source = find_model(model, code=options["trust_remote_code"])
+    if options["quantization"] != "none":
+        raise InvalidInput("--tp is for models that are not quantised when loaded; leave --quantization out, or --tp")
+    if options["device"] is not None:
+        raise InvalidInput("--tp gives each part a GPU of its own, or all the CPU if there is none; leave --device out")
+    if torch.cuda.is_available() and torch.cuda.device_count() < tp:
+        raise InvalidInput(f"--tp {tp} needs {tp} GPUs, this machine has {torch.cuda.device_count()}; lower --tp")
+    check_shares(loading.load_config(source, trust_remote_code=options["trust_remote_code"]), tp)
 
 
 def check_room(model: str, prompt_tokens: int, max_new_tokens: int, trust_remote_code: bool = False) -> None:

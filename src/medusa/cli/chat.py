@@ -25,10 +25,11 @@ def chat_command(
     system: Annotated[str | None, typer.Option(help="System message that begins the conversation.")] = None,
     max_new_tokens: common.MaxNewTokens = 512,
     quantization: common.QuantizationOption = "none",
+    tp: common.TpOption = 1,
     **options: Any,
 ) -> None:
     """Talk to a model that has a chat template. Type /help for its commands."""
-    from medusa.checkpoints import named
+    from medusa.checkpoints import named, parallel
 
     prompting.refuse_prompt_as_model(model, "start medusa chat MODEL and type the prompt there")
     model, sampling = common.full_name(model, options), common.sampling_options(options)
@@ -36,7 +37,7 @@ def chat_command(
     tokenizer = named.load_tokenizer(model, options["trust_remote_code"])
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInput(f"{model} has no chat template: it continues text; use `medusa generate` or a chat model")
-    medusa = named.load_model(model, tree=tree, quantization=quantization, **options)
+    medusa = parallel.load_model(model, tp, tree=tree, quantization=quantization, **options)
     named.note_advice_on_tree(medusa, model, options["heads"], tree)
     chat = Chat(medusa, tokenizer, system, max_new_tokens=max_new_tokens, **sampling)
     terminal = sys.stdin.isatty()

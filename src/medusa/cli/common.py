@@ -43,6 +43,9 @@ QuantizationOption = Annotated[
     Literal["none", "nf4", "int8", "int8-dynamic"],
     typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), or int8-dynamic (a CPU, fastest there)."),
 ]
+TpOption = Annotated[
+    int, typer.Option(min=1, help="Number of GPUs that share every layer (tensor parallel), or of processes on a CPU.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (slow first step).")]
 ChatOption = Annotated[

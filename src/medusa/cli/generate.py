@@ -34,6 +34,7 @@ def generate_command(
     regex: Annotated[str | None, typer.Option(help="Write text that this regular expression matches.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="Write one of these texts; repeatable.")] = None,
     quantization: common.QuantizationOption = "none",
+    tp: common.TpOption = 1,
     compile: common.CompileOption = False,
     as_json: common.JsonOption = False,
     **options: Any,
@@ -41,7 +42,7 @@ def generate_command(
     """Answer a prompt (chat model) or continue it (any other model). Text is streamed to stdout, statistics go to stderr."""
     import torch
 
-    from medusa.checkpoints import named
+    from medusa.checkpoints import named, parallel
     from medusa.data.prompts import as_conversation, prompt_ids
 
     if prompt is None and prompt_file is None:
@@ -53,7 +54,7 @@ def generate_command(
     ids = torch.tensor([prompt_ids(tokenizer, as_conversation(tokenizer, text, chat, model) or text)])
     named.check_room(model, ids.shape[1], max_new_tokens, trusted)
     sampling["grammar"] = _grammar(tokenizer, json_schema, regex, choice)
-    medusa = named.load_model(model, tree=tree, quantization=quantization, **options)
+    medusa = parallel.load_model(model, tp, tree=tree, quantization=quantization, **options)
     named.note_advice_on_tree(medusa, model, options["heads"], tree)
     how = {"max_new_tokens": max_new_tokens, "stop_strings": stop, "tokenizer": tokenizer, "compile": compile, **sampling}
     record = _generate(medusa, tokenizer, ids, not as_json, how)

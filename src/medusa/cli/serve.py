@@ -33,6 +33,7 @@ def serve_command(
         int | None, typer.Option(min=16, help="Tokens of a prompt and its answer together (default: what memory allows).")
     ] = None,
     quantization: common.QuantizationOption = "none",
+    tp: common.TpOption = 1,
     compile: common.CompileOption = False,
     config: Annotated[
         Path | None,
@@ -49,5 +50,5 @@ def serve_command(
         require(package, "serve", "medusa serve")
     from medusa.serving.server import launched, run
 
-    engine = {"tree": tree, "slots": slots, "capacity": capacity, "quantization": quantization, "compile": compile}
+    engine = {"tree": tree, "slots": slots, "capacity": capacity, "quantization": quantization, "tp": tp, "compile": compile}
     run(launched(*parted({"model": model, **engine, **options}, "options")))

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -30,6 +31,14 @@ FLAGS = (
 )
 
 
+_loaded = False
+
+
+def are_loaded() -> bool:
+    """Whether `load_kernels` has loaded them. It takes time, so that only compiled steps and int8 maps ask for it."""
+    return _loaded
+
+
 @functools.cache
 def load_kernels() -> bool:
     """Load the kernels as `torch.ops.medusa`, and compile them first where this machine has not yet (about ten seconds).
@@ -42,12 +51,20 @@ def load_kernels() -> bool:
     try:
         torch.ops.load_library(_compiled(compiler))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        return _without(output.strip().splitlines()[0][:200] if output.strip() else type(error).__name__)
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+        return _without(next((line for line in lines if "error:" in line), lines[0])[:200])
     torch.library.register_fake("medusa::linear", _fake)
     torch.library.register_fake("medusa::linear_int8", _fake)
-    torch.library.register_fake("medusa::attention", lambda queries, *_: queries.new_empty(queries.shape))
+    torch.library.register_fake("medusa::attention", _fake_attention)
+    global _loaded
+    _loaded = True
     return True
+
+
+@functools.cache
+def source_digest() -> str:
+    """A digest of the kernels' source and of this file, which tells torch the layout of their results."""
+    return digest([SOURCE.read_text(), Path(__file__).read_text()])
 
 
 def _without(reason: str) -> bool:
@@ -60,7 +77,7 @@ def _compiled(compiler: str) -> Path:
     from torch.utils.cpp_extension import include_paths
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    name = digest([SOURCE.read_text(), torch.__version__, version, FLAGS, _cpu()])
+    name = digest([source_digest(), torch.__version__, version, FLAGS, _cpu()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa" / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name}.so"
@@ -86,3 +103,8 @@ def _cpu() -> str:
 
 def _fake(x: Tensor, weights: list[Tensor], *_: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+def _fake_attention(queries: Tensor, *_: Any) -> Tensor:
+    batch, heads, rows, width = queries.shape
+    return queries.new_empty(batch, rows, heads, width).transpose(1, 2)

@@ -123,26 +123,42 @@ struct Int8 {
 #endif
 };
 
+// The rows of a matrix; a slice of a wider one has them further apart than they are long.
+template <typename Value>
+struct Rows {
+  const Value* first;
+  int64_t apart;
+  const Value* at(int64_t n) const { return first + n * apart; }
+  Rows from(int64_t n) const { return {at(n), apart}; }
+};
+
+template <typename Value>
+Rows<Value> rows_of(const Tensor& matrix) {
+  return {matrix.const_data_ptr<Value>(), matrix.stride(0)};
+}
+
 // The dot products of M inputs with 16 / M rows of weights: sixteen groups of lanes fit the registers, beside what is loaded.
-// Beyond the last input or weight (`inputs`, `rows` left), the last is computed again and not stored.
-template <typename Dot, int M, bool first, typename Store>
+// Beyond the last input or weight (`inputs`, `rows` left), the last is computed again and not stored. Of the weights that come
+// sixteen rows later, `ahead` rows are fetched, from row `skipped` on: rows are too short for the hardware to see a stream.
+template <typename Dot, int M, int ahead, typename Store>
 void tile(
-    const typename Dot::Input* x, const typename Dot::Weight* w, int64_t K, int64_t inputs, int64_t rows, const Store& store) {
+    const typename Dot::Input* x, const Rows<typename Dot::Weight>& w, int64_t K, int64_t inputs, int64_t rows, int64_t skipped,
+    const Store& store) {
   constexpr int N = 16 / M;
+  const typename Dot::Weight* later = w.at(16 + skipped);
   const typename Dot::Input* from[M];
   const typename Dot::Weight* row[N];
   for (int m = 0; m < M; ++m) from[m] = x + std::min<int64_t>(m, inputs - 1) * K;
-  for (int n = 0; n < N; ++n) row[n] = w + std::min<int64_t>(n, rows - 1) * K;
+  for (int n = 0; n < N; ++n) row[n] = w.at(std::min<int64_t>(n, rows - 1));
   typename Dot::Sum sums[16];
   for (auto& sum : sums) sum = Dot::zero();
   int64_t k = 0;
   for (; k + Dot::step <= K; k += Dot::step) {
-    decltype(Dot::load(w)) parts[N];
+    decltype(Dot::load(w.first)) parts[N];
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      parts[n] = Dot::load(row[n] + k);
-      if constexpr (first) __builtin_prefetch(row[n] + k + 16 * K);  // rows are too short for the hardware to see a stream
-    }
+    for (int n = 0; n < N; ++n) parts[n] = Dot::load(row[n] + k);
+#pragma GCC unroll 16
+    for (int n = 0; n < ahead; ++n) __builtin_prefetch(later + n * w.apart + k);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const auto input = Dot::load(from[m] + k);
@@ -162,36 +178,41 @@ void tile(
   }
 }
 
-// Up to M inputs with up to 16 rows of the weights, the first inputs or others.
-template <typename Dot, int M, bool first, typename Store>
+// Up to M inputs with up to 16 rows of the weights.
+template <typename Dot, int M, int ahead, typename Store>
 void block(
-    const typename Dot::Input* x, const typename Dot::Weight* w, int64_t K, int64_t inputs, int64_t rows, const Store& store) {
+    const typename Dot::Input* x, const Rows<typename Dot::Weight>& w, int64_t K, int64_t inputs, int64_t rows, int64_t skipped,
+    const Store& store) {
   constexpr int N = 16 / M;
   for (int64_t n = 0; n < rows; n += N)
-    tile<Dot, M, first>(x, w + n * K, K, inputs, rows - n, [&](int m, auto count, const auto* results) {
+    tile<Dot, M, ahead>(x, w.from(n), K, inputs, rows - n, skipped, [&](int m, auto count, const auto* results) {
       store(m, n, count, results);
     });
 }
 
-// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in the nearest cache for all inputs.
+// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in the nearest cache for all inputs. Every group
+// of four inputs fetches a part of the next sixteen, so that memory is read throughout, not only while the first group runs.
 template <typename Dot, typename Store>
 void range(
-    const typename Dot::Input* x, const typename Dot::Weight* w, int64_t M, int64_t K, int64_t begin, int64_t end,
+    const typename Dot::Input* x, const Rows<typename Dot::Weight>& w, int64_t M, int64_t K, int64_t begin, int64_t end,
     const Store& store) {
+  const int64_t share = M <= 4 ? 4 : M <= 12 ? 2 : 1;
   for (int64_t from = begin; from < end; from += 16) {
     const int64_t rows = std::min<int64_t>(end - from, 16);
-    for (int64_t m = 0; m < M;) {
+    for (int64_t m = 0; m < M; m += 4) {
       const auto at = [&](int i, int64_t n, auto count, const auto* results) { store(m + i, from + n, count, results); };
-      const int64_t left = M - m, size = left > 2 ? 4 : left;
-      const auto run = [&](auto inputs) {
-        constexpr int many = decltype(inputs)::value;
-        if (m == 0) block<Dot, many, true>(x, w + from * K, K, left, rows, at);
-        else block<Dot, many, false>(x + m * K, w + from * K, K, left, rows, at);
+      const int64_t left = M - m, skipped = m / 4 * share;
+      const auto run = [&](auto inputs, auto ahead) {
+        constexpr int many = decltype(inputs)::value, fetched = decltype(ahead)::value;
+        block<Dot, many, fetched>(x + m * K, w.from(from), K, left, rows, skipped, at);
       };
-      if (size == 1) run(std::integral_constant<int, 1>());
-      else if (size == 2) run(std::integral_constant<int, 2>());
-      else run(std::integral_constant<int, 4>());
-      m += size;
+      using std::integral_constant;
+      if (M == 1) run(integral_constant<int, 1>(), integral_constant<int, 16>());
+      else if (M == 2) run(integral_constant<int, 2>(), integral_constant<int, 8>());
+      else if (skipped >= 4) run(integral_constant<int, 4>(), integral_constant<int, 0>());
+      else if (share == 4) run(integral_constant<int, 4>(), integral_constant<int, 4>());
+      else if (share == 2) run(integral_constant<int, 4>(), integral_constant<int, 2>());
+      else run(integral_constant<int, 4>(), integral_constant<int, 1>());
     }
   }
 }
@@ -259,7 +280,7 @@ std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, at::TensorLi
     const BFloat16* bias = bias_of<BFloat16>(biases, i);
     const int64_t N = weights[i].size(0);
     range<Bf16>(
-        input.const_data_ptr<BFloat16>(), weights[i].const_data_ptr<BFloat16>(), M, K, begin, end,
+        input.const_data_ptr<BFloat16>(), rows_of<BFloat16>(weights[i]), M, K, begin, end,
         [&](int64_t m, int64_t n, auto count, const float* sums) {
           float results[16];
           for (int j = 0; j < count; ++j) results[j] = bias ? sums[j] + float(bias[n + j]) : sums[j];
@@ -302,7 +323,7 @@ std::vector<Tensor> quantized_linear(
     const float* bias = bias_of<float>(biases, i);
     const int64_t N = weights[i].size(0);
     range<Int8>(
-        quantized.data(), weights[i].const_data_ptr<int8_t>(), M, K, begin, end,
+        quantized.data(), rows_of<int8_t>(weights[i]), M, K, begin, end,
         [&](int64_t m, int64_t n, auto count, const int32_t* sums) {
           float results[16];
           for (int j = 0; j < count; ++j) {
@@ -327,6 +348,7 @@ constexpr int lanes = 16;
 using Lanes = float __attribute__((vector_size(4 * lanes)));
 using Whole = int32_t __attribute__((vector_size(4 * lanes)));
 using Half = uint16_t __attribute__((vector_size(2 * lanes)));
+using Doubles = double __attribute__((vector_size(8 * lanes)));
 
 template <typename To, typename From>
 To vector_at(const From* p) {
@@ -337,20 +359,31 @@ To vector_at(const From* p) {
 
 Lanes widened(const BFloat16* p) { return (Lanes)(__builtin_convertvector(vector_at<Half>(p), Whole) << 16); }
 
+// a * b + c, the same wherever it is called: the compiler is not free to fuse some and not others.
+Lanes fused(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // e^x to the last bits of float32; 0 below e^-87.
 Lanes exponential(Lanes x) {
   const Lanes least = Lanes{} - 87.f, power = (x < least ? least : x) * 1.44269504f;
   const Lanes whole = (power + 12582912.f) - 12582912.f;  // rounded: such large numbers have no fraction
   const Lanes part = (power - whole) * 0.69314718f;
   Lanes series = Lanes{} + 1.f / 720;
-  for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = series * part + factor;
+  for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = fused(series, part, Lanes{} + factor);
   const Lanes scale = (Lanes)((__builtin_convertvector(whole, Whole) + 127) << 23);
   return x < least ? Lanes{} : series * scale;
 }
 
-// Softmax of a row of scores, whose width is a multiple of the lanes.
+// Softmax of a row of scores, whose width is a multiple of the lanes. The sum is in double precision: a node of a tree has its
+// path in other slots, hence other lanes, than the same tokens have in plain decoding, and must get the same sum.
 void softmax(float* row, int64_t width) {
-  Lanes most = Lanes{} - INFINITY, sum{};
+  Lanes most = Lanes{} - INFINITY;
+  Doubles sum{};
   for (int64_t s = 0; s < width; s += lanes) {
     const Lanes here = vector_at<Lanes>(row + s);
     most = most > here ? most : here;
@@ -359,57 +392,85 @@ void softmax(float* row, int64_t width) {
   for (int i = 1; i < lanes; ++i) top = std::max(top, most[i]);
   for (int64_t s = 0; s < width; s += lanes) {
     const Lanes weight = exponential(vector_at<Lanes>(row + s) - top);
-    sum += weight;
+    sum += __builtin_convertvector(weight, Doubles);
     std::memcpy(row + s, &weight, sizeof weight);
   }
-  float total = 0;
+  double total = 0;
   for (int i = 0; i < lanes; ++i) total += sum[i];
-  for (int64_t s = 0; s < width; ++s) row[s] /= total;
+  for (int64_t s = 0; s < width; s += lanes) {
+    const Lanes share = vector_at<Lanes>(row + s) / float(total);
+    std::memcpy(row + s, &share, sizeof share);
+  }
 }
 
-// Up to R rows of probabilities, `width` apart, times the values (S, D); the rows of `y` are D apart.
-template <int R>
-void weigh(const float* p, int64_t width, const BFloat16* values, int64_t S, int64_t D, BFloat16* y) {
-  int64_t d = 0;
-  for (; d + lanes <= D; d += lanes) {
-    Lanes sum[R] = {};
-    for (int64_t s = 0; s < S; ++s) {
-      const Lanes value = widened(values + s * D + d);
+// R rows of probabilities, `width` apart, times C lanes of columns of the values, (S, D); the rows of `y` are `apart`.
+template <int R, int C>
+void weigh(const float* p, int64_t width, const BFloat16* values, int64_t S, int64_t D, BFloat16* y, int64_t apart) {
+  Lanes sum[R][C] = {};
+  for (int64_t s = 0; s < S; ++s) {
+    Lanes value[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) value[c] = widened(values + s * D + c * lanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r] += p[r * width + s] * value;
-    }
     for (int r = 0; r < R; ++r) {
-      float results[lanes];
-      std::memcpy(results, &sum[r], sizeof results);
-      narrow(results, std::integral_constant<int, lanes>(), y + r * D + d);
+      const Lanes weight = p[r * width + s] - Lanes{};
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] = fused(weight, value[c], sum[r][c]);
     }
   }
-  for (; d < D; ++d)
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-      for (int64_t s = 0; s < S; ++s) sum += p[r * width + s] * float(values[s * D + d]);
-      y[r * D + d] = BFloat16(sum);
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) {
+      float results[lanes];
+      std::memcpy(results, &sum[r][c], sizeof results);
+      narrow(results, std::integral_constant<int, lanes>(), y + r * apart + c * lanes);
     }
+}
+
+// Probabilities (M, S) times values (S, D), up to eight rows and two groups of lanes at a time.
+void weigh(
+    const float* p, int64_t width, const BFloat16* values, int64_t M, int64_t S, int64_t D, BFloat16* y, int64_t apart) {
+  for (int64_t m = 0, rows; m < M; m += rows) {
+    rows = M - m >= 8 ? 8 : M - m >= 2 ? 2 : 1;
+    const float* from = p + m * width;
+    BFloat16* to = y + m * apart;
+    const auto run = [&](auto R) {
+      constexpr int many = decltype(R)::value;
+      int64_t d = 0;
+      for (; d + 2 * lanes <= D; d += 2 * lanes) weigh<many, 2>(from, width, values + d, S, D, to + d, apart);
+      for (; d + lanes <= D; d += lanes) weigh<many, 1>(from, width, values + d, S, D, to + d, apart);
+      for (; d < D; ++d)
+        for (int r = 0; r < many; ++r) {
+          float sum = 0;
+          for (int64_t s = 0; s < S; ++s) sum += from[r * width + s] * float(values[s * D + d]);
+          to[r * apart + d] = BFloat16(sum);
+        }
+    };
+    if (rows == 8) run(std::integral_constant<int, 8>());
+    else if (rows == 2) run(std::integral_constant<int, 2>());
+    else run(std::integral_constant<int, 1>());
+  }
 }
 
 // Attention of a few queries (B, H, M, D) to the cache (B, G, S, D), H a multiple of G, under an additive mask (B, 1 or H, M, S).
-// Keys and values are read in place; heads that share them need no copies.
+// Keys and values are read in place; heads that share them need no copies. The result is laid out as (B, M, H, D), as it is read.
 Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& mask, double scale) {
   const int64_t B = queries.size(0), H = queries.size(1), M = queries.size(2), D = queries.size(3), S = keys.size(2);
   const int64_t share = H / keys.size(1), width = (S + lanes - 1) / lanes * lanes;
-  const Tensor q = queries.contiguous();
-  Tensor output = at::empty({B, H, M, D}, q.options());
+  const Tensor q = queries.stride(3) == 1 ? queries : queries.contiguous();
+  Tensor output = at::empty({B, M, H, D}, q.options());
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(M * width);
+    std::vector<BFloat16> asked(M * D);  // a head's queries, end to end
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / H, h = unit % H, g = h / share;
       const BFloat16* k = keys.const_data_ptr<BFloat16>() + b * keys.stride(0) + g * keys.stride(1);
       const BFloat16* v = values.const_data_ptr<BFloat16>() + b * values.stride(0) + g * values.stride(1);
       const BFloat16* added = mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + (mask.size(1) > 1 ? h * mask.stride(1) : 0);
-      range<Bf16>(q.const_data_ptr<BFloat16>() + unit * M * D, k, M, D, 0, S,
-                  [&](int64_t m, int64_t n, auto count, const float* sums) {
-                    for (int j = 0; j < count; ++j) scores[m * width + n + j] = sums[j] * float(scale);
-                  });
+      const BFloat16* own = q.const_data_ptr<BFloat16>() + b * q.stride(0) + h * q.stride(1);
+      for (int64_t m = 0; m < M; ++m) std::memcpy(asked.data() + m * D, own + m * q.stride(2), D * sizeof(BFloat16));
+      range<Bf16>(asked.data(), {k, D}, M, D, 0, S, [&](int64_t m, int64_t n, auto count, const float* sums) {
+        for (int j = 0; j < count; ++j) scores[m * width + n + j] = sums[j] * float(scale);
+      });
       for (int64_t m = 0; m < M; ++m) {
         float* row = scores.data() + m * width;
         const BFloat16* add = added + m * mask.stride(2);
@@ -422,14 +483,31 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
         std::fill(row + S, row + width, -INFINITY);
         softmax(row, width);
       }
-      BFloat16* y = output.mutable_data_ptr<BFloat16>() + unit * M * D;
-      int64_t m = 0;
-      for (; m + 8 <= M; m += 8) weigh<8>(scores.data() + m * width, width, v, S, D, y + m * D);
-      for (; m + 2 <= M; m += 2) weigh<2>(scores.data() + m * width, width, v, S, D, y + m * D);
-      if (m < M) weigh<1>(scores.data() + m * width, width, v, S, D, y + m * D);
+      BFloat16* y = output.mutable_data_ptr<BFloat16>() + (b * M * H + h) * D;
+      weigh(scores.data(), width, v, M, S, D, y, H * D);
     }
   });
-  return output;
+  return output.transpose(1, 2);
+}
+
+// Within every row of each (B, H, S, D), slots `source` (B, n) go to slots `target` (B, n), all read before any is written.
+void move_slots(at::TensorList states, const Tensor& source, const Tensor& target) {
+  const int64_t B = source.size(0), n = source.size(1);
+  const int64_t *from = source.const_data_ptr<int64_t>(), *to = target.const_data_ptr<int64_t>();
+  at::parallel_for(0, int64_t(states.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<char> held;
+    for (int64_t i = begin; i < end; ++i) {
+      const Tensor& state = states[i];
+      const size_t unit = state.element_size(), width = state.size(3) * unit;
+      held.resize(n * width);
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t h = 0; h < state.size(1); ++h) {
+          char* slots = static_cast<char*>(state.data_ptr()) + (b * state.stride(0) + h * state.stride(1)) * unit;
+          for (int64_t j = 0; j < n; ++j) std::memcpy(held.data() + j * width, slots + from[b * n + j] * width, width);
+          for (int64_t j = 0; j < n; ++j) std::memcpy(slots + to[b * n + j] * width, held.data() + j * width, width);
+        }
+    }
+  });
 }
 
 }  // namespace
@@ -438,10 +516,12 @@ TORCH_LIBRARY(medusa, library) {
   library.def("linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]");
   library.def("linear_int8(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor[] biases) -> Tensor[]");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
+  library.def("move_slots(Tensor(a!)[] states, Tensor source, Tensor target) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear", linear);
   library.impl("linear_int8", linear_int8);
   library.impl("attention", attention);
+  library.impl("move_slots", move_slots);
 }

@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from medusa.kernels.build import source_digest
+
+INDUCTOR = {
+    # Elements of a loop for each thread: waking a second one for fewer takes longer than they do.
+    "cpp.min_chunk_size": 1 << 14,
+    # Every intermediate result is rounded as in uncompiled code. Otherwise it is rounded where loops happen to end, which
+    # differs between the graphs of one token and of a tree, and so do their results.
+    "emulate_precision_casts": True,
+}
 MOST_ROWS = 64  # with more, a step is bound by arithmetic, and torch's own kernels are faster
 
 
@@ -17,7 +26,11 @@ def few_rows_backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
 
     fuse_linear_maps(graph)
     replace_attention(graph)
-    return compile_fx(graph, inputs)
+    # Inductor's cache on disk knows a kernel by its name alone: graphs of another version of it must not be taken.
+    with torch.compiler.config.patch(  # type: ignore[attr-defined]
+        cache_key_tag=source_digest()
+    ):
+        return compile_fx(graph, inputs, config_patches=INDUCTOR)
 
 
 def fuse_linear_maps(graph: fx.GraphModule) -> None:
@@ -28,9 +41,12 @@ def fuse_linear_maps(graph: fx.GraphModule) -> None:
             x, kernel, operands = linear
             groups.setdefault((x, kernel, bool(operands[-1])), []).append((node, operands))
     for (x, kernel, _), maps in groups.items():
-        # At the first of them: their operands are inputs of the graph, and so come before.
+        # At the first of them: their operands are inputs of the graph, and so come before, or slices of inputs, made anew.
         with graph.graph.inserting_before(maps[0][0]):
-            operands = [[item for _, each in maps for item in each[place]] for place in range(len(maps[0][1]))]
+            operands = [
+                [graph.graph.node_copy(item) if _is_slice(item) else item for _, each in maps for item in each[place]]
+                for place in range(len(maps[0][1]))
+            ]
             outputs = graph.graph.call_function(kernel, (x, *operands))
             found = [graph.graph.call_function(operator.getitem, (outputs, number)) for number in range(len(maps))]
         for (node, _), output in zip(maps, found, strict=True):
@@ -115,10 +131,21 @@ def _fits(node: fx.Node) -> bool:
     if len(node.args) < 2:
         return False
     operands = [node.args[0], node.args[1], _bias(node)]
-    if any(isinstance(operand, fx.Node) and operand.op not in ("placeholder", "get_attr") for operand in operands[1:]):
+    if not all(operand is None or _is_input(operand) or _is_slice(operand) for operand in operands[1:]):
         return False
     values: list[Any] = [operand.meta.get("example_value") for operand in operands if isinstance(operand, fx.Node)]
     if not all(map(_is_bfloat16, values)):
         return False
     x, *held = values
-    return x.numel() // x.shape[-1] <= MOST_ROWS and all(value.is_contiguous() for value in held)
+    return x.numel() // x.shape[-1] <= MOST_ROWS and all(value.stride(-1) == 1 for value in held)
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+
+
+def _is_slice(node: Any) -> bool:
+    """Whether a tensor is a slice of an input of the graph, as a path head's weights of the tokens that it has seen."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem or not _is_input(node.args[0]):
+        return False
+    return not any(isinstance(each, fx.Node) for each in node.all_input_nodes[1:])

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from medusa.errors import InvalidInput
+from medusa.serving.settings import MOST_SLOTS
 from medusa.state import Decodable
 
-MOST_SLOTS = 16
 USUAL_CAPACITY = 4096  # tokens, if the model's context is not shorter
 LEAST_CAPACITY = 256
 SHARE = 0.5  # of the free memory, by default

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from medusa.checkpoints import named
+from medusa.checkpoints import named, parallel
 from medusa.checkpoints.hub import with_file
 from medusa.errors import InvalidInput
 from medusa.model import MedusaModel
@@ -137,8 +137,9 @@ def launched(launch: Launch, settings: ServerSettings) -> Service:
     full = with_file(launch.model, launch.gguf_file, launch.revision)
     named.require_heads(full, launch.heads, launch.tree == "root")
     tokenizer = named.load_tokenizer(full, launch.trust_remote_code)
-    model = named.load_model(
+    model = parallel.load_model(
         full,
+        launch.tp,
         heads=launch.heads,
         tree=launch.tree,
         dtype=launch.dtype,

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from medusa.config import check_options, from_mapping, option
 from medusa.errors import ConfigError, InvalidInput
 
+MOST_SLOTS = 16  # if memory decides
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -25,6 +27,7 @@ class Launch:
     trust_remote_code: bool = False
     tree: str | None = None
     quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = "none"
+    tp: int = 1
     slots: int | None = None
     capacity: int | None = None
     compile: bool = False

@@ -120,7 +120,7 @@ def _train(
     if hidden_states is not None:
         with PartialState().main_process_first():
             data = {name: save_hidden_states(model, part, Path(hidden_states) / name) for name, part in data.items()}
-    set_seed(config.seed)  # of a new adapter; the same in all processes
+    set_seed(config.seed)  # of a new adapter; transformers' Trainer does it later
     model = _trainable(model, config)
     # Including a new adapter.
     heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
