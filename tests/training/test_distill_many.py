@@ -92,6 +92,7 @@ def test_a_server_that_is_killed_hands_its_rows_to_the_other_and_none_is_lost_or
     assert f"{first} does not answer" in capfd.readouterr().err, "it had no request under way"
     made = records(output)
     assert len(made) == 24
+    assert medusa.distill("m", folder / "prompts.jsonl", output, endpoint="http://localhost:1/v1", **how).already == 24
     model, options = MedusaModel.from_pretrained(folder / "model", heads=folder / "heads"), Distillation(**how)
     from serving.running import byte_tokenizer
 

@@ -178,8 +178,8 @@ def _refuse_other_split(output: Path, rows: int | None, config: TrainingConfig) 
     if rows != at_once * config.gradient_accumulation:
         remedy = f"pass --gradient-accumulation {rows // at_once}" if rows and rows % at_once == 0 else "pass others"
         raise InvalidInput(
-            f"{output} was made with {rows} rows per step; --batch-size {config.batch_size}, --gradient-accumulation "
-            f"{config.gradient_accumulation} and processes, {_processes()}, multiply to another number; {remedy}"
+            f"{output} was made with {rows} rows per step, this run has {config.batch_size} x {config.gradient_accumulation} x "
+            f"{_processes()} (batch size x gradient accumulation x processes); {remedy}"
         )
 
 
