@@ -91,7 +91,7 @@ def test_where_the_server_says_how_long_every_thread_waits(server):
     endpoint = Endpoint(server.url, "m")
     first = threading.Thread(target=endpoint.chat, args=(ASKED,))
     first.start()
-    while not endpoint._resume_at:
+    while not endpoint._addresses[0].resume_at:
         time.sleep(0.005)
     endpoint.chat(ASKED)
     first.join()
@@ -126,7 +126,7 @@ def test_what_is_stopped_does_not_wait_for_the_next_try(server):
                 endpoint.chat(ASKED)
             except EndpointError as error:
                 outcomes.append(str(error))
-        while not endpoint._resume_at:
+        while not endpoint._addresses[0].resume_at:
             time.sleep(0.005)
         return task
 
@@ -134,9 +134,9 @@ def test_what_is_stopped_does_not_wait_for_the_next_try(server):
     found = endpoint.concurrently(work, ["waits", "answers"], 2)
     assert next(found) == "answers"
     found.close()  # as Ctrl-C does
-    assert endpoint._resume_at > time.monotonic(), "it waited to the end"
+    assert endpoint._addresses[0].resume_at > time.monotonic(), "it waited to the end"
     assert len(outcomes) == 3 and all("stopped before" in outcome for outcome in outcomes) and len(server.requests) == 1
-    endpoint._resume_at = 0.0
+    endpoint._addresses[0].resume_at = 0.0
     assert list(endpoint.concurrently(lambda task: endpoint.chat(ASKED).text, ["one", "two"], 2)) == ["Hello"] * 2
 
 

@@ -303,22 +303,6 @@ def test_a_distillation_that_was_killed_goes_on_with_nothing_lost_and_nothing_tw
     assert len(ids) == len(set(ids)) == 24
 
 
-def test_a_ray_job_writes_the_same_shards(tmp_path):
-    pytest.importorskip("ray")
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    tiny_backbone(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    seeds = write(tmp_path / "seeds.jsonl", [{"text": f"import os\nx = {n}\n"} for n in range(9)])
-    for name, more in (("here", []), ("ray", ["--ray", "1"])):
-        given = ["distill", str(tmp_path / "model"), "--data", str(seeds), "--output", str(tmp_path / name), *more]
-        given += ["--max-new-tokens", "10", "--batch-size", "4", "--temperature", "0", "--json"]
-        done = subprocess.run([sys.executable, "-m", "medusa", *given], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert json.loads(done.stdout)["made"] == 9
-    by_id = [{record["id"]: record["input_ids"] for record in records(tmp_path / name)} for name in ("here", "ray")]
-    assert by_id[0] == by_id[1]
-
-
 def test_nonsense_is_refused(tmp_path):
     for changes, message in (({"batch_size": 0}, "batch_size"), ({"temperature": -1.0}, "temperature")):
         with pytest.raises(InvalidInput, match=message):

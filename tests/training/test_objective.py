@@ -131,6 +131,23 @@ def test_counts_given_divide_the_loss_of_parts_into_that_of_the_whole():
         torch.testing.assert_close(sum(parts), objective(**whole)["loss"], atol=1e-4, rtol=1e-4)
 
 
+def test_where_path_heads_read_the_root_alone_is_up_to_seed_step_and_row_not_to_the_batch():
+    backbone, rows = tiny_backbone(), rows_of(20, 13, 9, 11)
+    heads = random_heads(backbone, 3, heads_kind="path", embedding_size=backbone.config.hidden_size, embedding_scale=1.0)
+    heads.share(backbone.get_output_embeddings(), backbone.get_input_embeddings())
+    objective = Objective(MedusaModel(backbone), heads, TrainingConfig(num_heads=3, seed=7)).train()
+    whole, numbered = batch_of(rows), list(enumerate(rows))
+    counts = count_asked(whole["labels"], whole["segments"], 3)
+    with torch.no_grad():
+        losses = [objective(**whole, step=step)["head_losses"] for step in (4, 5)]
+        parts = [objective(**collate(part), counts=counts, step=4)["head_losses"] for part in (numbered[2:], numbered[:2])]
+        torch.testing.assert_close(sum(parts), losses[0], atol=1e-4, rtol=1e-4)
+        read_all = objective.eval()(**whole)["head_losses"]
+    reads_path = [bool(first != second) for first, second in zip(*losses, strict=True)]
+    assert reads_path == [False, True, True]  # head 1's path is the root alone
+    assert losses[0][0] == read_all[0] and (losses[0][1:] != read_all[1:]).all()
+
+
 @pytest.mark.parametrize("targets", ["hard", "soft"])
 @pytest.mark.parametrize("length", range(3, 8))
 def test_rows_shorter_than_the_heads_reach_ask_only_the_heads_that_can_answer(length, targets):

@@ -26,7 +26,8 @@ def distill_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSONL shards; an unfinished run there is resumed.")],
     tree: common.TreeOption = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="Address of an OpenAI-compatible server, which knows the model as MODEL.")
+        list[str] | None,
+        typer.Option(help="Address of an OpenAI-compatible server, which knows the model as MODEL; several share the work."),
     ] = None,
     api_key_env: common.EndpointKeyOption = "OPENAI_API_KEY",
     samples: Annotated[int, typer.Option(min=1, help="Number of conversations to make with --data self.")] = 1000,
@@ -40,7 +41,7 @@ def distill_command(
     from medusa.training.verbs import distill
 
     model = common.full_name(model, options)
-    options |= {"tree": tree, "endpoint": endpoint, "api_key_env": api_key_env, "quantization": quantization}
+    options |= {"tree": tree, "endpoint": endpoint or None, "api_key_env": api_key_env, "quantization": quantization}
     done = distill(model, data, output, samples=samples, limit=limit, ray=ray, **options)
     if done.skips:
         note(f"skipped {done.skips}")

@@ -11,11 +11,13 @@ from typing import Any
 
 
 def note(message: str) -> None:
-    """Print a line on stderr; on a terminal it is wrapped between words."""
+    """Print a line on stderr, above a progress bar if one is shown; on a terminal it is wrapped between words."""
+    from tqdm import tqdm
+
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         message = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
-    print(message, file=sys.stderr, flush=True)
+    tqdm.write(message, file=sys.stderr)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from medusa.data.samples import Sample, Skips, read_samples
 from medusa.data.templates import encode_conversation, overlaps
 from medusa.errors import InvalidInput
 from medusa.training.losses import IGNORED
 
+FILLER = -1  # number of a row that only fills a batch: the last row, but nothing of it is labelled
 SHORTEST = 3  # head 1 guesses the token two places ahead: shorter samples teach nothing
 
 
@@ -199,6 +201,28 @@ def draft_vocabulary(rows: Rows, wanted: str, vocab_size: int) -> Tensor | None:
     return order[:number].sort().values
 
 
+class EpochOrder(Sampler[int]):
+    """The numbers of all rows in the order of an epoch, which the seed and the epoch decide, not the number of processes.
+
+    Processes need equally many full batches. transformers' sampler repeats rows for that, which then count twice; here FILLER
+    rows take their place.
+
+    Args:
+        multiple: number that the length is a multiple of.
+        epoch: returns the epoch that begins.
+    """
+
+    def __init__(self, rows: int, multiple: int, seed: int, epoch: Callable[[], int]):
+        self._rows, self._fillers, self._seed, self._epoch = rows, -rows % multiple, seed, epoch
+
+    def __len__(self) -> int:
+        return self._rows + self._fillers
+
+    def __iter__(self) -> Iterator[int]:
+        shuffled = torch.randperm(self._rows, generator=torch.Generator().manual_seed(self._seed + self._epoch()))
+        return iter(shuffled.tolist() + [FILLER] * self._fillers)
+
+
 def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
     """A batch, right-padded: `input_ids`, `labels` (IGNORED where nothing is to be learnt) and `segments`, all (B, T) long.
 
@@ -215,9 +239,10 @@ def collate(numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "labels": labels, "segments": segments, "rows": torch.tensor([number for number, _ in numbered])}
     if rows[0].hidden is not None:
         batch["hidden"] = rows[0].hidden.new_zeros(*shape, rows[0].hidden.shape[-1])
-    for b, row in enumerate(rows):
+    for b, (number, row) in enumerate(numbered):
         ids[b, : len(row)] = row.ids
-        labels[b, : len(row)] = torch.where(row.loss_mask, row.ids.long(), IGNORED)
+        if number != FILLER:
+            labels[b, : len(row)] = torch.where(row.loss_mask, row.ids.long(), IGNORED)
         segments[b, : len(row)] = torch.arange(1, len(row.lengths) + 1).repeat_interleave(torch.tensor(row.lengths))
         if row.hidden is not None:
             batch["hidden"][b, : len(row)] = row.hidden

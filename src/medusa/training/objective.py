@@ -13,6 +13,7 @@ from medusa.checkpoints.adapter import without_adapter
 from medusa.heads import MedusaHeads
 from medusa.metrics import predicted
 from medusa.model import MedusaModel
+from medusa.runs.files import digest
 from medusa.training.config import TrainingConfig
 from medusa.training.losses import (
     IGNORED,
@@ -74,7 +75,8 @@ class Objective(nn.Module):
         segments: Tensor,  # (B, T) long: the text each token belongs to, numbered from 1; 0 is padding
         hidden: Tensor | None = None,  # (B, T, d): stored hidden states of the backbone, without its adapter
         counts: Tensor | None = None,  # (1 + K,): divisors of the losses; None: `count_asked` of this batch
-        rows: Tensor | None = None,  # (B,) long: which rows these are, for messages
+        rows: Tensor | None = None,  # (B,) long: which rows of the data these are
+        step: int = 0,  # of the training
     ) -> dict[str, Tensor]:
         """The `loss`, each head's mean cross-entropy `head_losses` (K,), `lm_loss` of Eq. 2, and the `hidden` states."""
         model, config = self._model[0], self.recipe
@@ -96,7 +98,8 @@ class Objective(nn.Module):
         original = original[:, :-1][following]
 
         # Medusa 2.2.1, Eq. 1
-        head_losses = self._head_losses(input_ids, hidden, labels, segments, following, original, distill) / counts[1:]
+        seen = self._paths_seen(input_ids, rows, step) if self.training and self.heads.kind == "path" else None
+        head_losses = self._head_losses(input_ids, seen, hidden, labels, segments, following, original, distill) / counts[1:]
         loss = (head_losses.new_tensor(config.lambdas(len(self.heads))) * head_losses).sum()
         output = {"head_losses": head_losses.detach(), "hidden": hidden.detach()}
         if config.joint:
@@ -110,6 +113,7 @@ class Objective(nn.Module):
     def _head_losses(
         self,
         input_ids: Tensor,  # (B, T) long
+        seen: Tensor | None,  # (B, T, K) bool: where heads read the path, not the root alone; None: everywhere
         hidden: Tensor,  # (B, T, d)
         labels: Tensor,
         segments: Tensor,
@@ -133,26 +137,42 @@ class Objective(nn.Module):
                 at = place[:, k + 1 : k + 1 + counted.shape[1]][counted]
                 targets = Targets(soft.tokens[at], soft.weights[at])
             states = hidden[:, : counted.shape[1]][counted].to(self.heads.dtype)
-            known = None if embedded is None else self._known(embedded, counted, k)
+            known = None if embedded is None else self._known(embedded, seen, counted, k)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
                 states = self.heads.state(states, k, known)
             losses.append(lm_head_loss(states, self.heads.lm_head(k), targets, self.chunk, self.compute))
         return torch.stack(losses)
 
+    def _paths_seen(
+        self,
+        input_ids: Tensor,  # (B, T) long
+        rows: Tensor | None,  # (B,) long
+        step: int,
+    ) -> Tensor:  # (B, T, K) bool
+        """Where heads read the path, not the root alone, as they do when they propose a shortlist.
+
+        The seed, the step and the row decide, so that it does not matter which process has the row, nor after what.
+        """
+        (b, t), draws = input_ids.shape, torch.Generator()
+        numbers = range(b) if rows is None else rows.tolist()
+        drawn = [
+            torch.rand(t, len(self.heads), generator=draws.manual_seed(int(digest([self.recipe.seed, step, number])[:12], 16)))
+            for number in numbers
+        ]
+        return torch.stack(drawn).to(input_ids.device) >= ROOT_ALONE
+
     def _known(
         self,
         embedded: Tensor,  # (B, T, E)
+        seen: Tensor | None,  # (B, T, K) bool
         counted: Tensor,  # (B, T - shift) bool: n positions
         k: int,
     ) -> Tensor:  # (n, m E)
-        """The embeddings that head k + 1 reads at each position: of the root, the token after it, then of the path.
-
-        In training some positions read the root alone, as heads do when they propose a shortlist.
-        """
+        """The embeddings that head k + 1 reads at each position: of the root, the token after it, then of the path."""
         read = [embedded[:, 1 + j : 1 + j + counted.shape[1]][counted] for j in range(self.heads.known(k))]
-        if self.training and len(read) > 1:
-            seen = torch.rand(len(read[0]), 1, device=embedded.device) >= ROOT_ALONE
-            read[1:] = [part * seen for part in read[1:]]
+        if seen is not None:
+            there = seen[:, : counted.shape[1], k][counted][:, None]
+            read[1:] = [part * there for part in read[1:]]
         return torch.cat(read, -1)
 
     def _soft_targets(self, original: Tensor, distill: bool) -> Targets:

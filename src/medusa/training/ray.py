@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from typing import Any
 
 from medusa.runs.extras import require
@@ -14,7 +16,7 @@ from medusa.training.distillation import Answerer, Seed
 
 class RayAnswerer:
     """Distributes seeds over workers, some at a time, each with its own answerer; outcomes come back as they are made. `make`,
-    which is pickled, builds a worker's answerer on the worker."""
+    which is pickled, builds a worker's answerer on the worker. Ray hands the seeds of a worker that dies to another."""
 
     def __init__(self, make: Callable[[], Answerer], workers: int, batch_size: int):
         self._ray = require("ray", "ray", "--ray")
@@ -43,13 +45,19 @@ class RayAnswerer:
                     outcomes["tokens"].append(tokens)
                 return outcomes
 
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-        self._data.DataContext.get_current().enable_progress_bars = False
-        items = [{"seed": json.dumps(dataclasses.asdict(seed))} for seed in by_id.values()]
-        blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back block by block
-        data = self._data.from_items(items, override_num_blocks=blocks)
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        results = data.map_batches(Worker, batch_size=self._batch_size, concurrency=self._workers, num_gpus=gpus)
-        for row in results.iter_rows():
-            yield by_id[row["id"]], json.loads(row["outcome"]), int(row["tokens"])
+        with redirect_stdout(sys.stderr):  # Ray prints there which workers died
+            started = not ray.is_initialized()
+            if started:
+                ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+            self._data.DataContext.get_current().enable_progress_bars = False
+            items = [{"seed": json.dumps(dataclasses.asdict(seed))} for seed in by_id.values()]
+            blocks = max(1, -(-len(items) // self._batch_size))  # outcomes come back block by block
+            data = self._data.from_items(items, override_num_blocks=blocks)
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+            results = data.map_batches(Worker, batch_size=self._batch_size, concurrency=self._workers, num_gpus=gpus)
+            try:
+                for row in results.iter_rows():
+                    yield by_id[row["id"]], json.loads(row["outcome"]), int(row["tokens"])
+            finally:
+                if started:
+                    ray.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import random
 import warnings
@@ -37,12 +36,14 @@ from medusa.training.data import Rows, collate, draft_vocabulary
 from medusa.training.hidden_states import save_hidden_states
 from medusa.training.model_card import write_card
 from medusa.training.objective import Objective
-from medusa.training.trainer import MedusaTrainer, Progress
+from medusa.training.trainer import MedusaTrainer, Progress, newest_checkpoint
 from medusa.trees.files import save_tree
 
 RECORD = "training.json"
 IDENTITY = "run.json"  # configuration, data and backbone of the run, so that only the same run is resumed
 FREE_TO_CHANGE = ("max_steps", "epochs", "logging_steps", "eval_steps", "save_steps", "tree_nodes", "report_to")
+ROWS_PER_STEP = "rows per step"
+SPLIT = ("batch_size", "gradient_accumulation")  # free too, with the number of processes, if a step has as many rows as before
 MOST_HELD_OUT, FEWEST_TO_HOLD_OUT_OF = 512, 10  # rows
 
 
@@ -131,7 +132,7 @@ def _train(
         trainer.remove_callback(callback)
     for callback in (Progress(), *callbacks):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(output) if resume else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(output) if resume else None)
     trained = trainer.trained()  # gathered from all processes
     if trainer.is_world_process_zero():
         _save(output, objective, trained, base_model)
@@ -150,17 +151,36 @@ def is_main_process() -> bool:
 
 def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig, resume: bool) -> None:
     """Note the identity of this run; refuse a folder of another run, or of one that would be restarted unintentionally."""
-    wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*FREE_TO_CHANGE, *SPLIT)}
+    wanted[ROWS_PER_STEP] = config.batch_size * config.gradient_accumulation * _processes()
     wanted |= {"data": rows.fingerprint(), "backbone weights": fingerprint(model.backbone)}
     path = output / IDENTITY
     refuse_begun(output, resume)
     if path.is_file() and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        refuse_other(output, read_json_object(path), wanted)
+        found = read_json_object(path)
+        _refuse_other_split(output, found.get(ROWS_PER_STEP), config)
+        refuse_other(output, found, wanted)
     if is_main_process():
         write_json(path, wanted)
         if not resume:  # no file of an earlier run may be mistaken for one of this run
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
                 (output / name).unlink(missing_ok=True)
+
+
+def _processes() -> int:
+    """The number of processes of this run; known before they are set up."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _refuse_other_split(output: Path, rows: int | None, config: TrainingConfig) -> None:
+    """Refuse to resume a run with other rows in a step; on another number of processes, they have to be split otherwise."""
+    at_once = config.batch_size * _processes()
+    if rows != at_once * config.gradient_accumulation:
+        remedy = f"pass --gradient-accumulation {rows // at_once}" if rows and rows % at_once == 0 else "pass others"
+        raise InvalidInput(
+            f"{output} was made with {rows} rows per step, this run has {config.batch_size} x {config.gradient_accumulation} x "
+            f"{_processes()} (batch size x gradient accumulation x processes); {remedy}"
+        )
 
 
 def refuse_begun(output: Path, resume: bool) -> None:
@@ -278,18 +298,6 @@ def _arguments(model: MedusaModel, output: Path, config: TrainingConfig) -> Trai
     if arguments.n_gpu > 1:  # DataParallel's copies would all run the first GPU's backbone; `accelerate launch` takes several
         arguments._n_gpu = 1
     return arguments
-
-
-def _newest_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: `trainer_state.json` is the last file of one to be written."""
-    found = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(path)
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def _save(output: Path, objective: Objective, trained: dict[str, Tensor], base_model: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa.errors import CheckpointError, MedusaError
 from medusa.metrics import accuracies_of, expected_acceptance_length, rank_hits
+from medusa.training.data import FILLER, EpochOrder
 from medusa.training.losses import IGNORED
 from medusa.training.objective import Objective, count_asked
 from medusa.trees.search import search_tree
@@ -46,8 +49,9 @@ class MedusaTrainer(Trainer):
     """transformers' Trainer for an `Objective`.
 
     Losses are divided by the number of predicted tokens in the whole step, over all accumulated batches and processes, so
-    it does not matter how a batch is split. Checkpoints hold only trained weights. Evaluation measures each head's accuracy
-    at each rank, and the acceleration rate to expect from the best tree.
+    it does not matter how a batch is split. Which rows a step has does not depend on that either, so a run may be resumed on
+    another number of processes. Checkpoints hold only trained weights. Evaluation measures each head's accuracy at each rank,
+    and the acceleration rate to expect from the best tree.
     """
 
     model: Objective
@@ -60,6 +64,13 @@ class MedusaTrainer(Trainer):
         self._measured_at = -1  # the step of this batch
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `_get_num_items_in_batch` gives
 
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
+        args, rows = self.args, len(self.train_dataset)
+        at_once = args.per_device_train_batch_size * args.world_size
+        steps = -(-rows // (at_once * args.gradient_accumulation_steps))
+        # Asked for later, since accelerate's `set_epoch` does not reach the sampler of a resumed run in several processes.
+        return EpochOrder(rows, at_once if args.world_size > 1 else 1, args.seed, lambda: self.state.global_step // steps)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         num_heads = len(self.model.heads)
         counts = torch.stack([count_asked(batch["labels"], batch["segments"], num_heads) for batch in batch_samples])
@@ -71,7 +82,7 @@ class MedusaTrainer(Trainer):
             # Paper B.4: lambda_0 rises by a sine to its peak at the end.
             done = self.state.global_step / max(self.state.max_steps, 1)
             self.model.lambda_0 = config.lambda_0 * math.sin(math.pi / 2 * done)
-        output = model(**inputs, counts=num_items_in_batch)
+        output = model(**inputs, counts=num_items_in_batch, step=self.state.global_step)
         loss = output["loss"]
         # Each batch of an accumulated step has a share of the loss.
         shares = 1 if num_items_in_batch is None else self.args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -174,10 +185,7 @@ class MedusaTrainer(Trainer):
         size, processes = self.args.per_device_eval_batch_size, self.args.world_size
         for first in range(0, len(rows), size * processes):
             mine = range(first + self.args.process_index * size, min(first + (self.args.process_index + 1) * size, len(rows)))
-            batch = self._prepare_inputs(self.data_collator([rows[number] for number in mine] or [rows[0]]))
-            if not mine:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-            yield batch
+            yield self._prepare_inputs(self.data_collator([rows[number] for number in mine or (FILLER,)]))
 
     def trained(self) -> dict[str, Tensor]:
         """The complete trained parameters on the CPU, gathered from all processes if they are sharded."""
@@ -192,7 +200,14 @@ class MedusaTrainer(Trainer):
         super()._save(output_dir, self.trained())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
+        sharded = any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*"))
+        if sharded != self.is_fsdp_enabled:
+            how = ("with", "without") if sharded else ("without", "with")
+            raise CheckpointError(
+                f"{resume_from_checkpoint} was saved {how[0]} FSDP and cannot be resumed {how[1]} it; "
+                f"launch the command {how[0]} FSDP, on any number of processes"
+            )
+        if sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
@@ -202,6 +217,18 @@ class MedusaTrainer(Trainer):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
+
+
+def newest_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint: `trainer_state.json` is the last file of one to be written."""
+    found = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 FIRST_STEPS = (1, 2, 5, 10)  # always logged, so that a bad run shows early

@@ -147,7 +147,7 @@ def distill(
     *,
     heads: str | None = None,
     tree: str | None = None,
-    endpoint: str | None = None,
+    endpoint: str | Sequence[str] | None = None,
     api_key_env: str = "OPENAI_API_KEY",
     samples: int = 1000,
     limit: int | None = None,
@@ -170,7 +170,8 @@ def distill(
         data: prompts: .txt, JSON, JSONL, Parquet, a folder, a `datasets` id (ID:SPLIT); or `self`: the model writes them.
         output: folder of JSONL shards.
         heads, tree: Medusa heads and tree to decode with; None: those of the model, if any.
-        endpoint, api_key_env: address of an OpenAI-compatible server that runs the model; environment variable with its key.
+        endpoint, api_key_env: address of an OpenAI-compatible server that runs the model, or several that share the work;
+            environment variable with their key.
         samples, limit: number of conversations, with `data="self"`; number of prompts to use, from the first; None: all.
         ray: number of workers of a Ray Data job; 0: this process.
         quantization, dtype, device, trust_remote_code: as in `train`.
@@ -184,7 +185,9 @@ def distill(
     if data == "self" and (endpoint is not None or ray):
         raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
     how = from_mapping(Distillation, options, "distillation options")
-    Shards.refuse_other(Path(output), made_by := {"model": model, "heads": heads, "endpoint": endpoint, **how.lasting})
+    # Not the addresses: a run goes on with other servers of the same model.
+    made_by = {"model": model, "heads": heads, "endpoint": endpoint is not None, **how.lasting}
+    Shards.refuse_other(Path(output), made_by)
 
     def answerer() -> Answerer:
         if endpoint is not None:
