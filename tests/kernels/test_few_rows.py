@@ -24,6 +24,18 @@ needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ 
 SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (64, 31, 5)]
 
 
+def recorded(change):
+    """A backend of torch.compile that changes each graph and runs it as it is, and the list of its graphs."""
+
+    def backend(graph, _inputs):
+        change(graph)
+        graphs.append(graph)
+        return graph
+
+    graphs: list = []
+    return backend, graphs
+
+
 @needs_compiler
 @pytest.mark.parametrize(("rows", "width", "outputs"), SIZES)
 @pytest.mark.parametrize("bias", [False, True])
@@ -69,12 +81,8 @@ def test_maps_of_one_input_run_as_one_and_give_the_same():
             q, k, v = self.q(x), self.k(x), self.v(x)
             return self.o(q + torch.cat([k, v], -1))
 
-    def backend(graph, _inputs):
-        fuse_linear_maps(graph)
-        graphs.append(graph)
-        return graph
+    backend, graphs = recorded(fuse_linear_maps)
 
-    graphs: list = []
     block, x = Block().requires_grad_(False), torch.randn(2, 5, 64, dtype=torch.bfloat16)
     fused = torch.compile(block, backend=backend)(x)
     calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.linear.default]
@@ -85,15 +93,11 @@ def test_maps_of_one_input_run_as_one_and_give_the_same():
 
 @needs_compiler
 def test_a_slice_of_weights_is_read_in_place():
-    def backend(graph, _inputs):
-        fuse_linear_maps(graph)
-        graphs.append(graph)
-        return graph
+    backend, graphs = recorded(fuse_linear_maps)
 
     def head(x, first, tokens):
         return nn.functional.linear(x, first) + nn.functional.linear(x, tokens[:, :64])
 
-    graphs: list = []
     x, first, tokens = (torch.randn(rows, width, dtype=torch.bfloat16) for rows, width in ((2, 64), (24, 64), (24, 192)))
     fused = torch.compile(head, backend=backend)(x, first, tokens)
     calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.linear.default]
@@ -135,12 +139,8 @@ def test_attention_is_torchs_and_each_query_is_the_same_alone(rows, slots, width
 
 @needs_compiler
 def test_a_compiled_step_reads_shared_keys_in_place():
-    def backend(graph, _inputs):
-        replace_attention(graph)
-        graphs.append(graph)
-        return graph
+    backend, graphs = recorded(replace_attention)
 
-    graphs: list = []
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)

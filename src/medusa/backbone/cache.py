@@ -102,7 +102,7 @@ class TreeCache(Cache):
     ) -> None:
         """Move keys and values within each row; the targets are overwritten."""
         held = [layer for layer in self.layers if layer.is_initialized]  # layers that share another's cache have no own
-        if source.device.type == "cpu" and are_loaded():
+        if are_loaded() and {source.device.type, *(layer.device.type for layer in held)} == {"cpu"}:
             torch.ops.medusa.move_slots([states for layer in held for states in (layer.keys, layer.values)], source, target)
             return
         for layer in held:

@@ -265,13 +265,17 @@ def ranks_of(backbone: PreTrainedModel) -> Ranks | None:
         UnsupportedBackbone: see `check_shares`.
         InvalidInput: the model is shared among some of the processes only.
     """
-    size = getattr(backbone, "_tp_size", None) or 1
-    if size == 1:
+    if (size := parts_of(backbone)) == 1:
         return None
     check_shares(backbone.config, size)
     if size != dist.get_world_size():
         raise InvalidInput(f"the model is in {size} parts, {dist.get_world_size()} processes run; start as many as parts")
     return Ranks(device_of(backbone.get_input_embeddings()))
+
+
+def parts_of(backbone: PreTrainedModel) -> int:
+    """The number of processes among which transformers has shared a model's weights out."""
+    return getattr(backbone, "_tp_size", None) or 1
 
 
 def check_shares(config: PreTrainedConfig, size: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from medusa.backbone.ranks import parts_of
 from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.placement import device_of, is_offloaded, is_plain
@@ -56,7 +57,7 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
     """Load an adapter into a backbone and merge it into the weights, so that it costs nothing when decoding; a quantised or
     offloaded backbone keeps it separate. CheckpointError if it is broken, or made for another model."""
     peft = require("peft", "train", "an adapter")
-    if (getattr(backbone, "_tp_size", None) or 1) > 1:
+    if parts_of(backbone) > 1:
         raise CheckpointError(
             f"the adapter in {folder} cannot be merged into a tensor-parallel model; merge it first: "
             "medusa convert HEADS OUT --to merged"

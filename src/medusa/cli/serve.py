@@ -17,8 +17,7 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         from medusa.errors import InvalidInput
         from medusa.runs.files import read_yaml
 
-        known = {parameter.name or "" for parameter in ctx.command.params} - {"config"}
-        ctx.default_map = options_in(read_yaml(path, InvalidInput) or {}, str(path), known)
+        ctx.default_map = options_in(read_yaml(path, InvalidInput) or {}, str(path))
     return path
 
 

@@ -31,14 +31,6 @@ FLAGS = (
 )
 
 
-_loaded = False
-
-
-def are_loaded() -> bool:
-    """Whether `load_kernels` has loaded them. It takes time, so that only compiled steps and int8 maps ask for it."""
-    return _loaded
-
-
 @functools.cache
 def load_kernels() -> bool:
     """Load the kernels as `torch.ops.medusa`, and compile them first where this machine has not yet (about ten seconds).
@@ -56,9 +48,12 @@ def load_kernels() -> bool:
     torch.library.register_fake("medusa::linear", _fake)
     torch.library.register_fake("medusa::linear_int8", _fake)
     torch.library.register_fake("medusa::attention", _fake_attention)
-    global _loaded
-    _loaded = True
     return True
+
+
+def are_loaded() -> bool:
+    """Whether `load_kernels` has loaded them. It takes time, so that only compiled steps and int8 maps ask for it."""
+    return load_kernels.cache_info().currsize > 0 and load_kernels()
 
 
 @functools.cache

@@ -359,6 +359,9 @@ To vector_at(const From* p) {
 
 Lanes widened(const BFloat16* p) { return (Lanes)(__builtin_convertvector(vector_at<Half>(p), Whole) << 16); }
 
+// Minus zero changes nothing, not even the sign of a zero.
+Lanes every(float value) { return value - Lanes{}; }
+
 // a * b + c, the same wherever it is called: the compiler is not free to fuse some and not others.
 Lanes fused(Lanes a, Lanes b, Lanes c) {
 #if defined(__AVX512F__)
@@ -370,11 +373,11 @@ Lanes fused(Lanes a, Lanes b, Lanes c) {
 
 // e^x to the last bits of float32; 0 below e^-87.
 Lanes exponential(Lanes x) {
-  const Lanes least = Lanes{} - 87.f, power = (x < least ? least : x) * 1.44269504f;
+  const Lanes least = every(-87.f), power = (x < least ? least : x) * 1.44269504f;
   const Lanes whole = (power + 12582912.f) - 12582912.f;  // rounded: such large numbers have no fraction
   const Lanes part = (power - whole) * 0.69314718f;
-  Lanes series = Lanes{} + 1.f / 720;
-  for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = fused(series, part, Lanes{} + factor);
+  Lanes series = every(1.f / 720);
+  for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) series = fused(series, part, every(factor));
   const Lanes scale = (Lanes)((__builtin_convertvector(whole, Whole) + 127) << 23);
   return x < least ? Lanes{} : series * scale;
 }
@@ -382,7 +385,7 @@ Lanes exponential(Lanes x) {
 // Softmax of a row of scores, whose width is a multiple of the lanes. The sum is in double precision: a node of a tree has its
 // path in other slots, hence other lanes, than the same tokens have in plain decoding, and must get the same sum.
 void softmax(float* row, int64_t width) {
-  Lanes most = Lanes{} - INFINITY;
+  Lanes most = every(-INFINITY);
   Doubles sum{};
   for (int64_t s = 0; s < width; s += lanes) {
     const Lanes here = vector_at<Lanes>(row + s);
@@ -413,7 +416,7 @@ void weigh(const float* p, int64_t width, const BFloat16* values, int64_t S, int
     for (int c = 0; c < C; ++c) value[c] = widened(values + s * D + c * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Lanes weight = p[r * width + s] - Lanes{};
+      const Lanes weight = every(p[r * width + s]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[r][c] = fused(weight, value[c], sum[r][c]);
     }

@@ -27,9 +27,7 @@ def few_rows_backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
     fuse_linear_maps(graph)
     replace_attention(graph)
     # Inductor's cache on disk knows a kernel by its name alone: graphs of another version of it must not be taken.
-    with torch.compiler.config.patch(  # type: ignore[attr-defined]
-        cache_key_tag=source_digest()
-    ):
+    with torch.compiler.config.patch(cache_key_tag=source_digest()):  # type: ignore[attr-defined]
         return compile_fx(graph, inputs, config_patches=INDUCTOR)
 
 
@@ -146,6 +144,6 @@ def _is_input(node: Any) -> bool:
 
 def _is_slice(node: Any) -> bool:
     """Whether a tensor is a slice of an input of the graph, as a path head's weights of the tokens that it has seen."""
-    if not isinstance(node, fx.Node) or node.target is not operator.getitem or not _is_input(node.args[0]):
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
         return False
-    return not any(isinstance(each, fx.Node) for each in node.all_input_nodes[1:])
+    return _is_input(node.args[0]) and len(node.all_input_nodes) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -75,12 +75,11 @@ KNOWN = [name for names in NAMES.values() for name in names]
 REPEATABLE = [field.name for field in fields(ServerSettings) if isinstance(field.default, tuple)]
 
 
-def options_in(found: Any, source: str, known: Collection[str] = KNOWN) -> dict[str, Any]:
+def options_in(found: Any, source: str) -> dict[str, Any]:
     """The options in what a YAML file holds, by their names in Python.
 
     Args:
         source: where they are from, for errors.
-        known: names of the options that may be there.
 
     Raises:
         InvalidInput: something else is there.
@@ -89,8 +88,8 @@ def options_in(found: Any, source: str, known: Collection[str] = KNOWN) -> dict[
     if not isinstance(found, Mapping):
         raise InvalidInput(f"{source} holds a {type(found).__name__}, expected `option: value` lines")
     options = {str(key).replace("-", "_"): value for key, value in found.items()}
-    for key in options.keys() - set(known):
-        nearest = difflib.get_close_matches(key, known, n=1)
+    for key in options.keys() - set(KNOWN):
+        nearest = difflib.get_close_matches(key, KNOWN, n=1)
         raise ConfigError(f"{source}: unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
     for key in options.keys() & set(REPEATABLE):
         options[key] = options[key] if isinstance(options[key], list) else [options[key]]
