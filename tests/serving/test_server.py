@@ -64,7 +64,7 @@ def test_large_bodies_are_refused_whatever_their_header_says(model, tokenizer):
 def test_requests_have_ids(served):
     answer = served.post(CHAT, SHORT, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1" and answer.json()["id"] == "chatcmpl-mine-1"
-    made = [served.get("/version", headers=headers).headers["x-request-id"] for headers in ({}, {"x-request-id": "a b\x01"})]
+    made = [served.get("/version", headers=headers).headers["x-request-id"] for headers in ({}, {"x-request-id": "a b"})]
     assert len(set(made)) == 2 and all(len(each) == 32 for each in made)
 
 

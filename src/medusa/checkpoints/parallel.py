@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist
 
 from medusa.checkpoints import named
-from medusa.errors import MedusaError, one_line
+from medusa.errors import MedusaError, RankLost, one_line
 from medusa.model import MedusaModel
 from medusa.runs.console import note
 
@@ -80,6 +80,8 @@ def _follow(rank: int, size: int, port: int, pipe: Connection, model: str, optio
         assert medusa.ranks is not None
         medusa.ranks.follow()
     except Exception as error:  # of any kind: this process has no caller
+        if isinstance(error, RankLost):
+            time.sleep(GRACE / 4)  # if it is rank 0 that has ended, `_end_with_rank_0` says so
         pipe.send(str(error) if isinstance(error, MedusaError) else f"{type(error).__name__}: {one_line(error)}")
     os._exit(1)
 
