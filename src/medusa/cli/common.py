@@ -23,7 +23,6 @@ T = TypeVar("T")
 ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
 ]
-GgufOption = Annotated[str | None, typer.Option(help="Name of the GGUF file in the folder or repository.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub; for other ids: ID@REVISION.")]
 OfflineOption = Annotated[
     bool,
@@ -63,19 +62,25 @@ EndpointKeyOption = Annotated[
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Options of the commands that load a model with heads."""
+class Locating:
+    """Options of the commands that read a model's files."""
 
-    heads: Annotated[str | None, typer.Option(help="Folder or hub id of the heads (default: the model's own folder).")] = None
-    gguf_file: GgufOption = None
+    gguf_file: str | None = option(None, "Name of the GGUF file in the folder or repository.")
     revision: RevisionOption = None
     offline: OfflineOption = False
+    trust_remote_code: TrustOption = False
+
+
+@dataclass(frozen=True)
+class Loading(Locating):
+    """Options of the commands that load a model with heads."""
+
+    heads: str | None = option(None, "Folder or hub id of the heads (default: the model's own folder).")
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32 (default: the backbone's own)."),
     ] = None
     device: DeviceOption = None
-    trust_remote_code: TrustOption = False
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,6 @@ def tree_command(
     if wanted.preset == "list":
         print(json.dumps(presets()) if as_json else "\n".join(f"{name:28}{heads}" for name, heads in presets().items()))
         return
-    if accuracies is not None and calibration is not None:
-        raise InvalidInput("give --accuracies or --calibration, not both")
     search, chances_of = statistics(accuracies, calibration)
     tree = wanted.tree(file, search)
     marked, chances = draw_static(tree, chances_of, draw, mark)
@@ -133,6 +131,8 @@ def statistics(
     from medusa.metrics import path_chances
     from medusa.trees.search import search_tree
 
+    if accuracies is not None and calibration is not None:
+        raise InvalidInput("give --accuracies or --calibration, not both")
     if accuracies is not None:
         table = read_accuracies(accuracies)
         return lambda nodes: search_tree(table, nodes), lambda tree: path_chances(tree, table)

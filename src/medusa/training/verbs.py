@@ -180,12 +180,11 @@ def distill(
     Raises:
         MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
     """
-    if samples < 1 or (limit is not None and limit < 1) or ray < 0:
-        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}; expected at least 1, and at least 0 for ray")
+    _check_amounts(samples, limit, ray)
     if data == "self" and (endpoint is not None or ray):
         raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
     how = from_mapping(Distillation, options, "distillation options")
-    # Not the addresses: a run goes on with other servers of the same model.
+    # Not the addresses: a run may be resumed with other servers of the same model.
     made_by = {"model": model, "heads": heads, "endpoint": endpoint is not None, **how.lasting}
     Shards.refuse_other(Path(output), made_by)
 
@@ -203,6 +202,11 @@ def distill(
         raise InvalidInput(f"{data} holds no prompts: {skips or 'it is empty'}")
     chosen = RayAnswerer(answerer, ray, how.batch_size) if ray else answerer()
     return answer_seeds(seeds, chosen, Shards(output, made_by), skips)  # made last: a run that cannot load leaves no folder
+
+
+def _check_amounts(samples: int, limit: int | None, ray: int) -> None:
+    if samples < 1 or (limit is not None and limit < 1) or ray < 0:
+        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}; expected at least 1, and at least 0 for ray")
 
 
 def _answer_own_questions(own: Any, output: Path, samples: int, how: Distillation, made_by: dict[str, Any]) -> Distilled:
