@@ -40,7 +40,7 @@ TreeOption = Annotated[
 ]
 QuantizationOption = Annotated[
     Literal["none", "nf4", "int8", "int8-dynamic"],
-    typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), or int8-dynamic (a CPU, fastest there)."),
+    typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), int8-dynamic (fastest on a CPU)."),
 ]
 TpOption = Annotated[
     int, typer.Option(min=1, help="Number of GPUs that share every layer (tensor parallel), or of processes on a CPU.")
@@ -50,7 +50,7 @@ CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step
 ChatOption = Annotated[
     bool | None,
     typer.Option(
-        help="Format the prompt with the model's chat template, or continue it as plain text (default: the template if any).",
+        help="Format the prompt with the model's chat template, or continue it as plain text (default: the template, if any).",
         show_default=False,
     ),
 ]

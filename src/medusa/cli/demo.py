@@ -41,8 +41,8 @@ class Demonstration:
     """What is measured, and where the result is saved."""
 
     limit: int = option(3, "Number of built-in prompts to measure.", least=1)
-    compile: bool = option(True, "Compile our loops (slow start).")
-    float32_check: bool = option(True, "Compare outputs in float32 too.")
+    compile: bool = option(True, "Compile the steps of our loops (slow start).")
+    float32_check: bool = option(True, "Also compare the outputs in float32.")
     svg: Path | None = option(None, "Save a picture of the result to this file.")
     html: Path | None = option(None, "Save the run as a page that replays it and shows its trees.")
 

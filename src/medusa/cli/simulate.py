@@ -50,9 +50,9 @@ class Assumed:
     heads_kind: HeadsKind = option("medusa", "What the heads read besides the hidden state.")
     gpus: int = option(1, "Number of GPUs that share every layer of one copy of the model (tensor parallel).", least=1)
     launch: float | None = option(
-        None, "Microseconds in which an operator starts; 0: CUDA graphs hide it (default: the machine's).", least=0
+        None, "Microseconds to start an operator; 0: CUDA graphs hide them (default: the machine's).", least=0
     )
-    paper_block: bool = option(False, "Only simulate eight operators of one layer, no heads, as in the paper.")
+    paper_block: bool = option(False, "Simulate only eight operators of one layer, without heads, as the paper does.")
 
     def setting(self, shape: ModelShape, machine: Hardware) -> Setting:
         from medusa.simulation.prediction import Setting
@@ -69,13 +69,13 @@ class Fleet:
 
     limits: tuple[float, ...] = option(
         (),
-        "Predict what a fleet serves if a request's token may take this many milliseconds; repeatable.",
+        "Predict the load that a fleet serves within this many milliseconds per token of a request; repeatable.",
         flags=("--limit",),
         above=0,
     )
     loads: tuple[float, ...] = option(
         (),
-        "Predict how fast a fleet is that has to generate this many tokens per second; repeatable.",
+        "Predict the latency of a fleet that generates this many tokens per second; repeatable.",
         flags=("--load",),
         above=0,
     )
