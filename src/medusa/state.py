@@ -186,7 +186,7 @@ def room(model: Decodable, prompt_length: int, drafter: Drafter, limit: int) -> 
 
 
 def visible_slots(needed: int, capacity: int) -> int:
-    """The number of slots that a graph sees which needs so many: a power of two, so that a few graphs do for all lengths."""
+    """The number of slots that a graph sees if it needs `needed`: a power of two, so that few graphs suffice."""
     return min(capacity, max(CAPACITY_STEP, 1 << (needed - 1).bit_length()))
 
 

@@ -38,7 +38,7 @@ class Ranks:
     """The ranks of a tensor-parallel model, seen from one of them.
 
     All ranks run the same program and call the model together, as transformers' models are used. While rank 0 is `leading`, it
-    alone goes on: it announces its calls of `repeated` methods, and the others, which `follow`, make them too.
+    alone decodes: it announces its calls of `repeated` methods, and the others, which `follow`, make them too.
 
     Args:
         device: the device of this rank's part.

@@ -45,7 +45,7 @@ class Graphs:
         return bool(self._left)
 
     def width(self, rows: int) -> int:
-        """The number of rows of the graph that steps so many."""
+        """The number of rows of the graph that steps a number of rows."""
         return min(self._pool.number, 1 << (rows - 1).bit_length())
 
     def ready(self, rows: int, tree: MedusaTree | DynamicTree, base: int) -> bool:

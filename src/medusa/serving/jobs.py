@@ -53,7 +53,7 @@ class Job:
         self._wake()
 
     def begin(self, cached: int) -> None:
-        """Its prompt is begun, behind so many tokens that are in the cache."""
+        """Begin its prompt, of which the first `cached` tokens are in the cache."""
         self.done = self._cached = cached
         self._queued = time.monotonic() - self._submitted
 

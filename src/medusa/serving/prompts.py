@@ -130,7 +130,7 @@ def call_style(tokenizer: Any) -> str | None:
 
 
 def ends_of_turns(tokenizer: Any) -> tuple[int, ...]:
-    """The ids with which the template ends an assistant's turn, beside those that end a text; empty if that cannot be told."""
+    """The ids with which the template ends an assistant's turn, beside those that end a text; empty if they are unknown."""
     try:
         return tuple(end_of_turn(tokenizer)) if getattr(tokenizer, "chat_template", None) else ()
     except InvalidInput:  # a template that rewrites the turns: the model's own eos must do

@@ -1,4 +1,4 @@
-"""The proxy's side: clients are told in OpenAI's shape what a proxy would say as text, or by breaking the connection."""
+"""The proxy's side: what a proxy reports as text, or by breaking the connection, reaches clients in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Proxied:
 
         async def watched(message: Message) -> None:
             nonlocal begun, ended
-            if ended:  # the text of an error, which has been told
+            if ended:  # the text of an error that has been answered already
                 return
             if message["type"] == "http.response.start":
                 begun = Headers(raw=message["headers"])

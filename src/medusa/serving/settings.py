@@ -21,7 +21,7 @@ class Launch:
     heads: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
-    offline: bool = False  # followed by whoever starts the process, before it imports the hub's client
+    offline: bool = False  # has to be set before the hub's client is imported, by the command or by Ray
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     device: str | None = None
     trust_remote_code: bool = False

@@ -50,7 +50,7 @@ class Replica:
         return self._last(lambda found: found.seconds_per_token <= seconds_per_token)
 
     def under(self, tokens_per_second: float) -> Operating | None:
-        """The fewest requests with which the replica generates so many tokens; None if it cannot."""
+        """The fewest requests with which the replica generates this many tokens per second; None if it cannot."""
         short = self._last(lambda found: found.tokens_per_second < tokens_per_second)
         requests = short.requests + 1 if short is not None else 1
         return self.operating(requests) if requests <= self.most_requests else None

@@ -256,8 +256,8 @@ class Progress(ProgressCallback):
                 right = [
                     f"{100 * value:.0f}" for name, value in logs.items() if name.startswith(head) and name.endswith("_top1")
                 ]
-                told = f", head accuracies {' '.join(right)} %" if right else ""
+                shown = f", head accuracies {' '.join(right)} %" if right else ""
                 if (lm_loss := logs.get(loss.replace("loss", "lm_loss"))) is not None:
-                    told = f", of the backbone {lm_loss:.4f}{told}"
-                line = f"step {state.global_step} of {state.max_steps}{what}: loss {logs[loss]:.3f}{told}"
+                    shown = f", of the backbone {lm_loss:.4f}{shown}"
+                line = f"step {state.global_step} of {state.max_steps}{what}: loss {logs[loss]:.3f}{shown}"
                 self.training_bar.write(line, file=sys.stderr)

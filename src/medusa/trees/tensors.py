@@ -51,7 +51,7 @@ def paths_up(
 
 
 def chain(length: int, device: torch.device | str | None = None) -> TreeTensors:
-    """A path of so many nodes as a tree: how a text is read behind the committed tokens."""
+    """A path of a number of nodes as a tree: how more of a text is read behind the committed tokens."""
     at = torch.arange(length, device=device)
     below = at <= at[:, None]  # [n, m]: m is n or above it
     return TreeTensors((at - 1).clamp(min=0)[None], at[None], at.where(below, -1)[None], below[None])
