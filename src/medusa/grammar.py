@@ -58,8 +58,8 @@ class Grammar:
                 raise InvalidInput(f"the JSON schema is not JSON: {error}") from None
         if not isinstance(schema, dict):
             raise InvalidInput(f"a JSON schema is an object, got {type(schema).__name__}")
-        compile = _library().LLMatcher.grammar_from_json_schema
-        return cls(compile(json.dumps(schema), overrides={"whitespace_flexible": whitespace}), tokenizer)
+        overrides = {"whitespace_flexible": whitespace}
+        return cls(_library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides), tokenizer)
 
     @classmethod
     def regex(cls, pattern: str, tokenizer: Any) -> Grammar:

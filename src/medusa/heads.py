@@ -232,10 +232,6 @@ class MedusaHeads(nn.ModuleList):
         """What heads read besides the hidden state."""
         return self.config.medusa_heads_kind
 
-    def known(self, k: int) -> int:
-        """The maximum number of tokens that head k + 1 reads: none, the root, or the path from the root on."""
-        return tokens_read(self.kind, k)
-
     def embed(
         self,
         tokens: Tensor,  # (...) long

@@ -72,18 +72,7 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
         raise CheckpointError(f"cannot load a causal language model from {source}: {one_line(error)}") from error
     if source.name is not None or source.gguf_file is not None:
         backbone.config._name_or_path = str(source)  # transformers sets the model that a GGUF file was made from
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(f"the model in {folder} lacks {missing[0]} and {len(missing) - 1} other tensors; copy it again")
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, got, wanted = mismatched[0][:3]
-        raise CheckpointError(
-            f"the model in {folder} has a {name} of shape {tuple(got)}, {CONFIG_FILE} says {tuple(wanted)}; "
-            f"{len(mismatched) - 1} other tensors differ as well; take both from one model"
-        )
-    unused = sorted(name for name in info["unexpected_keys"] if not belongs_to_heads(name))
-    if unused:
-        warnings.warn(f"{len(unused)} tensors in {folder} have no place in the model: {unused[0]}, …", stacklevel=2)
+    _account_for(info, folder)
     if int8:
         if backbone.device.type != "cpu" or backbone.dtype not in (torch.bfloat16, torch.float32):
             raise InvalidInput(
@@ -92,6 +81,20 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
             )
         quantize_int8(backbone)
     return backbone
+
+
+def _account_for(info: dict[str, Any], folder: Path) -> None:
+    """Refuse a model some of whose tensors are missing or of the wrong shape; warn of tensors that have no place."""
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"the model in {folder} lacks {missing[0]} and {len(missing) - 1} other tensors; copy it again")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, got, wanted = mismatched[0][:3]
+        raise CheckpointError(
+            f"the model in {folder} has a {name} of shape {tuple(got)}, {CONFIG_FILE} says {tuple(wanted)}; "
+            f"{len(mismatched) - 1} other tensors differ as well; take both from one model"
+        )
+    if unused := sorted(name for name in info["unexpected_keys"] if not belongs_to_heads(name)):
+        warnings.warn(f"{len(unused)} tensors in {folder} have no place in the model: {unused[0]}, …", stacklevel=3)
 
 
 def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:

@@ -96,13 +96,6 @@ def load_heads(folder: str | Path, dtype: torch.dtype | None = None, backbone: s
     return checkpoint.heads(dtype, vocab_size)
 
 
-def heads_from_tensors(
-    tensors: dict[str, Tensor], config: dict[str, Any], source: str, dtype: torch.dtype | None = None
-) -> MedusaHeads:
-    """Build heads around tensors, whose shapes determine their sizes; CheckpointError if the tensors do not form heads."""
-    return checkpoint_of(tensors, config, Path(source)).heads(dtype)
-
-
 def checkpoint_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> Checkpoint:
     """The heads that named tensors form, CheckpointError if they form none; the config gives only what tensors do not
     determine."""

@@ -23,7 +23,6 @@ T = TypeVar("T")
 ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
 ]
-GgufOption = Annotated[str | None, typer.Option(help="Name of the GGUF file in the folder or repository.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub; for other ids: ID@REVISION.")]
 OfflineOption = Annotated[
     bool,
@@ -41,7 +40,7 @@ TreeOption = Annotated[
 ]
 QuantizationOption = Annotated[
     Literal["none", "nf4", "int8", "int8-dynamic"],
-    typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), or int8-dynamic (a CPU, fastest there)."),
+    typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), int8-dynamic (fastest on a CPU)."),
 ]
 TpOption = Annotated[
     int, typer.Option(min=1, help="Number of GPUs that share every layer (tensor parallel), or of processes on a CPU.")
@@ -51,7 +50,7 @@ CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step
 ChatOption = Annotated[
     bool | None,
     typer.Option(
-        help="Format the prompt with the model's chat template, or continue it as plain text (default: the template if any).",
+        help="Format the prompt with the model's chat template, or continue it as plain text (default: the template, if any).",
         show_default=False,
     ),
 ]
@@ -63,19 +62,25 @@ EndpointKeyOption = Annotated[
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Options of the commands that load a model with heads."""
+class Locating:
+    """Options of the commands that read a model's files."""
 
-    heads: Annotated[str | None, typer.Option(help="Folder or hub id of the heads (default: the model's own folder).")] = None
-    gguf_file: GgufOption = None
+    gguf_file: str | None = option(None, "Name of the GGUF file in the folder or repository.")
     revision: RevisionOption = None
     offline: OfflineOption = False
+    trust_remote_code: TrustOption = False
+
+
+@dataclass(frozen=True)
+class Loading(Locating):
+    """Options of the commands that load a model with heads."""
+
+    heads: str | None = option(None, "Folder or hub id of the heads (default: the model's own folder).")
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32 (default: the backbone's own)."),
     ] = None
     device: DeviceOption = None
-    trust_remote_code: TrustOption = False
 
 
 @dataclass(frozen=True)

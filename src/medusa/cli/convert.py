@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from medusa.cli import common
 from medusa.runs.console import note
+
+if TYPE_CHECKING:
+    from medusa.checkpoints.reader import Checkpoint
 
 
 def convert_command(
@@ -47,6 +50,12 @@ def convert_command(
     for warning in caught:
         if warning.category is UserWarning:  # ours; deprecations of libraries have other categories
             note(f"medusa: {warning.message}")
+    address = publish.push_to_hub(output, push_to_hub, private or None) if push_to_hub is not None else None
+    _show(written, output, to, address, as_json)
+
+
+def _show(written: Checkpoint, output: Path, to: str, address: str | None, as_json: bool) -> None:
+    """Print what was written, and its address on the hub."""
     record = {
         "output": str(output),
         "format": to,
@@ -54,14 +63,12 @@ def convert_command(
         "num_layers": written.config.medusa_num_layers,
         "base_model": written.config.base_model_name_or_path,
     }
-    if push_to_hub is not None:
-        record["published"] = publish.push_to_hub(output, push_to_hub, private or None)
     if as_json:
-        print(json.dumps(record))
+        print(json.dumps(record if address is None else {**record, "published": address}))
         return
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(
         f"{written.num_heads} heads of {record['num_layers']} layers in {output}, {size / 1e6:.1f} MB, read back and identical"
     )
-    if push_to_hub is not None:
-        print(record["published"])
+    if address is not None:
+        print(address)

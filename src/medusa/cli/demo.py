@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medusa.cli import common, prompting, showing
+from medusa.config import option
 from medusa.errors import InvalidInput
 from medusa.runs.console import note, progress, waiting
 
@@ -35,7 +36,18 @@ SHOWN_LINES = 6  # number of last lines of the prompt to show, if it is code to 
 FIRST_SHOWN = 12  # index of the first held-out prompt: a text that repeats itself little
 
 
-@common.with_options(common.Loading)
+@dataclass(frozen=True)
+class Demonstration:
+    """What is measured, and where the result is saved."""
+
+    limit: int = option(3, "Number of built-in prompts to measure.", least=1)
+    compile: bool = option(True, "Compile the steps of our loops (slow start).")
+    float32_check: bool = option(True, "Also compare the outputs in float32.")
+    svg: Path | None = option(None, "Save a picture of the result to this file.")
+    html: Path | None = option(None, "Save the run as a page that replays it and shows its trees.")
+
+
+@common.with_options(Demonstration, common.Loading)
 def demo_command(
     model: Annotated[
         str | None,
@@ -51,11 +63,6 @@ def demo_command(
     chat: common.ChatOption = None,
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 192,
-    limit: Annotated[int, typer.Option(min=1, help="Number of built-in prompts to measure.")] = 3,
-    compile: Annotated[bool, typer.Option(help="Compile our loops (slow start).")] = True,
-    float32_check: Annotated[bool, typer.Option(help="Compare outputs in float32 too.")] = True,
-    svg: Annotated[Path | None, typer.Option(help="Save a picture of the result to this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Save the run as a page that replays it and shows its trees.")] = None,
     as_json: common.JsonOption = False,
     **options: Any,
 ) -> None:
@@ -64,19 +71,18 @@ def demo_command(
         prompting.refuse_prompt_as_model(model, "give it with --prompt")
     given = prompting.read_prompt(prompt, prompt_file) if prompt is not None or prompt_file is not None else None
     model = common.full_name(model or _default_model(options["heads"]), options)
-    out = showing.console(stderr=as_json)
-    demo = _load(model, tree, given, chat, limit, max_new_tokens, **options)
-    recorded = _watch(demo, compile, out)
-    record = _measure(demo, compile)
-    record["model"] = model
-    if float32_check:
+    out, wanted = showing.console(stderr=as_json), common.take(Demonstration, options)
+    demo = _load(model, tree, given, chat, wanted.limit, max_new_tokens, **options)
+    recorded = _watch(demo, wanted.compile, out)
+    record = _measure(demo, wanted.compile) | {"model": model}
+    if wanted.float32_check:
         record["identical_float32"] = _identical_in_float32(demo, tree, record["identical"], **options)
     record["text"] = demo.tokenizer.decode(recorded["medusa"].tokens(), skip_special_tokens=True)
     header, rows, title, caption = _table(record, len(demo.batches), max_new_tokens, demo.model)
-    if svg is not None:
-        _save_picture(svg, demo.tokenizer, recorded, showing.tables(150, header, rows, title, caption))
-    if html is not None:
-        _save_page(html, demo, recorded)
+    if wanted.svg is not None:
+        _save_picture(wanted.svg, demo.tokenizer, recorded, showing.tables(150, header, rows, title, caption))
+    if wanted.html is not None:
+        _save_page(wanted.html, demo, recorded)
     if as_json:
         print(json.dumps(record))
         return

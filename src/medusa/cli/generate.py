@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medusa.cli import common, prompting, showing
+from medusa.config import option
 from medusa.errors import InvalidInput
 from medusa.runs.console import note
 from medusa.runs.files import read_text
@@ -21,7 +23,29 @@ if TYPE_CHECKING:
     from medusa.model import MedusaModel
 
 
-@common.with_options(common.Sampling, common.Loading)
+@dataclass(frozen=True)
+class Form:
+    """What the text must look like; at most one is given."""
+
+    json_schema: Path | None = option(None, "Write JSON that fits the JSON schema in this file.")
+    regex: str | None = option(None, "Write text that this regular expression matches.")
+    choice: tuple[str, ...] = option((), "Write one of these texts; repeatable.")
+
+    def __post_init__(self) -> None:
+        if sum(form not in (None, ()) for form in vars(self).values()) > 1:
+            raise InvalidInput("give one of --json-schema, --regex and --choice")
+
+    def grammar(self, tokenizer: Any) -> Grammar | None:
+        from medusa.grammar import Grammar
+
+        if self.json_schema is not None:
+            return Grammar.json(read_text(self.json_schema, InvalidInput), tokenizer)
+        if self.regex is not None:
+            return Grammar.regex(self.regex, tokenizer)
+        return Grammar.choice(self.choice, tokenizer) if self.choice else None
+
+
+@common.with_options(Form, common.Sampling, common.Loading)
 def generate_command(
     model: common.ModelArgument = "embedded",
     prompt: Annotated[str | None, typer.Argument(help="The prompt (default: stdin).", show_default=False)] = None,
@@ -30,9 +54,6 @@ def generate_command(
     tree: common.TreeOption = None,
     max_new_tokens: common.MaxNewTokens = 256,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this string; repeatable.")] = None,
-    json_schema: Annotated[Path | None, typer.Option(help="Write JSON that fits the JSON schema in this file.")] = None,
-    regex: Annotated[str | None, typer.Option(help="Write text that this regular expression matches.")] = None,
-    choice: Annotated[list[str] | None, typer.Option(help="Write one of these texts; repeatable.")] = None,
     quantization: common.QuantizationOption = "none",
     tp: common.TpOption = 1,
     compile: common.CompileOption = False,
@@ -48,12 +69,13 @@ def generate_command(
     if prompt is None and prompt_file is None:
         prompting.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
     model, sampling = common.full_name(model, options), common.sampling_options(options)
+    form = common.take(Form, options)
     text, trusted = prompting.read_prompt(prompt, prompt_file), options["trust_remote_code"]
     named.require_heads(model, options["heads"], tree == "root")
     tokenizer = named.load_tokenizer(model, trusted)
     ids = torch.tensor([prompt_ids(tokenizer, as_conversation(tokenizer, text, chat, model) or text)])
     named.check_room(model, ids.shape[1], max_new_tokens, trusted)
-    sampling["grammar"] = _grammar(tokenizer, json_schema, regex, choice)
+    sampling["grammar"] = form.grammar(tokenizer)
     medusa = parallel.load_model(model, tp, tree=tree, quantization=quantization, **options)
     named.note_advice_on_tree(medusa, model, options["heads"], tree)
     how = {"max_new_tokens": max_new_tokens, "stop_strings": stop, "tokenizer": tokenizer, "compile": compile, **sampling}
@@ -64,19 +86,6 @@ def generate_command(
     tokens, steps, seconds = record["new_tokens"], record["steps"], record["seconds"]
     note(f"{tokens} tokens in {seconds:.2f} s: {showing.speed(tokens, steps, seconds)} ({record['finish_reason']})")
     showing.note_low_rate(len(medusa.tree), tokens, steps)
-
-
-def _grammar(tokenizer: Any, json_schema: Path | None, regex: str | None, choice: list[str] | None) -> Grammar | None:
-    """The grammar that the options ask for."""
-    from medusa.grammar import Grammar
-
-    if sum(option is not None for option in (json_schema, regex, choice or None)) > 1:
-        raise InvalidInput("give one of --json-schema, --regex and --choice")
-    if json_schema is not None:
-        return Grammar.json(read_text(json_schema, InvalidInput), tokenizer)
-    if regex is not None:
-        return Grammar.regex(regex, tokenizer)
-    return Grammar.choice(choice, tokenizer) if choice else None
 
 
 def _generate(medusa: MedusaModel, tokenizer: Any, ids: Tensor, show: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from medusa.runs.console import note
 if TYPE_CHECKING:
     from medusa.checkpoints.hub import Source
     from medusa.checkpoints.reader import Checkpoint
+    from medusa.trees.files import Tree
 
 FORMATS = {
     "medusa": "ours, as medusa train writes them",
@@ -35,33 +36,7 @@ def inspect_command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Describe a model: its backbone, its heads with their format and sizes, and its tree."""
-    from medusa.checkpoints.hub import GGUF, SMOLLM2_HEADS, at, find_model
-    from medusa.checkpoints.reader import has_heads, open_checkpoint
-    from medusa.config import TREE_FILE
-    from medusa.trees.files import Tree, load_tree
-
-    file, record = Path(path), dict[str, Any]()
-    tree: Tree | None = None
-    if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
-        tree = load_tree(file)
-    else:
-        if file.is_file() and file.suffix != GGUF:
-            source, its_heads = None, file
-        elif path in SMOLLM2_HEADS:
-            source, its_heads = None, SMOLLM2_HEADS[path]
-        else:
-            found: Source = find_model(at(path, revision))
-            source, its_heads = found, found.heads or found.folder
-        backbone = backbone_facts(source) if source is not None else None
-        if backbone is not None:
-            record["backbone"] = backbone
-        if backbone is None or its_heads.is_file() or has_heads(its_heads):
-            heads = open_checkpoint(its_heads)
-            record["heads"] = heads_facts(heads)
-            beside = heads.source.parent / TREE_FILE
-            tree = load_tree(beside) if beside.is_file() else None
-    if tree is not None:
-        record["tree"] = figures(tree)
+    record, tree = _found(path, revision)
     if as_json:
         print(json.dumps(record))
         return
@@ -70,12 +45,44 @@ def inspect_command(
         showing.print_facts(
             part, known | ({"format": FORMATS.get(known["format"], known["format"])} if part == "heads" else {})
         )
-    if "heads" not in record and tree is None:
-        note("no heads here: train some with medusa train, and name their folder with --heads")
-    elif tree is None:
-        note("no tree file beside the heads: a dynamic tree is used; medusa tune finds the fastest tree")
     if tree is not None:
         show_tree(tree)
+    elif "heads" in record:
+        note("no tree file beside the heads: a dynamic tree is used; medusa tune finds the fastest tree")
+    else:
+        note("no heads here: train some with medusa train, and name their folder with --heads")
+
+
+def _found(path: str, revision: str | None) -> tuple[dict[str, Any], Tree | None]:
+    """The facts about what is there, by part, and its tree."""
+    from medusa.checkpoints.hub import GGUF, SMOLLM2_HEADS, at, find_model
+    from medusa.checkpoints.reader import has_heads, open_checkpoint
+    from medusa.config import TREE_FILE
+    from medusa.trees.files import load_tree
+
+    file = Path(path)
+    if file.is_file() and file.suffix == ".json" and not file.name.endswith(".index.json"):
+        tree = load_tree(file)
+        return {"tree": figures(tree)}, tree
+    backbone, record = None, dict[str, Any]()
+    if file.is_file() and file.suffix != GGUF:
+        its_heads = file
+    elif path in SMOLLM2_HEADS:
+        its_heads = SMOLLM2_HEADS[path]
+    else:
+        source = find_model(at(path, revision))
+        its_heads, backbone = source.heads or source.folder, backbone_facts(source)
+    if backbone is not None:
+        record["backbone"] = backbone
+    if backbone is not None and not its_heads.is_file() and not has_heads(its_heads):
+        return record, None
+    heads = open_checkpoint(its_heads)
+    record["heads"] = heads_facts(heads)
+    beside = heads.source.parent / TREE_FILE
+    if not beside.is_file():
+        return record, None
+    tree = load_tree(beside)
+    return record | {"tree": figures(tree)}, tree
 
 
 def heads_facts(found: Checkpoint) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def _traced(model: MedusaModel, tokenizer: Any, ids: list[int], limits: dict[str
     from medusa.rows import DecodingOptions
     from medusa.serving.engine import Engine
     from medusa.serving.pieces import TokenTexts
+    from medusa.serving.reports import step_record
     from medusa.serving.requests import Delivery, Request
     from medusa.state import overhang
 
@@ -72,14 +73,7 @@ def _traced(model: MedusaModel, tokenizer: Any, ids: list[int], limits: dict[str
             raise found.error
         if not found.tokens:
             continue
-        nodes = [
-            {"text": texts.text(node.token), "parent": node.parent, "p": node.probability, "accepted": node.accepted}
-            for node in found.nodes or ()
-        ]
-        pieces = [text.put([token]) for token in found.tokens]
-        steps.append(
-            {"ms": found.seconds * 1000, "depth": found.depth, "tokens": found.tokens, "pieces": pieces, "nodes": nodes}
-        )
+        steps.append(step_record(found, [text.put([token]) for token in found.tokens], texts))
         logprobs += [each.logprob for each in found.logprobs or ()]
     engine.close()
     return {"steps": steps, "logprobs": logprobs}

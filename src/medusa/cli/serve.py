@@ -29,7 +29,8 @@ def serve_command(
         int | None, typer.Option(min=1, help="Number of requests that decode at a time (default: as many as memory allows).")
     ] = None,
     capacity: Annotated[
-        int | None, typer.Option(min=16, help="Tokens of a prompt and its answer together (default: what memory allows).")
+        int | None,
+        typer.Option(min=16, help="Tokens of the longest prompt with its answer (default: what memory allows)."),
     ] = None,
     quantization: common.QuantizationOption = "none",
     tp: common.TpOption = 1,

@@ -50,9 +50,9 @@ class Assumed:
     heads_kind: HeadsKind = option("medusa", "What the heads read besides the hidden state.")
     gpus: int = option(1, "Number of GPUs that share every layer of one copy of the model (tensor parallel).", least=1)
     launch: float | None = option(
-        None, "Microseconds in which an operator starts; 0: CUDA graphs hide it (default: the machine's).", least=0
+        None, "Microseconds to start an operator; 0: CUDA graphs hide them (default: the machine's).", least=0
     )
-    paper_block: bool = option(False, "Only simulate eight operators of one layer, no heads, as in the paper.")
+    paper_block: bool = option(False, "Simulate only eight operators of one layer, without heads, as the paper does.")
 
     def setting(self, shape: ModelShape, machine: Hardware) -> Setting:
         from medusa.simulation.prediction import Setting
@@ -69,13 +69,13 @@ class Fleet:
 
     limits: tuple[float, ...] = option(
         (),
-        "Predict what a fleet serves if a request's token may take this many milliseconds; repeatable.",
+        "Predict the load that a fleet serves within this many milliseconds per token of a request; repeatable.",
         flags=("--limit",),
         above=0,
     )
     loads: tuple[float, ...] = option(
         (),
-        "Predict how fast a fleet is that has to generate this many tokens per second; repeatable.",
+        "Predict the latency of a fleet that generates this many tokens per second; repeatable.",
         flags=("--load",),
         above=0,
     )
@@ -85,7 +85,56 @@ class Fleet:
     answer_tokens: int = option(256, "Number of tokens of every answer, with --limit or --load.", least=1)
 
 
-@common.with_options(Grid, Assumed, Fleet)
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """The source of the tokens per step."""
+
+    calibration: str | None = option(
+        None, "calibration.json of `medusa tune`, or its folder, for the tokens per step (default: the paper's law)."
+    )
+    tree: Path | None = option(None, "Predict this tree only, with --calibration or the calibration.json beside it.")
+
+    def acceleration(self, sizes: tuple[int, ...]) -> tuple[Acceleration, tuple[int, ...], str]:
+        """Tokens per step by tree size, the sizes to predict, and the name of the source."""
+        from medusa.checkpoints.hub import local_model
+        from medusa.simulation.prediction import calibrated, log_law
+        from medusa.trees.calibration import Calibration
+
+        file = Path(self.calibration) if self.calibration is not None else None
+        if self.calibration is not None and (known := local_model(self.calibration)) is not None:
+            file = known.heads or known.folder
+        if self.tree is not None:
+            from medusa.trees.files import load_tree
+            from medusa.trees.static import MedusaTree
+
+            chosen = load_tree(self.tree)
+            if not isinstance(chosen, MedusaTree):
+                raise InvalidInput(f"{self.tree} holds no static tree; give its acceptance with --calibration instead")
+            rate = Calibration.load(file or self.tree.parent).expected_acceptance_length(chosen)
+            return lambda size: rate if size > 1 else 1.0, (1, len(chosen)), f"{self.tree.name}, calibrated"
+        if file is not None:
+            return calibrated(Calibration.load(file)), sizes, "calibrated"
+        return log_law, sizes, "0.477·log2(nodes), the paper's Vicuna-7B"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to do besides or instead of predicting step times."""
+
+    roofline: bool = option(False, "Show a layer's operators on the roofline, by phase.")
+    paper_table: int | None = option(None, "Predict Table 6, 7 or 8 of the paper.", least=6, most=8)
+    plots: Path | None = option(None, "Draw the paper's figures into this folder, as PNG and SVG.")
+    measure: bool = option(False, "Measure this machine, instead of predicting.")
+    name: str = option("here", "Name of the measured machine.")
+    output: Path | None = option(None, "File that --measure adds the machine to.", flags=("--output", "-o"))
+    validate: bool = option(False, "Run the operators on this machine and compare their times with the prediction.")
+
+    def __post_init__(self) -> None:
+        if self.measure + self.validate + self.roofline + (self.paper_table is not None) > 1:
+            raise InvalidInput("give one of --measure, --validate, --roofline and --paper-table")
+
+
+@common.with_options(Rates, Grid, Assumed, Fleet, Task, common.Locating)
 def simulate_command(
     model: Annotated[
         str,
@@ -96,54 +145,30 @@ def simulate_command(
     hardware: Annotated[
         str, typer.Option(help="A known machine, or a file written by --measure (FILE or FILE:NAME).")
     ] = "a100-80gb-pcie",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="calibration.json of `medusa tune`, or its folder, for the tokens per step (default: the paper's law)."
-        ),
-    ] = None,
-    tree: Annotated[
-        Path | None, typer.Option(help="Predict this tree only, with --calibration or the calibration.json beside it.")
-    ] = None,
-    roofline: Annotated[bool, typer.Option("--roofline", help="Show a layer's operators on the roofline, by phase.")] = False,
-    paper_table: Annotated[int | None, typer.Option(min=6, max=8, help="Predict Table 6, 7 or 8 of the paper.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw the paper's figures into this folder, as PNG and SVG.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine, instead of predicting.")] = False,
-    name: Annotated[str, typer.Option(help="Name of the measured machine.")] = "here",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File that --measure adds the machine to.")] = None,
-    validate: Annotated[
-        bool, typer.Option("--validate", help="Run the operators on this machine and compare their times with the prediction.")
-    ] = False,
     device: common.DeviceOption = None,
-    trust_remote_code: common.TrustOption = False,
-    gguf_file: common.GgufOption = None,
-    revision: common.RevisionOption = None,
-    offline: common.OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
     **options: Any,
 ) -> None:
     """Predict step time and speedup from the model's operators and the hardware (paper G)."""
-    if measure + validate + roofline + (paper_table is not None) > 1:
-        raise InvalidInput("give one of --measure, --validate, --roofline and --paper-table")
-    if measure:
-        return measure_here(name, output, device, options["dtype"], as_json)
-    from medusa.checkpoints.hub import with_file
+    rates, task, fleet = common.take(Rates, options), common.take(Task, options), common.take(Fleet, options)
+    grid, assumed = common.take(Grid, options), common.take(Assumed, options)
+    if task.measure:
+        return measure_here(task.name, task.output, device, assumed.dtype, as_json)
     from medusa.simulation.hardware import load_hardware
     from medusa.simulation.shapes import load_shape
 
     machine = load_hardware(hardware)
-    if paper_table is not None:
-        return show_paper_table(paper_table, machine, as_json)
-    model = with_file(model, gguf_file, revision)
-    grid, assumed, fleet = common.take(Grid, options), common.take(Assumed, options), common.take(Fleet, options)
-    setting = assumed.setting(load_shape(model, trust_remote_code), machine)
-    if roofline:
+    if task.paper_table is not None:
+        return show_paper_table(task.paper_table, machine, as_json)
+    model = common.full_name(model, options)
+    setting = assumed.setting(load_shape(model, options["trust_remote_code"]), machine)
+    if task.roofline:
         return show_roofline(setting, grid, as_json)
-    if validate:
+    if task.validate:
         return validate_here(setting, device, grid, as_json)
-    acceleration, sizes, source = acceleration_of(calibration, tree, grid.sizes)
-    if plots is not None:
-        draw_figures(setting, acceleration, plots)
+    acceleration, sizes, source = rates.acceleration(grid.sizes)
+    if task.plots is not None:
+        draw_figures(setting, acceleration, task.plots)
     names = {"model": model, "hardware": hardware, "acceleration": source}
     if fleet.limits or fleet.loads:
         return show_fleet(setting, names, fleet, sizes, acceleration, as_json)
@@ -235,31 +260,6 @@ def figures(point: Operating | None, fleet: Fleet, gpus: int) -> dict[str, float
         "tokens_per_second": fleet.replicas * point.tokens_per_second,
         "cost": point.cost(fleet.price, gpus),
     }
-
-
-def acceleration_of(
-    calibration: str | None, tree: Path | None, sizes: tuple[int, ...]
-) -> tuple[Acceleration, tuple[int, ...], str]:
-    """Tokens per step by tree size, the sizes to predict, and the name of the source."""
-    from medusa.checkpoints.hub import local_model
-    from medusa.simulation.prediction import calibrated, log_law
-    from medusa.trees.calibration import Calibration
-
-    file = Path(calibration) if calibration is not None else None
-    if calibration is not None and (known := local_model(calibration)) is not None:
-        file = known.heads or known.folder
-    if tree is not None:
-        from medusa.trees.files import load_tree
-        from medusa.trees.static import MedusaTree
-
-        chosen = load_tree(tree)
-        if not isinstance(chosen, MedusaTree):
-            raise InvalidInput(f"{tree} holds no static tree; give its acceptance with --calibration instead")
-        rate = Calibration.load(file or tree.parent).expected_acceptance_length(chosen)
-        return lambda size: rate if size > 1 else 1.0, (1, len(chosen)), f"{tree.name}, calibrated"
-    if file is not None:
-        return calibrated(Calibration.load(file)), sizes, "calibrated"
-    return log_law, sizes, "0.477·log2(nodes), the paper's Vicuna-7B"
 
 
 def show_paper_table(number: int, machine: Any, as_json: bool) -> None:

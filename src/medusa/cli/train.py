@@ -106,7 +106,7 @@ def train_command(
         str | None, typer.Option(metavar="DIR", help="Heads to start from (default: copies of the LM head).")
     ] = None,
     hidden_states: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to save the untrained backbone's states in and train from.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the untrained backbone's hidden states, to train from.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")] = False,
     preview: Annotated[int, typer.Option(metavar="N", min=0, help="Only show N rows, with labelled tokens in colour.")] = 0,

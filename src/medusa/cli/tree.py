@@ -32,7 +32,7 @@ class Wanted:
     )
     dense: tuple[int, ...] = option((), "Build a dense tree; one number of guesses per head: --dense 4 --dense 3.", least=1)
     random_dense: int | None = option(None, "Choose a random dense tree of about this size.", least=1)
-    num_heads: int = option(5, "Greatest number of heads in a --random-dense tree.", least=1)
+    num_heads: int = option(5, "Maximum number of heads in a --random-dense tree.", least=1)
     seed: int = option(0, "Seed of --random-dense.")
     preset: str | None = option(None, "A tree for the public Vicuna and Zephyr heads; `list` names them.")
 
@@ -69,7 +69,7 @@ def tree_command(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="calibration.json of `medusa tune`: how often rank paths come true.")
+        Path | None, typer.Option(help="calibration.json of `medusa tune`: how often each path of guesses is right.")
     ] = None,
     draw: Annotated[Path | None, typer.Option(help="Draw it as in the paper's Figure 6: FILE.svg or .png.")] = None,
     mark: Annotated[
@@ -86,8 +86,6 @@ def tree_command(
     if wanted.preset == "list":
         print(json.dumps(presets()) if as_json else "\n".join(f"{name:28}{heads}" for name, heads in presets().items()))
         return
-    if accuracies is not None and calibration is not None:
-        raise InvalidInput("give --accuracies or --calibration, not both")
     search, chances_of = statistics(accuracies, calibration)
     tree = wanted.tree(file, search)
     marked, chances = draw_static(tree, chances_of, draw, mark)
@@ -133,6 +131,8 @@ def statistics(
     from medusa.metrics import path_chances
     from medusa.trees.search import search_tree
 
+    if accuracies is not None and calibration is not None:
+        raise InvalidInput("give --accuracies or --calibration, not both")
     if accuracies is not None:
         table = read_accuracies(accuracies)
         return lambda nodes: search_tree(table, nodes), lambda tree: path_chances(tree, table)

@@ -15,6 +15,7 @@ from typing import Any
 from medusa.serving.calls import Call, Service
 from medusa.serving.pieces import AnswerText, Piece
 from medusa.serving.problems import Problem, problem_of
+from medusa.serving.reports import step_record
 from medusa.serving.requests import Delivery, Ticket, TokenLogprobs
 
 log = logging.getLogger("medusa.serve")
@@ -88,7 +89,10 @@ class Answer:
             self.content.end()
             self.finish_reason = "stop" if self.content.stopped is not None else ended
             self.stop_reason = self.content.stopped or self.stop_reason
-        trace = None if self.call.trace == "none" or not delivery.tokens else self._trace(delivery, service, before)
+        trace = None
+        if self.call.trace != "none" and delivery.tokens:
+            pieces = [piece.text for piece in self.content.pieces[before:]]
+            trace = {"step": self.steps, **step_record(delivery, pieces, service.texts)}
         return self._update(index, trace)
 
     def abort(self, index: int) -> Update:
@@ -112,29 +116,6 @@ class Answer:
             text, pieces, logprobs = "", [], [] if logprobs is not None else None
         reason, by = (self.finish_reason, self.stop_reason) if done else (None, None)
         return Update(index, text, pieces, logprobs, reason, by, trace)
-
-    def _trace(self, delivery: Delivery, service: Service, before: int) -> dict[str, Any]:
-        """The step for whoever wants to see it: its tokens with the text that each completed, and its whole tree."""
-        pieces = [piece.text for piece in self.content.pieces[before:]]
-        trace: dict[str, Any] = {
-            "step": self.steps,
-            "ms": round(delivery.seconds * 1000, 3),
-            "tokens": list(delivery.tokens),
-            "pieces": pieces + [""] * (len(delivery.tokens) - len(pieces)),
-            "depth": delivery.depth,
-        }
-        if delivery.nodes is not None:
-            trace["nodes"] = [
-                {
-                    "token": node.token,
-                    "text": service.texts.text(node.token),
-                    "parent": node.parent,
-                    "p": round(node.probability, 6),
-                    "accepted": node.accepted,
-                }
-                for node in delivery.nodes
-            ]
-        return trace
 
 
 class Answers:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from medusa.serving.answers import Answers, Update
+from medusa.serving.answers import Update
 from medusa.serving.calls import Call, Service, make_call
+from medusa.serving.objects import Completion
 from medusa.serving.pieces import TokenTexts
 from medusa.serving.problems import Problem
 from medusa.serving.prompts import call_style, chat_ids
 from medusa.serving.requests import TokenLogprobs
 from medusa.serving.schemas import ChatRequest
-from medusa.serving.streams import event
 from medusa.serving.tools import Called, Parsed, Reading, reading_of
 
 
@@ -49,41 +48,24 @@ class Said:
     text: str = ""
     content: int = 0
     calls: int = 0
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
-class ChatAnswer:
-    """The answer to a chat completion, whole or in chunks."""
+class ChatAnswer(Completion):
+    """The answer to a chat completion."""
 
-    service: Service
-    body: ChatRequest
-    answers: Answers
-    request_id: str
-    created: int = field(default_factory=lambda: int(time.time()))
+    prefix, kinds = "chatcmpl", ("chat.completion", "chat.completion.chunk")
 
     def __post_init__(self) -> None:
         self._reading: Reading = reading_of(self.body, call_style(self.service.tokenizer))
         self._said = [Said() for _ in self.answers.answers]
-        self._steps: list[dict[str, Any]] = []
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{self.request_id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.service.name,
-            "system_fingerprint": self.service.fingerprint,
-            "choices": choices,
-        }
+    def add(self, update: Update) -> None:
+        self._said[update.index].text += update.text
+        self._said[update.index].logprobs += self._logprobs(update)
 
-    async def whole(self) -> dict[str, Any]:
-        """The chat.completion object."""
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in self._said]
-        async for update in self.answers.updates():
-            self._said[update.index].text += update.text
-            logprobs[update.index] += self._logprobs(update)
-            if update.trace is not None:
-                self._steps.append({"index": update.index, **update.trace})
+    def choices(self) -> list[dict[str, Any]]:
         choices = []
         for index, (said, answer) in enumerate(zip(self._said, self.answers.answers, strict=True)):
             parsed = self._reading(said.text, complete=True)
@@ -95,27 +77,20 @@ class ChatAnswer:
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": {"content": logprobs[index], "refusal": None} if self.body.logprobs else None,
+                    "logprobs": {"content": said.logprobs, "refusal": None} if self.body.logprobs else None,
                     "finish_reason": _reason(answer.finish_reason, parsed),
                     "stop_reason": answer.stop_reason,
                 }
             )
-        found = {**self._object("chat.completion", choices), "usage": self.answers.usage()}
-        return {**found, "medusa": {"steps": self._steps}} if self.body.medusa.trace != "none" else found
+        return choices
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The chat.completion.chunk events."""
-        options = self.body.stream_options
         for index in range(len(self._said)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async for update in self.answers.updates():
-            for each in self._events(update):
-                yield each
-        if options is not None and options.include_usage:
-            yield event({**self._object("chat.completion.chunk", []), "usage": self.answers.usage()})
+        async for each in super().chunks():
+            yield each
 
-    def _events(self, update: Update) -> list[bytes]:
-        """The chunks of a step: most often one."""
+    def events(self, update: Update) -> list[bytes]:
         said, done = self._said[update.index], update.finish_reason is not None
         said.text += update.text
         parsed = self._reading(said.text, complete=done)
@@ -155,15 +130,7 @@ class ChatAnswer:
         }
         if reason is not None:
             choice["stop_reason"] = stop_reason
-        chunk = self._object("chat.completion.chunk", [choice])
-        if (options := self.body.stream_options) is not None:
-            if options.continuous_usage_stats:
-                chunk["usage"] = self.answers.usage()
-            elif options.include_usage:
-                chunk["usage"] = None
-        if trace is not None:
-            chunk["medusa"] = trace
-        return event(chunk)
+        return self.chunk(choice, trace)
 
     def _logprobs(self, update: Update) -> list[dict[str, Any]]:
         return [entry(each, self.service.texts) for each in update.logprobs or ()]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from medusa.serving.answers import Answers, Update
+from medusa.serving.answers import Update
 from medusa.serving.calls import Call, Service, make_call
+from medusa.serving.objects import Completion
 from medusa.serving.pieces import TokenTexts
 from medusa.serving.problems import Problem
 from medusa.serving.prompts import text_ids
 from medusa.serving.requests import TokenLogprobs
 from medusa.serving.schemas import CompletionRequest
-from medusa.serving.streams import event
 from medusa.text import Detokenizer
 
 
@@ -33,70 +32,39 @@ def prepare_completion(service: Service, body: CompletionRequest) -> list[Call]:
 
 
 @dataclass
-class CompletionAnswer:
-    """The answer to a completion, whole or in chunks."""
+class CompletionAnswer(Completion):
+    """The answer to a completion."""
 
-    service: Service
-    body: CompletionRequest
-    answers: Answers
-    request_id: str
-    created: int = field(default_factory=lambda: int(time.time()))
+    prefix, kinds = "cmpl", ("text_completion", "text_completion")
 
     def __post_init__(self) -> None:
-        self._steps: list[dict[str, Any]] = []
-        self._begun = [False] * len(self.answers.answers)
-        self._lengths = [0] * len(self.answers.answers)  # characters sent, of which the offsets of tokens count
-
-    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": f"cmpl-{self.request_id}",
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.service.name,
-            "system_fingerprint": self.service.fingerprint,
-            "choices": choices,
-        }
-
-    async def whole(self) -> dict[str, Any]:
-        """The text_completion object."""
-        choices = [_choice(index) for index in range(len(self._begun))]
-        for choice in choices:
+        self._choices = [_choice(index) for index in range(len(self.answers.answers))]
+        for choice in self._choices:
             choice["logprobs"] = None if self.body.logprobs is None else _no_logprobs()
-        async for update in self.answers.updates():
-            choice = choices[update.index]
-            text, logprobs = self._add(update)
-            choice["text"] += text
-            for key, values in (logprobs or {}).items():
-                choice["logprobs"][key] += values
-            if update.finish_reason is not None:
-                choice |= {"finish_reason": update.finish_reason, "stop_reason": update.stop_reason}
-            if update.trace is not None:
-                self._steps.append({"index": update.index, **update.trace})
-        answer = {**self._object(choices), "usage": self.answers.usage()}
-        return {**answer, "medusa": {"steps": self._steps}} if self.body.medusa.trace != "none" else answer
+        self._begun = [False] * len(self._choices)
+        self._lengths = [0] * len(self._choices)  # characters sent, of which the offsets of tokens count
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The text_completion events."""
-        options = self.body.stream_options
-        async for update in self.answers.updates():
-            text, logprobs = self._add(update)
-            if not (text or logprobs or update.finish_reason or update.trace):
-                continue
+    def add(self, update: Update) -> None:
+        choice = self._choices[update.index]
+        text, logprobs = self._added(update)
+        choice["text"] += text
+        for key, values in (logprobs or {}).items():
+            choice["logprobs"][key] += values
+        if update.finish_reason is not None:
+            choice |= {"finish_reason": update.finish_reason, "stop_reason": update.stop_reason}
+
+    def choices(self) -> list[dict[str, Any]]:
+        return self._choices
+
+    def events(self, update: Update) -> Iterable[bytes]:
+        text, logprobs = self._added(update)
+        if text or logprobs or update.finish_reason or update.trace:
             choice = _choice(update.index) | {"text": text, "logprobs": logprobs, "finish_reason": update.finish_reason}
             if update.finish_reason is not None:
                 choice["stop_reason"] = update.stop_reason
-            chunk = self._object([choice])
-            if options is not None and options.continuous_usage_stats:
-                chunk["usage"] = self.answers.usage()
-            elif options is not None and options.include_usage:
-                chunk["usage"] = None
-            if update.trace is not None:
-                chunk["medusa"] = update.trace
-            yield event(chunk)
-        if options is not None and options.include_usage:
-            yield event({**self._object([]), "usage": self.answers.usage()})
+            yield self.chunk(choice, update.trace)
 
-    def _add(self, update: Update) -> tuple[str, dict[str, list[Any]] | None]:
+    def _added(self, update: Update) -> tuple[str, dict[str, list[Any]] | None]:
         """The text and log-probabilities that a step adds; the first adds those of the prompt, if it is echoed."""
         answer, texts = self.answers.answers[update.index], self.service.texts
         text, found = update.text, _no_logprobs()

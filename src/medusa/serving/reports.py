@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from medusa.decoding import Stepped
-from medusa.serving.requests import TokenLogprobs, TracedNode
+from medusa.serving.pieces import TokenTexts
+from medusa.serving.requests import Delivery, TokenLogprobs, TracedNode
 
 
 @torch.inference_mode()
@@ -54,3 +56,25 @@ def traced(stepped: Stepped, row: int) -> list[TracedNode]:
         TracedNode(token, parent, 1.0 if node == 0 else probability, node in accepted)
         for node, (token, parent, probability) in enumerate(nodes)
     ]
+
+
+def step_record(delivery: Delivery, pieces: Sequence[str], texts: TokenTexts) -> dict[str, Any]:
+    """A step in JSON: its tokens with the text that each completed, and its tree, if that was traced."""
+    record: dict[str, Any] = {
+        "ms": round(delivery.seconds * 1000, 3),
+        "tokens": delivery.tokens,
+        "pieces": [*pieces, *[""] * (len(delivery.tokens) - len(pieces))],
+        "depth": delivery.depth,
+    }
+    if delivery.nodes is not None:
+        record["nodes"] = [
+            {
+                "token": node.token,
+                "text": texts.text(node.token),
+                "parent": node.parent,
+                "p": round(node.probability, 6),
+                "accepted": node.accepted,
+            }
+            for node in delivery.nodes
+        ]
+    return record

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from medusa.serving.answers import Answers, Update
+from medusa.serving.answers import Update
 from medusa.serving.calls import Call, Service
 from medusa.serving.chat import entry, prepare_chat
+from medusa.serving.objects import Answered
 from medusa.serving.problems import Problem, problem_of_fields
 from medusa.serving.prompts import call_style
 from medusa.serving.schemas import Body, ChatRequest, MedusaFields, Name, Text
@@ -158,14 +159,8 @@ class Item:
 
 
 @dataclass
-class ResponseAnswer:
+class ResponseAnswer(Answered):
     """The answer to POST /v1/responses, whole or as events."""
-
-    service: Service
-    body: ResponsesRequest
-    answers: Answers
-    request_id: str
-    created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self._reading = reading_of(self.body.as_chat(), call_style(self.service.tokenizer))

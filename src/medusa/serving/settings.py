@@ -54,11 +54,11 @@ class ServerSettings:
         least=0,
     )
     max_answers: int = option(64, "Number of answers that one call may ask for.", least=1)
-    max_body: int = option(8 << 20, "Bytes of a request's body.", least=1024)
-    request_timeout: float = option(0.0, "Seconds after which a request ends with what it has; 0: never.", least=0)
+    max_body: int = option(8 << 20, "Maximum number of bytes in a request's body.", least=1024)
+    request_timeout: float = option(0.0, "Seconds after which a request ends with what it has so far; 0: never.", least=0)
     shutdown_timeout: float = option(30.0, "Seconds that running requests have to finish after SIGTERM.", least=0)
-    measure_trees: bool = option(True, "Use the tree that is fastest by the measured time of steps, not only the tree file.")
-    keep_alive: float = option(15.0, "Seconds of silence after which a stream gets a comment that keeps it open.", least=0.1)
+    measure_trees: bool = option(True, "Choose trees by the measured time of steps, not only by the tree file.")
+    keep_alive: float = option(15.0, "Seconds without an event after which a comment keeps a stream open.", least=0.1)
     open_metrics: bool = option(False, "Serve /metrics without a key.")
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class TrainingConfig:
     num_heads: int = option(5, "number of heads, K", above=0)
     num_layers: int = option(1, "residual blocks per head", least=0)
     shared_lm_head: bool = option(False, "train only the residual blocks; the heads predict through the backbone's LM head")
-    heads_kind: HeadsKind = option("medusa", "what heads also read: nothing, the root, or the path from the root")
+    heads_kind: HeadsKind = option("medusa", "what heads read besides the hidden state: nothing, the root, or the path")
     draft_vocabulary: str = option("all", "tokens that heads score: all, a number, or auto: the fewest for 99 % of the text")
     # Their loss, Eq. 1.
     lambda_base: float = option(0.8, "weight of head k's loss: lambda_base ** k", least=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa.checkpoints.adapter import without_adapter
-from medusa.heads import MedusaHeads
+from medusa.heads import MedusaHeads, tokens_read
 from medusa.metrics import predicted
 from medusa.model import MedusaModel
 from medusa.runs.files import digest
@@ -169,7 +169,7 @@ class Objective(nn.Module):
         k: int,
     ) -> Tensor:  # (n, m E)
         """The embeddings that head k + 1 reads at each position: of the root, the token after it, then of the path."""
-        read = [embedded[:, 1 + j : 1 + j + counted.shape[1]][counted] for j in range(self.heads.known(k))]
+        read = [embedded[:, 1 + j : 1 + j + counted.shape[1]][counted] for j in range(tokens_read(self.heads.kind, k))]
         if seen is not None:
             there = seen[:, : counted.shape[1], k][counted][:, None]
             read[1:] = [part * there for part in read[1:]]

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from medusa import __version__
 from medusa.checkpoints.adapter import ADAPTER_FILES, attach_adapter, save_adapter
 from medusa.checkpoints.quantization import make_differentiable
-from medusa.checkpoints.reader import heads_from_tensors, load_heads
+from medusa.checkpoints.reader import checkpoint_of, load_heads
 from medusa.checkpoints.writer import save_heads
 from medusa.config import HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
@@ -305,7 +305,7 @@ def _save(output: Path, objective: Objective, trained: dict[str, Tensor], base_m
     backbone, config = objective.backbone, objective.recipe
     dtype = torch.float32 if config.backbone == "full" else objective.compute
     tensors = _below("heads.", trained) | dict(objective.heads.named_buffers())
-    heads = heads_from_tensors(tensors, objective.heads.config.to_dict(), "the trained heads", dtype)
+    heads = checkpoint_of(tensors, objective.heads.config.to_dict(), Path("the trained heads")).heads(dtype)
     if config.backbone == "full":
         # One folder of backbone and heads: the backbone's config describes the heads.
         for name, value in heads.config.to_dict().items():

@@ -84,9 +84,7 @@ def train(
     refuse_begun(Path(output), resume)
     for source in (*sources_of(data), *sources_of(eval_data or ())):
         next(read_samples(source, Skips()), None)
-    start = find_heads(heads) if heads is not None else None
-    if start is not None and not has_heads(start):
-        raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads or give a folder with heads")
+    start = _start(heads) if heads is not None else None
     tokenizer = named.load_tokenizer(model, trust_remote_code)
     backbone = named.load_backbone(model, dtype, device, trust_remote_code, recipe.quantization)
     medusa = MedusaModel(backbone, None if start is None else load_heads(start))
@@ -99,6 +97,14 @@ def train(
     if is_main_process() and recipe.backbone == "full":
         tokenizer.save_pretrained(output)
     return Trained(Path(output), recipe, metrics)
+
+
+def _start(heads: str) -> Path:
+    """The folder of the heads to start from."""
+    folder = find_heads(heads)
+    if not has_heads(folder):
+        raise InvalidInput(f"{heads} has no Medusa heads to start from; drop --heads or give a folder with heads")
+    return folder
 
 
 def training_rows(
@@ -180,13 +186,9 @@ def distill(
     Raises:
         MedusaError: an option, file, model or folder cannot be used, before anything is loaded where that can be known.
     """
-    if samples < 1 or (limit is not None and limit < 1) or ray < 0:
-        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}; expected at least 1, and at least 0 for ray")
-    if data == "self" and (endpoint is not None or ray):
-        raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
+    _check(samples, limit, ray, only_here=data == "self", elsewhere=endpoint is not None or ray > 0)
     how = from_mapping(Distillation, options, "distillation options")
-    # Not the addresses: a run goes on with other servers of the same model.
-    made_by = {"model": model, "heads": heads, "endpoint": endpoint is not None, **how.lasting}
+    made_by = {"model": model, "heads": heads, "endpoint": endpoint is not None, **how.lasting}  # other servers may resume
     Shards.refuse_other(Path(output), made_by)
 
     def answerer() -> Answerer:
@@ -203,6 +205,13 @@ def distill(
         raise InvalidInput(f"{data} holds no prompts: {skips or 'it is empty'}")
     chosen = RayAnswerer(answerer, ray, how.batch_size) if ray else answerer()
     return answer_seeds(seeds, chosen, Shards(output, made_by), skips)  # made last: a run that cannot load leaves no folder
+
+
+def _check(samples: int, limit: int | None, ray: int, only_here: bool, elsewhere: bool) -> None:
+    if samples < 1 or (limit is not None and limit < 1) or ray < 0:
+        raise InvalidInput(f"samples is {samples}, limit {limit}, ray {ray}; expected at least 1, and at least 0 for ray")
+    if only_here and elsewhere:
+        raise InvalidInput("--data self runs only on this machine; drop --endpoint and --ray")
 
 
 def _answer_own_questions(own: Any, output: Path, samples: int, how: Distillation, made_by: dict[str, Any]) -> Distilled:
