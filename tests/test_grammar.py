@@ -95,7 +95,7 @@ def test_regex_choice_and_lark_are_followed(embedded_model, embedded_tokenizer, 
     for grammar, right in (
         (Grammar.regex(r"[a-c]{2,5}=\d\d?", embedded_tokenizer), lambda text: re.fullmatch(r"[a-c]{2,5}=[0-9]{1,2}", text)),
         (Grammar.choice(choices, embedded_tokenizer), lambda text: text in choices),
-        (Grammar.lark('start: "f(" arg ("," arg)~0..3 ")"\narg: /[a-z]{1,3}/', embedded_tokenizer), lambda t: t[:2] == "f("),
+        (Grammar.lark('start: "f(" arg ("," arg){0,3} ")"\narg: /[a-z]{1,3}/', embedded_tokenizer), lambda t: t[:2] == "f("),
     ):
         plain = continuation(embedded_model, ids, grammar, tree=MedusaTree([]), **sampling)
         found = continuation(embedded_model, ids, grammar, **sampling)
