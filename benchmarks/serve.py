@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py [MODEL] [--clients 1 2 4 8 16] [--requests 4] [--tokens 128] [--json results/serve.json]
 
-Every client sends its requests one after another, with prompts of its own. Medusa and plain decoding are the same server, asked
-in turn, round by round; transformers' server runs after it, with and without continuous batching. Tokens are counted by the
-tokenizer, in the text that arrived, for all alike. Needs the extra `serve`, and transformers' own extra `serving`.
+Every client sends its requests one after another, with prompts of its own; a load has four requests at least. Medusa and plain
+decoding are the same server, asked in turn, round by round; transformers' server runs after it, with and without continuous
+batching. Tokens are counted by the tokenizer, in the text that arrived, for all alike. Needs the extra `serve`, and
+transformers' own extra `serving`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ SUBJECTS = [
     "kites",
     "stone",
 ]
+LEAST_REQUESTS = 4
 QUESTIONS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -199,9 +201,10 @@ class Bench:
         for clients in args.clients:
             answers: dict[str, list[Answered]] = {name: [] for name in variants}
             seconds = dict.fromkeys(variants, 0.0)
-            for _ in range(args.rounds):
+            requests = max(args.requests, -(-LEAST_REQUESTS // clients))
+            for _ in range(args.rounds if len(variants) > 1 else 1):
                 for name, fields in variants.items():
-                    found, took = asyncio.run(load(url, model, clients, args.requests, args.tokens, temperature=0, **fields))
+                    found, took = asyncio.run(load(url, model, clients, requests, args.tokens, temperature=0, **fields))
                     answers[name] += found
                     seconds[name] += took
             for name, found in answers.items():

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-from running import serve
+from running import SPECIAL, serve
 
-CHAT = "/v1/chat/completions"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 LONG = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 SHORT = {**LONG, "max_tokens": 2}
@@ -59,6 +59,25 @@ def test_large_bodies_are_refused_whatever_their_header_says(model, tokenizer):
             response = httpx.post(served.url + CHAT, content=content, headers=headers)
             assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
         assert served.post(CHAT, SHORT).status_code == 200
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(served, monkeypatch):
+    kind, lengths = type(served.service.tokenizer), []
+
+    def counted(self, text, *args, call=kind.__call__, **options):
+        lengths.append(len(text))
+        return call(self, text, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    giant = "word " * 1_000_000
+    bodies = {TEXT: {"prompt": ["short", giant]}, CHAT: {"messages": [{"role": "user", "content": giant}]}}
+    for path, body in bodies.items():
+        response = served.post(path, {"model": "tiny", **body})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+    assert max(lengths) < 100
+    longest = SPECIAL[2] * (served.service.longest - 1)  # tokens of the most characters
+    answer = served.post(TEXT, {"model": "tiny", "prompt": longest, "max_tokens": 1})
+    assert answer.status_code == 200 and lengths[-1] == len(longest) > 10_000
 
 
 def test_requests_have_ids(served):

@@ -23,7 +23,7 @@ from medusa.runs.files import digest
 from medusa.serving.metrics import Metrics
 from medusa.serving.pieces import AnswerText, TokenTexts
 from medusa.serving.problems import Problem, clean
-from medusa.serving.prompts import ends_of_turns
+from medusa.serving.prompts import ends_of_turns, longest_token
 from medusa.serving.requests import Request, Serves
 from medusa.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from medusa.serving.settings import ServerSettings
@@ -60,6 +60,7 @@ class Service:
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="medusa-prepare")
         self.turn_ends = ends_of_turns(self.tokenizer)
         self.grammars = Grammars(self.tokenizer)
+        self._longest_token = longest_token(self.tokenizer)
         self.fingerprint = f"medusa-{medusa.__version__}-{digest([self.name, str(self.model.backbone.dtype)])[:8]}"
 
     @property
@@ -67,6 +68,11 @@ class Service:
         """The most tokens of a prompt and its answer."""
         room = self.engine.room()
         return room if self.model.max_length is None else min(room, self.model.max_length)
+
+    @property
+    def most_characters(self) -> int:
+        """The most characters of a prompt: a longer one does not fit, whatever its tokens are."""
+        return self.longest * self._longest_token
 
     def card(self) -> dict[str, Any]:
         """The model for clients."""

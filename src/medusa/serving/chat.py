@@ -37,6 +37,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> list[Call]:
         body.chat_template_kwargs,
         body.add_generation_prompt,
         body.continue_final_message,
+        service.most_characters,
     )
     return [make_call(service, body, ids, service.grammars.of(body))]
 

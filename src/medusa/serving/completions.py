@@ -26,9 +26,13 @@ def prepare_completion(service: Service, body: CompletionRequest) -> list[Call]:
         raise Problem(f"prompt: {len(given)} prompts with n={body.n or 1} are more than {service.settings.max_answers} answers")
     grammar, calls = service.grammars.of(body), []
     for prompt in given:
-        ids = text_ids(service.tokenizer, prompt, body.add_special_tokens) if isinstance(prompt, str) else list(prompt)
+        ids = [*prompt] if isinstance(prompt, list) else _ids(service, prompt, body)
         calls.append(make_call(service, body, ids, grammar))
     return calls
+
+
+def _ids(service: Service, prompt: str, body: CompletionRequest) -> list[int]:
+    return text_ids(service.tokenizer, prompt, body.add_special_tokens, service.most_characters)
 
 
 @dataclass

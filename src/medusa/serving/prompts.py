@@ -13,12 +13,31 @@ from medusa.serving.problems import Problem
 from medusa.serving.schemas import Message, Tool
 
 
-def text_ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+def longest_token(tokenizer: Any) -> int:
+    """The most characters of a text that one token stands for."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
+
+
+def _check_length(text: str, most: int | None, param: str) -> None:
+    """Refuse a text that is too long for the model whatever its tokens are: tokenising it would hold a thread for seconds."""
+    if most is not None and len(text) > most:
+        raise Problem(
+            f"the prompt has {len(text)} characters, and this model's context has room for at most {most}; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def text_ids(tokenizer: Any, text: str, special: bool = True, most: int | None = None) -> list[int]:
     """The ids of a text to be continued.
 
+    Args:
+        most: number of characters that the text may have.
+
     Raises:
-        Problem: there is no token to begin with.
+        Problem: there is no token to begin with, or the text is too long.
     """
+    _check_length(text, most, "prompt")
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     if not ids and tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id]  # an empty prompt begins a text
@@ -34,15 +53,17 @@ def chat_ids(
     extra: dict[str, Any] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    most: int | None = None,
 ) -> list[int]:
     """The ids of a conversation under the model's chat template.
 
     Args:
         tools: the functions that the model may call.
         extra: the template's own variables.
+        most: number of characters that the conversation may have under the template.
 
     Raises:
-        Problem: there is no template, or it refuses the conversation.
+        Problem: there is no template, it refuses the conversation, or the conversation is too long.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise Problem(
@@ -66,6 +87,7 @@ def chat_ids(
         )
     except Exception as error:  # a template is a program
         raise Problem(f"messages: the chat template refuses them: {one_line(error)}", param="messages") from None
+    _check_length(text, most, "messages")
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if not ids:
         raise Problem("messages: the chat template makes no text of them", param="messages")
