@@ -14,7 +14,7 @@ from medusa.decoding import prefill, step
 from medusa.errors import InvalidInput
 from medusa.kernels import build, int8
 from medusa.kernels.build import load_kernels
-from medusa.kernels.fusion import fuse_linear_maps, replace_attention
+from medusa.kernels.fusion import fuse, fuse_linear_maps, replace_attention
 from medusa.rows import DecodingOptions
 from medusa.sampling import Processors
 from medusa.trees.tensors import Frame
@@ -155,6 +155,73 @@ def test_a_compiled_step_reads_shared_keys_in_place():
     calls = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.attention.default]
     assert [tuple(call.args[1].meta["example_value"].shape) for call in calls] == [(1, 2, 32, 8)] * 2
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantize", [False, True])
+def test_norms_and_gates_are_part_of_the_maps_that_they_surround(quantize):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 9}
+    config = LlamaConfig(**sizes, num_attention_heads=2)
+    backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    for norm in (module for name, module in backbone.named_modules() if name.endswith("norm")):
+        norm.weight.copy_(torch.rand(36) + 0.5)
+    if quantize:
+        int8.quantize_int8(backbone)
+    backend, graphs = recorded(fuse)
+    ids = torch.arange(7)[None]
+    with torch.inference_mode():
+        got = torch.compile(backbone, backend=backend)(ids, use_cache=False).logits
+        wanted = backbone(ids, use_cache=False).logits
+    kernel = torch.ops.medusa.linear_int8.default if quantize else torch.ops.medusa.linear.default
+    calls = [node for node in graphs[0].graph.nodes if node.target is kernel]
+    assert sum("scale" in call.kwargs for call in calls) >= 18  # of queries, keys and values, and of the MLP
+    assert sum("added" in call.kwargs for call in calls) >= 17  # nothing is added to the embeddings
+    assert sum(call.kwargs.get("gated", False) for call in calls) == 9
+    computed = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.computed.default]
+    assert len(computed) == 2  # sines and cosines
+    torch.testing.assert_close(got, wanted, rtol=5e-2, atol=5e-2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "width", "outputs"), SIZES)
+def test_what_surrounds_a_map_is_the_same_for_a_row_alone_and_is_the_models(rows, width, outputs):
+    torch.manual_seed(0)
+    x, added = (torch.randn(rows, width, dtype=torch.bfloat16) * 3 for _ in range(2))
+    scale = torch.randn(width, dtype=torch.bfloat16)
+    gate, up = (torch.randn(outputs, width, dtype=torch.bfloat16) for _ in range(2))
+
+    def run(x, added):
+        return torch.ops.medusa.linear(x, [gate, up], [], gated=True, added=added, scale=scale, eps=1e-5)
+
+    got, total = run(x, added)
+    alone = [run(one[None], other[None]) for one, other in zip(x, added, strict=True)]
+    assert torch.equal(got, torch.cat([each[0] for each in alone])) and torch.equal(total, x + added)
+    whole = (x + added).float()
+    normed = scale * (whole * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    wanted = nn.functional.silu(normed @ gate.T) * (normed @ up.T)
+    assert (got - wanted).float().norm() < 0.02 * wanted.float().norm()
+
+
+@needs_compiler
+def test_chosen_rows_of_the_weights_give_what_all_give():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 40, dtype=torch.bfloat16), torch.randn(300, 40, dtype=torch.bfloat16)
+    rows = torch.randint(300, (2, 37))
+    every = torch.stack([torch.ops.medusa.linear(part, [weight], [])[0] for part in x])
+    assert torch.equal(torch.ops.medusa.linear_rows(x, weight, rows), every.gather(2, rows[:, None].expand(-1, 9, -1)))
+
+
+@needs_compiler
+def test_slots_that_no_query_sees_are_not_read():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.bfloat16) for n in (3, 100, 100))
+    mask = torch.zeros(1, 1, 3, 100, dtype=torch.bfloat16)
+    mask[..., 40:] = torch.finfo(mask.dtype).min
+    got = torch.ops.medusa.attention(q, k, v, mask, 0.25)
+    assert torch.equal(got, torch.ops.medusa.attention(q, k[:, :, :48], v[:, :, :48], mask[..., :48], 0.25))
+    v[:, :, 48:] = torch.nan
+    assert torch.equal(got, torch.ops.medusa.attention(q, k, v, mask, 0.25))
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,10 @@ def load_kernels() -> bool:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
         return _without(next((line for line in lines if "error:" in line), lines[0])[:200])
     torch.library.register_fake("medusa::linear", _fake)
-    torch.library.register_fake("medusa::linear_int8", _fake)
+    torch.library.register_fake("medusa::linear_int8", _fake_int8)
+    torch.library.register_fake("medusa::linear_rows", _fake_rows)
     torch.library.register_fake("medusa::attention", _fake_attention)
+    torch.library.register_fake("medusa::computed", torch.empty_like)
     return True
 
 
@@ -96,8 +98,21 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _fake(x: Tensor, weights: list[Tensor], *_: list[Tensor]) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+def _fake(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], gated: bool = False, added: Tensor | None = None, *_: Any, **__: Any
+) -> list[Tensor]:
+    outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in (weights[:1] if gated else weights)]
+    return outputs if added is None else [*outputs, x.new_empty(x.shape)]
+
+
+def _fake_int8(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor], offsets: list[Tensor], *rest: Any, **around: Any
+) -> list[Tensor]:
+    return _fake(x, weights, *rest, **around)
+
+
+def _fake_rows(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows.shape[1])
 
 
 def _fake_attention(queries: Tensor, *_: Any) -> Tensor:

@@ -9,12 +9,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <optional>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -231,6 +234,11 @@ void narrow(const float* from, Count count, BFloat16* to) {
     std::memcpy(to, &eight, 16);
     return;
   }
+  if constexpr (std::is_same_v<Count, std::integral_constant<int, 16>>) {
+    const __m256bh sixteen = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+    std::memcpy(to, &sixteen, 32);
+    return;
+  }
 #endif
   for (int j = 0; j < count; ++j) to[j] = BFloat16(from[j]);
 }
@@ -238,109 +246,6 @@ void narrow(const float* from, Count count, BFloat16* to) {
 template <typename Count>
 void narrow(const float* from, Count count, float* to) {
   for (int j = 0; j < count; ++j) to[j] = from[j];
-}
-
-// The rows of several matrices, end to end, are divided among the threads.
-template <typename Work>
-void divide(at::TensorList weights, const Work& work) {
-  std::vector<int64_t> starts{0};
-  for (const Tensor& weight : weights) starts.push_back(starts.back() + weight.size(0));
-  const int64_t chunk = 16, chunks = (starts.back() + chunk - 1) / chunk;
-  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    const int64_t from = first * chunk, to = std::min(last * chunk, starts.back());
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const int64_t begin = std::max(from, starts[i]), end = std::min(to, starts[i + 1]);
-      if (begin < end) work(i, begin - starts[i], end - starts[i]);
-    }
-  });
-}
-
-std::vector<Tensor> outputs(const Tensor& x, at::TensorList weights) {
-  std::vector<Tensor> found;
-  for (const Tensor& weight : weights) {
-    auto sizes = x.sizes().vec();
-    sizes.back() = weight.size(0);
-    found.push_back(at::empty(sizes, x.options()));
-  }
-  return found;
-}
-
-// The bias of a map; none of the maps has one, or all have.
-template <typename Value>
-const Value* bias_of(at::TensorList biases, size_t i) {
-  return biases.empty() ? nullptr : biases[i].const_data_ptr<Value>();
-}
-
-std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, at::TensorList biases) {
-  const Tensor input = x.contiguous();
-  const int64_t K = x.size(-1), M = x.numel() / K;
-  auto found = outputs(x, weights);
-  divide(weights, [&](size_t i, int64_t begin, int64_t end) {
-    BFloat16* y = found[i].mutable_data_ptr<BFloat16>();
-    const BFloat16* bias = bias_of<BFloat16>(biases, i);
-    const int64_t N = weights[i].size(0);
-    range<Bf16>(
-        input.const_data_ptr<BFloat16>(), rows_of<BFloat16>(weights[i]), M, K, begin, end,
-        [&](int64_t m, int64_t n, auto count, const float* sums) {
-          float results[16];
-          for (int j = 0; j < count; ++j) results[j] = bias ? sums[j] + float(bias[n + j]) : sums[j];
-          narrow(results, count, y + m * N + n);
-        });
-  });
-  return found;
-}
-
-// The bits of a number without its sign, which are ordered as the numbers are.
-uint32_t magnitude(BFloat16 value) { return uint32_t(value.x & 0x7fff) << 16; }
-uint32_t magnitude(float value) { return std::bit_cast<uint32_t>(value) & 0x7fffffff; }
-
-// Each input row scaled to its own largest value: it depends on that row alone.
-template <typename Value>
-void quantize(const Value* x, int64_t M, int64_t K, uint8_t* to, float* scales) {
-  for (int64_t m = 0; m < M; ++m) {
-    const Value* row = x + m * K;
-    uint32_t bits = 0;
-    for (int64_t k = 0; k < K; ++k) bits = std::max(bits, magnitude(row[k]));
-    const float most = std::bit_cast<float>(bits), inverse = most > 0 ? 127.f / most : 0.f;
-    for (int64_t k = 0; k < K; ++k) to[m * K + k] = uint8_t(int(std::nearbyint(float(row[k]) * inverse)) + 128);
-    scales[m] = most / 127.f;
-  }
-}
-
-template <typename Value>
-std::vector<Tensor> quantized_linear(
-    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases) {
-  const Tensor input = x.contiguous();
-  const int64_t K = x.size(-1), M = x.numel() / K;
-  auto found = outputs(x, weights);
-  std::vector<uint8_t> quantized(M * K);
-  std::vector<float> sizes(M);
-  quantize(input.const_data_ptr<Value>(), M, K, quantized.data(), sizes.data());
-  divide(weights, [&](size_t i, int64_t begin, int64_t end) {
-    Value* y = found[i].mutable_data_ptr<Value>();
-    const float* scale = scales[i].const_data_ptr<float>();
-    const int32_t* offset = offsets[i].const_data_ptr<int32_t>();
-    const float* bias = bias_of<float>(biases, i);
-    const int64_t N = weights[i].size(0);
-    range<Int8>(
-        quantized.data(), rows_of<int8_t>(weights[i]), M, K, begin, end,
-        [&](int64_t m, int64_t n, auto count, const int32_t* sums) {
-          float results[16];
-          for (int j = 0; j < count; ++j) {
-            results[j] = float(sums[j] - offset[n + j]) * scale[n + j] * sizes[m];
-            if (bias) results[j] += bias[n + j];
-          }
-          narrow(results, count, y + m * N + n);
-        });
-  });
-  return found;
-}
-
-// Weights are int8 with a scale for each row; `offsets` are 128 times the sum of each row. Biases are float32.
-std::vector<Tensor> linear_int8(
-    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases) {
-  const auto map = x.scalar_type() == at::kFloat ? quantized_linear<float> : quantized_linear<BFloat16>;
-  return map(x, weights, scales, offsets, biases);
 }
 
 // Vectors of GCC and Clang, for any processor.
@@ -381,6 +286,229 @@ Lanes exponential(Lanes x) {
   const Lanes scale = (Lanes)((__builtin_convertvector(whole, Whole) + 127) << 23);
   return x < least ? Lanes{} : series * scale;
 }
+
+Lanes rounded(Lanes value) {
+  float from[lanes];
+  BFloat16 to[lanes];
+  std::memcpy(from, &value, sizeof from);
+  narrow(from, std::integral_constant<int, lanes>(), to);
+  return widened(to);
+}
+
+void narrow(Lanes value, int64_t count, BFloat16* to) {
+  float from[lanes];
+  std::memcpy(from, &value, sizeof from);
+  if (count >= lanes) narrow(from, std::integral_constant<int, lanes>(), to);
+  else narrow(from, count, to);
+}
+
+// Up to sixteen elements; the rest are zeros.
+Lanes widened(const BFloat16* p, int64_t count) {
+  if (count >= lanes) return widened(p);
+  BFloat16 held[lanes] = {};
+  std::copy(p, p + count, held);
+  return widened(held);
+}
+
+// Every row of x, or of the sum of x and what is added to it, over its root mean square and times `scale` (RMSNorm). Everything
+// that has a name in the model is rounded as it is there.
+void normalize(
+    const BFloat16* x, const BFloat16* added, const BFloat16* scale, float eps, int64_t M, int64_t K, BFloat16* sum, BFloat16* to) {
+  for (int64_t m = 0; m < M; ++m, x += K, to += K) {
+    Lanes squares{};
+    for (int64_t k = 0; k < K; k += lanes) {
+      Lanes value = widened(x + k, K - k);
+      if (added) {
+        value = value + widened(added + m * K + k, K - k);
+        narrow(value, K - k, sum + m * K + k);
+        value = rounded(value);
+      }
+      squares = fused(value, value, squares);
+    }
+    float total = 0;
+    for (int i = 0; i < lanes; ++i) total += squares[i];
+    const Lanes inverse = every(1.f / std::sqrt(total / float(K) + eps));
+    const BFloat16* whole = added ? sum + m * K : x;
+    for (int64_t k = 0; k < K; k += lanes)
+      narrow(rounded(widened(whole + k, K - k) * inverse) * widened(scale + k, K - k), K - k, to + k);
+  }
+}
+
+// silu(y) * up, in place of y, for M rows of `width` elements.
+void gate(BFloat16* y, int64_t apart, const BFloat16* up, int64_t M, int64_t width) {
+  for (int64_t m = 0; m < M; ++m, y += apart, up += width)
+    for (int64_t n = 0; n < width; n += lanes) {
+      const Lanes value = widened(y + n, width - n), most = every(88.f), minus = -value;
+      const Lanes silu = value / (exponential(minus > most ? most : minus) + 1.f);
+      narrow(rounded(silu) * widened(up + n, width - n), width - n, y + n);
+    }
+}
+
+// The rows of several matrices, end to end, are divided among the threads.
+template <typename Work>
+void divide(at::TensorList weights, const Work& work) {
+  std::vector<int64_t> starts{0};
+  for (const Tensor& weight : weights) starts.push_back(starts.back() + weight.size(0));
+  const int64_t chunk = 16, chunks = (starts.back() + chunk - 1) / chunk;
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    const int64_t from = first * chunk, to = std::min(last * chunk, starts.back());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int64_t begin = std::max(from, starts[i]), end = std::min(to, starts[i + 1]);
+      if (begin < end) work(i, begin - starts[i], end - starts[i]);
+    }
+  });
+}
+
+// What a map does besides: before it, inputs are added to and normalised; after it, the first of two is the gate of the second.
+struct Around {
+  bool gated = false;
+  std::optional<Tensor> added{}, scale{};
+  double eps = 0;
+};
+
+// The inputs of maps and where their outputs go: one tensor for each map, or for both of a gated one, then the sum of the inputs.
+template <typename Value>
+struct Maps {
+  const int64_t K, M;
+  std::vector<Tensor> outputs;
+  Tensor input;
+
+  Maps(const Tensor& x, at::TensorList weights, const Around& around) : K(x.size(-1)), M(x.numel() / K), input(x.contiguous()) {
+    for (const Tensor& weight : around.gated ? weights.slice(0, 1) : weights) {
+      auto sizes = x.sizes().vec();
+      sizes.back() = weight.size(0);
+      outputs.push_back(at::empty(sizes, x.options()));
+    }
+    if constexpr (std::is_same_v<Value, BFloat16>) {
+      if (!around.scale) return;
+      const Tensor given = input;
+      input = at::empty_like(given);
+      Tensor more;
+      if (around.added) {
+        more = around.added->contiguous();
+        outputs.push_back(at::empty_like(given));
+      }
+      normalize(
+          given.const_data_ptr<Value>(), around.added ? more.const_data_ptr<Value>() : nullptr,
+          around.scale->template const_data_ptr<Value>(), float(around.eps), M, K,
+          around.added ? outputs.back().template mutable_data_ptr<Value>() : nullptr, input.template mutable_data_ptr<Value>());
+    }
+  }
+
+  // Runs `map(number of the map, begin, end, y, distance of the rows of y)` for all rows of the weights, and what comes after.
+  template <typename Map>
+  std::vector<Tensor> run(at::TensorList weights, bool gated, const Map& map) {
+    divide(gated ? weights.slice(0, 1) : weights, [&](size_t i, int64_t begin, int64_t end) {
+      const int64_t N = weights[i].size(0);
+      Value* y = outputs[i].template mutable_data_ptr<Value>() + begin;
+      map(i, begin, end, y, N);
+      if constexpr (std::is_same_v<Value, BFloat16>) {
+        if (!gated) return;
+        std::vector<Value> up(M * (end - begin));
+        map(1, begin, end, up.data(), end - begin);
+        gate(y, N, up.data(), M, end - begin);
+      }
+    });
+    return std::move(outputs);
+  }
+};
+
+// The bias of a map; none of the maps has one, or all have.
+template <typename Value>
+const Value* bias_of(at::TensorList biases, size_t i) {
+  return biases.empty() ? nullptr : biases[i].const_data_ptr<Value>();
+}
+
+std::vector<Tensor> linear(
+    const Tensor& x, at::TensorList weights, at::TensorList biases, bool gated, const std::optional<Tensor>& added,
+    const std::optional<Tensor>& scale, double eps) {
+  Maps<BFloat16> maps(x, weights, {gated, added, scale, eps});
+  const auto* input = maps.input.const_data_ptr<BFloat16>();
+  return maps.run(weights, gated, [&](size_t i, int64_t begin, int64_t end, BFloat16* y, int64_t apart) {
+    const BFloat16* bias = bias_of<BFloat16>(biases, i);
+    range<Bf16>(
+        input, rows_of<BFloat16>(weights[i]), maps.M, maps.K, begin, end,
+        [&](int64_t m, int64_t n, auto count, const float* sums) {
+          float results[16];
+          for (int j = 0; j < count; ++j) results[j] = bias ? sums[j] + float(bias[n + j]) : sums[j];
+          narrow(results, count, y + m * apart + n - begin);
+        });
+  });
+}
+
+// x (B, M, K) times chosen rows (B, R) of the weights: the scores of a shortlist.
+Tensor linear_rows(const Tensor& x, const Tensor& weight, const Tensor& rows) {
+  const Tensor input = x.contiguous(), chosen = rows.contiguous();
+  const int64_t B = x.size(0), M = x.size(1), K = x.size(2), R = rows.size(1), chunks = (R + 15) / 16;
+  Tensor output = at::empty({B, M, R}, x.options());
+  const Rows<BFloat16> all = rows_of<BFloat16>(weight);
+  at::parallel_for(0, B * chunks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<BFloat16> held(16 * K);  // one behind the other
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / chunks, first = unit % chunks * 16, count = std::min<int64_t>(R - first, 16);
+      const int64_t* row = chosen.const_data_ptr<int64_t>() + b * R + first;
+      for (int64_t n = 0; n < count; ++n) std::memcpy(held.data() + n * K, all.at(row[n]), K * sizeof(BFloat16));
+      BFloat16* y = output.mutable_data_ptr<BFloat16>() + b * M * R + first;
+      range<Bf16>(
+          input.const_data_ptr<BFloat16>() + b * M * K, {held.data(), K}, M, K, 0, count,
+          [&](int64_t m, int64_t n, auto many, const float* sums) { narrow(sums, many, y + m * R + n); });
+    }
+  });
+  return output;
+}
+
+// The bits of a number without its sign, which are ordered as the numbers are.
+uint32_t magnitude(BFloat16 value) { return uint32_t(value.x & 0x7fff) << 16; }
+uint32_t magnitude(float value) { return std::bit_cast<uint32_t>(value) & 0x7fffffff; }
+
+// Each input row scaled to its own largest value: it depends on that row alone.
+template <typename Value>
+void quantize(const Value* x, int64_t M, int64_t K, uint8_t* to, float* scales) {
+  for (int64_t m = 0; m < M; ++m) {
+    const Value* row = x + m * K;
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < K; ++k) bits = std::max(bits, magnitude(row[k]));
+    const float most = std::bit_cast<float>(bits), inverse = most > 0 ? 127.f / most : 0.f;
+    for (int64_t k = 0; k < K; ++k) to[m * K + k] = uint8_t(int(std::nearbyint(float(row[k]) * inverse)) + 128);
+    scales[m] = most / 127.f;
+  }
+}
+
+template <typename Value>
+std::vector<Tensor> quantized_linear(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases,
+    const Around& around) {
+  Maps<Value> maps(x, weights, around);
+  std::vector<uint8_t> quantized(maps.M * maps.K);
+  std::vector<float> sizes(maps.M);
+  quantize(maps.input.template const_data_ptr<Value>(), maps.M, maps.K, quantized.data(), sizes.data());
+  return maps.run(weights, around.gated, [&](size_t i, int64_t begin, int64_t end, Value* y, int64_t apart) {
+    const float* scale = scales[i].const_data_ptr<float>();
+    const int32_t* offset = offsets[i].const_data_ptr<int32_t>();
+    const float* bias = bias_of<float>(biases, i);
+    range<Int8>(
+        quantized.data(), rows_of<int8_t>(weights[i]), maps.M, maps.K, begin, end,
+        [&](int64_t m, int64_t n, auto count, const int32_t* sums) {
+          float results[16];
+          for (int j = 0; j < count; ++j) {
+            results[j] = float(sums[j] - offset[n + j]) * scale[n + j] * sizes[m];
+            if (bias) results[j] += bias[n + j];
+          }
+          narrow(results, count, y + m * apart + n - begin);
+        });
+  });
+}
+
+// Weights are int8 with a scale for each row; `offsets` are 128 times the sum of each row. Biases are float32.
+std::vector<Tensor> linear_int8(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases, bool gated,
+    const std::optional<Tensor>& added, const std::optional<Tensor>& scale, double eps) {
+  const auto map = x.scalar_type() == at::kFloat ? quantized_linear<float> : quantized_linear<BFloat16>;
+  return map(x, weights, scales, offsets, biases, {gated, added, scale, eps});
+}
+
+// The same bits, in memory: see `fusion.keep_what_all_layers_read`.
+Tensor computed(const Tensor& x) { return x.clone(); }
 
 // Softmax of a row of scores, whose width is a multiple of the lanes. The sum is in double precision: a node of a tree has its
 // path in other slots, hence other lanes, than the same tokens have in plain decoding, and must get the same sum.
@@ -454,40 +582,55 @@ void weigh(
   }
 }
 
+// The number of slots up to the last that any of M rows of an additive mask allows, rounded up to the lanes: a cache has room for
+// what is yet to come.
+int64_t slots_seen(const BFloat16* mask, int64_t apart, int64_t M, int64_t S) {
+  constexpr uint16_t lowest = 0xff7f;  // and minus infinity is one more
+  int64_t seen = 0;
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t from = (S - 1) / lanes * lanes; from >= seen; from -= lanes) {
+      bool any = false;
+      for (int64_t s = from; s < std::min(from + lanes, S); ++s) any |= uint16_t(mask[m * apart + s].x - lowest) > 1;
+      if (any) seen = from + lanes;
+    }
+  return std::min(std::max(seen, int64_t(lanes)), S);
+}
+
 // Attention of a few queries (B, H, M, D) to the cache (B, G, S, D), H a multiple of G, under an additive mask (B, 1 or H, M, S).
 // Keys and values are read in place; heads that share them need no copies. The result is laid out as (B, M, H, D), as it is read.
 Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& mask, double scale) {
   const int64_t B = queries.size(0), H = queries.size(1), M = queries.size(2), D = queries.size(3), S = keys.size(2);
-  const int64_t share = H / keys.size(1), width = (S + lanes - 1) / lanes * lanes;
+  const int64_t share = H / keys.size(1), most = (S + lanes - 1) / lanes * lanes;
   const Tensor q = queries.stride(3) == 1 ? queries : queries.contiguous();
   Tensor output = at::empty({B, M, H, D}, q.options());
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(M * width);
+    std::vector<float> scores(M * most);
     std::vector<BFloat16> asked(M * D);  // a head's queries, end to end
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / H, h = unit % H, g = h / share;
       const BFloat16* k = keys.const_data_ptr<BFloat16>() + b * keys.stride(0) + g * keys.stride(1);
       const BFloat16* v = values.const_data_ptr<BFloat16>() + b * values.stride(0) + g * values.stride(1);
       const BFloat16* added = mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + (mask.size(1) > 1 ? h * mask.stride(1) : 0);
+      const int64_t seen = slots_seen(added, mask.stride(2), M, S), width = (seen + lanes - 1) / lanes * lanes;
       const BFloat16* own = q.const_data_ptr<BFloat16>() + b * q.stride(0) + h * q.stride(1);
       for (int64_t m = 0; m < M; ++m) std::memcpy(asked.data() + m * D, own + m * q.stride(2), D * sizeof(BFloat16));
-      range<Bf16>(asked.data(), {k, D}, M, D, 0, S, [&](int64_t m, int64_t n, auto count, const float* sums) {
+      range<Bf16>(asked.data(), {k, D}, M, D, 0, seen, [&](int64_t m, int64_t n, auto count, const float* sums) {
         for (int j = 0; j < count; ++j) scores[m * width + n + j] = sums[j] * float(scale);
       });
       for (int64_t m = 0; m < M; ++m) {
         float* row = scores.data() + m * width;
         const BFloat16* add = added + m * mask.stride(2);
         int64_t s = 0;
-        for (; s + lanes <= S; s += lanes) {
+        for (; s + lanes <= seen; s += lanes) {
           const Lanes sum = vector_at<Lanes>(row + s) + widened(add + s);
           std::memcpy(row + s, &sum, sizeof sum);
         }
-        for (; s < S; ++s) row[s] += float(add[s]);
-        std::fill(row + S, row + width, -INFINITY);
+        for (; s < seen; ++s) row[s] += float(add[s]);
+        std::fill(row + seen, row + width, -INFINITY);
         softmax(row, width);
       }
       BFloat16* y = output.mutable_data_ptr<BFloat16>() + (b * M * H + h) * D;
-      weigh(scores.data(), width, v, M, S, D, y, H * D);
+      weigh(scores.data(), width, v, M, seen, D, y, H * D);
     }
   });
   return output.transpose(1, 2);
@@ -516,8 +659,11 @@ void move_slots(at::TensorList states, const Tensor& source, const Tensor& targe
 }  // namespace
 
 TORCH_LIBRARY(medusa, library) {
-  library.def("linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]");
-  library.def("linear_int8(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor[] biases) -> Tensor[]");
+  const std::string around = "bool gated=False, Tensor? added=None, Tensor? scale=None, float eps=0.0) -> Tensor[]";
+  library.def(("linear(Tensor x, Tensor[] weights, Tensor[] biases, " + around).c_str());
+  library.def(("linear_int8(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor[] biases, " + around).c_str());
+  library.def("linear_rows(Tensor x, Tensor weight, Tensor rows) -> Tensor");
+  library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
   library.def("move_slots(Tensor(a!)[] states, Tensor source, Tensor target) -> ()");
 }
@@ -525,6 +671,8 @@ TORCH_LIBRARY(medusa, library) {
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear", linear);
   library.impl("linear_int8", linear_int8);
+  library.impl("linear_rows", linear_rows);
+  library.impl("computed", computed);
   library.impl("attention", attention);
   library.impl("move_slots", move_slots);
 }

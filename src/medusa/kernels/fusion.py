@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from medusa.kernels.build import source_digest
 
@@ -17,6 +17,7 @@ INDUCTOR = {
     # differs between the graphs of one token and of a tree, and so do their results.
     "emulate_precision_casts": True,
 }
+MANY = 8  # uses of an intermediate result: more are by every layer
 MOST_ROWS = 64  # with more, a step is bound by arithmetic, and torch's own kernels are faster
 
 
@@ -24,11 +25,20 @@ def few_rows_backend(graph: fx.GraphModule, inputs: list[Any]) -> Any:
     """A backend of torch.compile for a CPU: inductor, for what the kernels do not compute."""
     from torch._inductor.compile_fx import compile_fx
 
-    fuse_linear_maps(graph)
-    replace_attention(graph)
+    fuse(graph)
     # Inductor's cache on disk knows a kernel by its name alone: graphs of another version of it must not be taken.
     with torch.compiler.config.patch(cache_key_tag=source_digest()):  # type: ignore[attr-defined]
         return compile_fx(graph, inputs, config_patches=INDUCTOR)
+
+
+def fuse(graph: fx.GraphModule) -> None:
+    """Let the kernels compute what they can of a graph."""
+    fuse_linear_maps(graph)
+    fuse_gates(graph)
+    fuse_norms(graph)
+    replace_attention(graph)
+    replace_shortlists(graph)
+    compute_once(graph)
 
 
 def fuse_linear_maps(graph: fx.GraphModule) -> None:
@@ -57,6 +67,86 @@ def fuse_linear_maps(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def fuse_gates(graph: fx.GraphModule) -> None:
+    """Let the kernel that computes two maps of one input also compute silu(first) * second, the inside of a gated MLP."""
+    for call in _calls(graph):
+        outputs = {output.args[1]: output for output in call.users}
+        gate = next((number for number in outputs if _only_user(outputs[number], nn.functional.silu)), None)
+        if len(outputs) != 2 or gate is None or not _is_bfloat16(outputs[gate].meta.get("example_value")):
+            continue
+        silu, up = next(iter(outputs[gate].users)), outputs[1 - gate]
+        product = _only_user(silu, operator.mul)
+        if product is None or product is not _only_user(up, operator.mul):
+            continue
+        x, *operands = call.args
+        call.args = (x, *([each[gate], each[1 - gate]] if each else [] for each in operands))
+        call.update_kwarg("gated", True)
+        with graph.graph.inserting_after(call):
+            result = graph.graph.call_function(operator.getitem, (call, 0))
+        result.meta = dict(product.meta)
+        product.replace_all_uses_with(result)
+        _erase([product, silu, outputs[gate], up])
+    graph.recompile()
+
+
+def fuse_norms(graph: fx.GraphModule) -> None:
+    """Let the kernel normalise the inputs of its maps (RMSNorm), and first add what a layer adds to them."""
+    for call in _calls(graph):
+        if (found := _norm(call.args[0])) is None or len(call.args[0].users) != 1:
+            continue
+        whole, scale, eps, chain = found
+        call.update_arg(0, whole)
+        call.kwargs = {**call.kwargs, "scale": scale, "eps": eps}
+        _erase(chain)
+        place = {node: number for number, node in enumerate(graph.graph.nodes)}
+        if not _is_sum(whole) or any(place[user] < place[call] for user in whole.users):
+            continue
+        x, added = whole.args
+        number = 1 if call.kwargs.get("gated") else len(call.args[1])
+        with graph.graph.inserting_after(call):
+            result = graph.graph.call_function(operator.getitem, (call, number))
+        result.meta = dict(whole.meta)
+        whole.replace_all_uses_with(result)
+        call.update_arg(0, x)
+        call.update_kwarg("added", added)
+        _erase([whole])
+    graph.recompile()
+
+
+def compute_once(graph: fx.GraphModule) -> None:
+    """Keep what every layer reads in memory: inductor computes it again in each, such as the sines of rotated positions."""
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("example_value")
+        if node.op not in ("call_function", "call_method") or node.target is operator.getitem or len(node.users) <= MANY:
+            continue
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.device.type == "cpu":
+            with graph.graph.inserting_after(node):
+                kept = graph.graph.call_function(torch.ops.medusa.computed.default, (node,))
+            kept.meta = dict(node.meta)
+            node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
+    graph.recompile()
+
+
+def replace_shortlists(graph: fx.GraphModule) -> None:
+    """Replace the scores of a few tokens of the vocabulary by the kernel, which reads their rows of the LM head in place."""
+    for node in list(graph.graph.nodes):
+        if node.target not in (operator.matmul, torch.matmul):
+            continue
+        x, columns = cast(Any, node.args)
+        if columns.target != "transpose" or set(columns.args[1:]) != {1, 2} or columns.args[0].target is not operator.getitem:
+            continue
+        weight, rows = columns.args[0].args
+        values: list[Any] = [each.meta.get("example_value") for each in (x, weight, rows) if isinstance(each, fx.Node)]
+        if not _is_input(weight) or [value.dim() for value in values] != [3, 2, 2] or not all(map(_is_bfloat16, values[:2])):
+            continue
+        with graph.graph.inserting_before(node):
+            output = graph.graph.call_function(torch.ops.medusa.linear_rows.default, (x, weight, rows))
+        output.meta = dict(node.meta)
+        node.replace_all_uses_with(output)
+        _erase([node])
+    graph.recompile()
+
+
 def replace_attention(graph: fx.GraphModule) -> None:
     """Replace the attention of a few bfloat16 queries by the kernel, which reads shared keys and values in place."""
     for node in list(graph.graph.nodes):
@@ -67,6 +157,61 @@ def replace_attention(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(output)
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _calls(graph: fx.GraphModule) -> list[Any]:
+    kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_int8.default
+    return [node for node in graph.graph.nodes if node.target in kernels]
+
+
+def _erase(nodes: list[Any]) -> None:
+    """Remove nodes, each of which only those before it use. What is left would be computed: not all of it without effect."""
+    for node in nodes:
+        node.graph.erase_node(node)
+
+
+def _only_user(node: Any, target: Any) -> Any:
+    """The user of a node that has no other, if it is a call of `target`."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    return user if user is not None and user.target is target and not user.kwargs.get("inplace") else None
+
+
+def _is_sum(node: Any) -> bool:
+    """Whether a node is the sum of two bfloat16 tensors of one shape."""
+    if node.target is not operator.add or not all(isinstance(arg, fx.Node) for arg in node.args):
+        return False
+    values = [arg.meta.get("example_value") for arg in node.all_input_nodes]
+    return len(values) == 2 and all(map(_is_bfloat16, values)) and values[0].shape == values[1].shape
+
+
+def _norm(node: Any) -> tuple[Any, Any, float, list[Any]] | None:
+    """What `weight * (x * rsqrt(mean(x^2) + eps))` normalises, its weight and eps, and the nodes that compute it."""
+    at: Any = node
+    chain: list[Any] = []
+    for target, place in (
+        (operator.mul, 1),  # of the weight and what is normalised
+        ("to", 0),
+        (operator.mul, 1),  # of the whole and the inverse
+        (torch.rsqrt, 0),
+        (operator.add, 0),  # eps
+        ("mean", 0),
+        ("pow", 0),
+        ("to", 0),
+    ):
+        if not isinstance(at, fx.Node) or at.target not in (target,):
+            return None
+        chain.append(at)
+        at = at.args[place]
+    scaled, narrowed, product, _, shifted, mean, square, wide = chain
+    weight, eps = scaled.args[0], shifted.args[1]
+    fits = [
+        isinstance(at, fx.Node) and _is_bfloat16(at.meta.get("example_value")),
+        _is_input(weight) and _is_bfloat16(weight.meta.get("example_value")),
+        product.args[0] is wide and square.args[1] == 2 and mean.args[1:] == (-1,) and mean.kwargs == {"keepdim": True},
+        narrowed.args[1:] == (torch.bfloat16,) and wide.args[1:] == (torch.float32,) and isinstance(eps, float),
+        set(wide.users) == {square, product} and all(len(each.users) == 1 for each in chain[1:-1]),
+    ]
+    return (at, weight, eps, chain) if all(fits) else None
 
 
 def _attention(node: fx.Node) -> tuple[Any, ...] | None:
