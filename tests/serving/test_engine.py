@@ -5,6 +5,7 @@ import queue
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -270,6 +271,8 @@ def test_prompts_that_begin_like_earlier_texts_are_read_from_there(model, engine
     assert again.tokens == alone(model, second) and elsewhere.tokens == alone(model, other)
     (same,) = submitted(engine, first)
     assert same.deliveries[0].cached == len(ids) - 1 and same.tokens == got.tokens
+    (anew,) = submitted(engine, replace(first, reuse=False))
+    assert anew.deliveries[0].cached == 0 and anew.tokens == got.tokens
 
 
 def test_log_probabilities_are_those_of_a_fresh_pass(model, engine):
@@ -463,9 +466,12 @@ def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
         time.sleep(0.01)
     shapes = set(model.compiled._usable)
     found = [first, *submitted(engine, *requests[1:])]
+    unguided = replace(requests[0], tree=None, options=options_of(model, requests[0].ids))
+    for tree in (None, MedusaTree([])):  # plain decoding is compared with the tree: neither may be the only one compiled
+        assert all(each.compiled for each in submitted(engine, replace(unguided, tree=tree))[0].deliveries)
     engine.close()
-    # A tree for 1 row, one for 2, for 4 the trees of 3 rows and of 4, one for 6; each sees 256 slots or all.
-    assert len(shapes) == 2 * 5 and shapes == set(model.compiled._usable)
+    # For 1 row a tree and none, for 2 a tree, for 4 the trees of 3 rows and of 4, one for 6; each sees 256 slots or all.
+    assert len(shapes) == 2 * 6 and shapes == set(model.compiled._usable)
     for request, got in zip(requests, found, strict=True):
         assert got.tokens == alone(model, request)
 

@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import hashlib
+import io
 import json
 import re
-import shutil
+import shlex
+import signal
 import threading
-from contextlib import contextmanager
 from urllib.parse import urlparse
 
+import httpx
 import pytest
 import torch
 
 running = pytest.importorskip("running", reason="the extra `serve` is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from browsing import barriers, link, needs_chromium, opened
 
 from medusa.cli.recorded_page import recorded_page
 from medusa.serving.page import FILES, FOLDER, POLICY
-
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
-FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS.split(), "--disable-quic"])
-        yield found
-        found.close()
-
-
-@contextmanager
-def opened(browser, address, expect=r"$^", **options):
-    """A page, of which nothing may fail: no error in the console but those expected, no request to another host."""
-    context = browser.new_context(**{"viewport": {"width": 1000, "height": 900}, **options})
-    page, wrong = context.new_page(), []
-    page.set_default_timeout(20_000)
-    page.on("console", lambda said: said.type == "error" and not re.search(expect, said.text) and wrong.append(said.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    host = urlparse(address).netloc
-    page.on("request", lambda asked: urlparse(asked.url).netloc not in (host, "") and wrong.append(asked.url))
-    page.goto(address)
-    yield page
-    context.close()
-    assert not wrong, wrong
-
-
-def link(**state) -> str:
-    return "#" + base64.b64encode(json.dumps(state).encode()).decode()
 
 
 def test_headers_let_the_page_load_from_its_server_only(served):
@@ -62,8 +34,16 @@ def test_headers_let_the_page_load_from_its_server_only(served):
     assert "unsafe" not in POLICY and "http" not in POLICY
 
 
-def test_first_paint_needs_less_than_100_kb():
-    assert sum(path.stat().st_size for path in FILES.values() if path.suffix != ".txt") < 100_000
+@needs_chromium
+def test_first_paint_needs_less_than_100_kb(browser, served):
+    with opened(browser, served.url + "/") as page:
+        page.get_by_role("region", name="Race").wait_for()
+        sizes = page.evaluate(
+            "performance.getEntriesByType('resource').map(each => [new URL(each.name).pathname, each.transferSize])"
+        )
+        document = page.evaluate("performance.getEntriesByType('navigation')[0].transferSize")
+        assert {path for path, size in sizes if size > 0} >= {path for path in FILES if path.endswith((".js", ".css"))}
+        assert 10_000 < document + sum(size for _, size in sizes) < 100_000
 
 
 def test_vendored_file_is_the_one_whose_checksum_and_licences_stand_beside_it():
@@ -93,14 +73,6 @@ def test_race_shows_both_runs_and_that_they_are_identical(browser, served):
         assert tokens[0] == tokens[1] and steps[1] <= steps[0]
         assert float(page.locator("[data-score=rate]").text_content()) == pytest.approx(tokens[1] / steps[1], abs=0.006)
         assert page.locator("[data-score=speedup]").text_content().startswith("\u00d7 ")
-
-
-@needs_chromium
-def test_race_is_shown_at_once_to_those_who_want_no_motion(browser, served):
-    with opened(browser, served.url + "/" + link(prompt="Once", limit=12), reduced_motion="reduce") as page:
-        page.get_by_role("region", name="Race").get_by_role("button", name="Race").click()
-        page.locator("[data-same=yes]").wait_for()
-        assert page.get_by_role("button", name="Replay").count() == 1
 
 
 @needs_chromium
@@ -142,10 +114,61 @@ def test_chat_streams_stops_and_goes_on(browser, served):
         view.get_by_label("Prompt", exact=True).press("Control+Enter")
         page.locator(".said-assistant").nth(1).wait_for()
         assert page.locator(".said-user").all_text_contents() == ["userHello", "userAnd then?"]
-        view.locator(".program summary").click()
-        view.get_by_role("button", name="Python").click()
-        assert "'messages'" not in view.locator("pre").text_content()
-        compile(view.locator("pre").text_content(), "copied", "exec")
+
+
+@needs_chromium
+def test_copied_programs_make_the_call_of_the_page(browser, served):
+    state = {"prompt": 'It\'s a "test" \\ of\nlines', "limit": 12, "temperature": 0.7, "seed": "3", "tree": "nodes", "nodes": 8}
+    with opened(browser, served.url + "/" + link(view="chat", **state)) as page:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_role("button", name="Send").click()
+        page.locator(".said-assistant small").wait_for()
+        page.locator(".program summary").click()
+        copied = {}
+        for language in ("curl", "Python", "JavaScript"):
+            page.get_by_role("button", name=language).click()
+            page.get_by_role("button", name="Copy", exact=True).click()
+            page.get_by_text("Copied.").wait_for()
+            copied[language] = page.evaluate("navigator.clipboard.readText()")
+        answer = page.locator(".said-assistant .text").text_content()
+        page.get_by_role("button", name="Copy link").click()
+        page.wait_for_function("navigator.clipboard.readText().then(text => text.startsWith('http') && !text.includes('v1'))")
+        page.goto(page.evaluate("navigator.clipboard.readText()"))
+        assert page.get_by_role("region", name="Chat").get_by_label("Prompt", exact=True).input_value() == state["prompt"]
+
+    url, body = (shlex.split(copied["curl"])[place] for place in (1, -1))
+    sent = json.loads(body)
+    assert sent["medusa"] == {"tree": {"dynamic": {"num_nodes": 8, "depth": served.service.model.num_heads}}}
+    said = httpx.post(url, json=sent, timeout=300).json()["choices"][0]["message"]["content"]
+    assert said == answer
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(copied["Python"], {})
+    assert printed.getvalue() == answer + "\n"
+    with opened(browser, "about:blank") as page:  # the package `openai` is not here: what would be given to it
+        code = copied["JavaScript"].replace('import OpenAI from "openai";', "")
+        record = "class OpenAI { chat = {completions: {create: async body => (given = body, {choices: [{message: {}}]})}} }"
+        page.set_content("")
+        assert page.evaluate(f"async () => {{ let given; {record} {code} return given; }}") == sent
+
+
+@needs_chromium
+@pytest.mark.parametrize(("view", "button"), [("chat", "Send"), ("race", "Race")])
+def test_tree_is_chosen_and_one_that_is_wrong_is_told(browser, served, view, button):
+    with opened(browser, served.url + "/" + link(view=view, prompt="Once", limit=8), expect="400") as page:
+        region = page.get_by_role("region", name=view.title(), exact=True)
+        region.locator(".settings summary").click()
+        region.get_by_role("combobox", name="Tree", exact=True).select_option(label="written as JSON")
+        written = region.get_by_label("Tree as JSON")
+        assert json.loads(written.input_value()) == served.service.model.tree.to_dict()
+        for text, told in (("[[0]", "the tree is not JSON"), ('{"paths": [[0, 0]]}', "Failed: ")):
+            written.fill(text)
+            region.get_by_role("button", name=button, exact=True).click()
+            region.locator(".said").get_by_text(told).wait_for()
+        written.fill('{"paths": [[0]]}')
+        with page.expect_request(lambda asked: '"paths"' in (asked.post_data or "")) as sent:
+            region.get_by_role("button", name={"Send": "Regenerate"}.get(button, button), exact=True).click()
+        assert sent.value.post_data_json["medusa"]["tree"] == {"paths": [[0]]}
+        region.locator(".step").first.wait_for(state="attached")
 
 
 @needs_chromium
@@ -183,62 +206,85 @@ def test_live_view_shows_the_metrics(browser, served):
         assert page.locator("[data-live=tree]").text_content().endswith("nodes")
 
 
-@needs_chromium
-def test_full_server_is_said_and_asked_again(browser, model, tokenizer):
-    with running.serve(model, tokenizer, {"slots": 1, "queue": 1}) as served:
-        body = {"model": "tiny", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
-        seen = threading.Event()
+@contextlib.contextmanager
+def kept_busy(served, callers):
+    """Clients that ask again and again, until the yielded event is set."""
+    enough = threading.Event()
 
-        def ask() -> None:  # again and again: the server stays full for as long as a browser takes to open the page
-            while not seen.is_set():
-                served.post("/v1/completions", body)
-                seen.wait(0.05)
+    def ask() -> None:
+        while not enough.is_set():
+            served.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 300, "ignore_eos": True})
+            enough.wait(0.05)
 
-        others = [threading.Thread(target=ask) for _ in range(5)]
+    others = [threading.Thread(target=ask) for _ in range(callers)]
+    for each in others:
+        each.start()
+    try:
+        yield enough
+    finally:
+        enough.set()
         for each in others:
-            each.start()
-        while not served.service.engine.load().waiting:
+            each.join()
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("status", "engine", "settings", "callers"),
+    [("503", {"slots": 1, "queue": 1}, {}, 5), ("429", {"slots": 2}, {"max_per_client": 1}, 3)],
+    ids=["full", "over the client's share"],
+)
+def test_refused_call_is_said_and_made_again(browser, model, tokenizer, status, engine, settings, callers):
+    with running.serve(model, tokenizer, engine, **settings) as served, kept_busy(served, callers) as enough:
+        while not served.service.engine.load().running:
             pass
-        try:
-            with opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="503") as page:
-                page.get_by_role("button", name="Send").click()
-                page.get_by_text("trying again in").wait_for()
-                page.get_by_role("button", name="Stop").click()
-                page.get_by_text("Stopped.").wait_for()
-                seen.set()
-                page.get_by_role("button", name="Regenerate").click()
-                page.locator(".said-assistant .step").first.wait_for(state="attached", timeout=120_000)  # the others end first
-        finally:
-            seen.set()
+        with opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect=status) as page:
+            page.get_by_role("button", name="Send").click()
+            page.get_by_text("trying again in").wait_for()
+            page.get_by_role("button", name="Stop").click()
+            page.get_by_text("Stopped.").wait_for()
+            page.get_by_role("button", name="Regenerate").click()
+            page.get_by_text("trying again in").wait_for()
+            enough.set()
+            page.locator(".said-assistant .step").first.wait_for(state="attached", timeout=120_000)  # the others end first
+
+
+@needs_chromium
+def test_server_that_drains_and_is_gone_is_said_and_found_again(browser, model, tokenizer):
+    with running.serve(model, tokenizer, {"slots": 1}) as first:
+        port = urlparse(first.url).port
+        expect = "ERR_|Failed to load"
+        with opened(browser, first.url + "/" + link(view="chat", prompt="Once", limit=5), expect=expect) as page:
+            page.get_by_role("button", name="Send").wait_for()
+            bodies = [{"model": "tiny", "prompt": "a", "max_tokens": 900, "ignore_eos": True}] * 3
+            others = [threading.Thread(target=first.post, args=("/v1/completions", body)) for body in bodies]
+            for each in others:
+                each.start()
+            while first.service.engine.load().waiting < 2:
+                pass
+            first.server.handle_exit(signal.SIGTERM, None)
+            page.locator("[data-how=draining]").wait_for()
+            page.get_by_role("button", name="Send").click()
+            page.get_by_text("trying again in").wait_for()
+            page.get_by_role("button", name="Stop").click()
             for each in others:
                 each.join()
-
-
-@needs_chromium
-def test_server_that_is_gone_is_said_and_found_again(browser, model, tokenizer):
-    with running.serve(model, tokenizer) as first:
-        port = urlparse(first.url).port
-        with opened(browser, first.url + "/" + link(view="chat", prompt="Once", limit=5), expect="ERR_|Failed to load") as page:
-            page.get_by_role("button", name="Send").wait_for()
-            first.server.should_exit = True
-            page.locator("[data-how=dead], [data-how=draining]").wait_for()
             page.locator("[data-how=dead]").wait_for()
             with running.serve(model, tokenizer, port=port):
                 page.locator(".banner").wait_for(state="detached")
-                page.get_by_role("button", name="Send").click()
+                page.get_by_role("button", name="Regenerate").click()
                 page.locator(".said-assistant .step").first.wait_for(state="attached")
 
 
 @needs_chromium
-@pytest.mark.parametrize("view", ["race", "steps", "chat", "live"])
-def test_every_view_fits_a_narrow_screen(browser, served, view):
-    with opened(browser, served.url + "/" + link(view=view, prompt="a"), viewport={"width": 360, "height": 700}) as page:
-        region = page.get_by_role("region", name=view.title(), exact=True)
-        region.wait_for()
-        if view != "live":
-            region.locator("button.main").click()
-            region.locator(".step").nth(2).wait_for(state="attached")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+def test_answer_of_a_server_that_dies_is_kept_and_told(browser, model, tokenizer):
+    with running.serve(model, tokenizer) as served:
+        state = link(view="chat", prompt="Once", limit=900, temperature=1, seed="1")
+        with opened(browser, served.url + "/" + state, expect="ERR_|Failed to load") as page:
+            page.get_by_role("button", name="Send").click()
+            page.locator(".said-assistant .step").nth(2).wait_for(state="attached")
+            served.server.should_exit = True
+            page.get_by_text("Failed: ").or_(page.locator("[data-how=dead]")).first.wait_for()
+            assert page.locator(".said-assistant .step").count() > 2
 
 
 @needs_chromium
@@ -247,6 +293,11 @@ def test_key_is_asked_for(browser, model, tokenizer):
         running.serve(model, tokenizer, api_key=("secret",)) as served,
         opened(browser, served.url + "/" + link(view="chat", prompt="Once", limit=5), expect="401") as page,
     ):
+        page.get_by_text("asks for an API key").wait_for()
+        page.get_by_label("API key").fill("guess")
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_text("does not know this API key").wait_for()
+        assert not barriers(page)
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Enter").click()
         page.get_by_role("button", name="Send").click()

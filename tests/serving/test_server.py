@@ -265,6 +265,10 @@ def test_a_traced_stream_shows_every_step_and_its_tree(served):
         for node in step.get("nodes", ()):
             assert node.keys() == {"token", "text", "parent", "p", "accepted"} and 0 <= node["p"] <= 1
     assert any(step.get("nodes") for step in steps)
+    assert all(event["choices"][0]["logprobs"] is None for event in events if event["choices"])
+    asked = served.post(CHAT, {**LONG, "max_tokens": 30, "logprobs": True}).json()["choices"][0]["logprobs"]["content"]
+    traced = [logprob for step in steps for logprob in step["logprobs"]]
+    assert traced == pytest.approx([each["logprob"] for each in asked], abs=1e-5) and len(traced) == 30
     assert not any("medusa" in event for event in served.stream(CHAT, {**LONG, "max_tokens": 5}))
 
 

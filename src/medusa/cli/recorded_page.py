@@ -64,7 +64,7 @@ def _traced(model: MedusaModel, tokenizer: Any, ids: list[int], limits: dict[str
     engine = Engine(model, slots=1, capacity=room, tree=tree)
     delivered: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
     engine.submit(Request(ids, options, logprobs=0, trace=True), delivered.put)
-    texts, text, steps, logprobs = TokenTexts(tokenizer), Detokenizer(tokenizer, ids), [], []
+    texts, text, steps = TokenTexts(tokenizer), Detokenizer(tokenizer, ids), []
     last = None
     while last is None:
         found = delivered.get()
@@ -74,9 +74,8 @@ def _traced(model: MedusaModel, tokenizer: Any, ids: list[int], limits: dict[str
         if not found.tokens:
             continue
         steps.append(step_record(found, [text.put([token]) for token in found.tokens], texts))
-        logprobs += [each.logprob for each in found.logprobs or ()]
     engine.close()
-    return {"steps": steps, "logprobs": logprobs}
+    return {"steps": steps}
 
 
 def _inlined(record: dict[str, Any]) -> str:

@@ -110,7 +110,7 @@ class Answer:
                 break
             upto += 1
         text, pieces = content.text[self._sent : end], content.pieces[self._released : upto]
-        logprobs = self.logprobs[self._released : upto] if self.call.requests[0].logprobs is not None else None
+        logprobs = self.logprobs[self._released : upto] if self.call.logprobs else None
         self._sent, self._released = max(end, self._sent), upto
         if self.call.drops_answer:
             text, pieces, logprobs = "", [], [] if logprobs is not None else None

@@ -110,6 +110,7 @@ class Call:
     min_tokens: int = 0
     skip_special_tokens: bool = True
     stop_token_ids: frozenset[int] = frozenset()
+    logprobs: bool = False  # whether the answer has them: a trace asks the engine for some too
     trace: str = "none"
     drops_answer: bool = False  # the prompt alone is wanted: max_tokens is 0
 
@@ -147,6 +148,7 @@ def make_call(service: Service, body: ChatRequest | CompletionRequest, ids: list
         min_tokens=body.min_tokens,
         skip_special_tokens=body.skip_special_tokens,
         stop_token_ids=frozenset(body.stop_token_ids or ()),
+        logprobs=logprobs is not None,
         trace=body.medusa.trace,
         drops_answer=body.limit == 0,
     )
@@ -156,9 +158,10 @@ def make_call(service: Service, body: ChatRequest | CompletionRequest, ids: list
             options,
             number=number,
             tree=tree,
-            logprobs=logprobs,
+            logprobs=0 if logprobs is None and body.medusa.trace == "tree" else logprobs,
             prompt_logprobs=logprobs if echo else None,
             trace=body.medusa.trace == "tree",
+            reuse=body.medusa.cache_prompt,
             ends=call.answer_text(service.tokenizer).put if body.stops else None,
         )
         call.requests.append(request)

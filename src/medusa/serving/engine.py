@@ -50,7 +50,7 @@ class Engine:
 
     Between two steps, requests that have ended or were cancelled leave, and one chunk of one waiting prompt is processed. The
     rows that decode stand in the first slots, so that a step costs what a batch of their number costs; rows that ask for a tree
-    of their own stand in the last, and are stepped by themselves.
+    of their own are stepped by themselves, and stand in the last unless there are no others.
 
     Args:
         model: a `MedusaModel`, or another `Decodable` with a tree.
@@ -210,7 +210,8 @@ class Engine:
                 job = self._waiting.popleft()
                 job.slot = self._pool.choose(free, job.request.ids)
                 self._at[job.slot] = self._reading = job
-            job.begin(0 if job.request.prompt_logprobs is not None else self._pool.cached(job.slot, job.request.ids))
+            anew = job.request.prompt_logprobs is not None or not job.request.reuse
+            job.begin(0 if anew else self._pool.cached(job.slot, job.request.ids))
             self._pool.take(job.slot, job.row, job.ids, job.done)
             self._parts = None
         job = self._reading
@@ -240,22 +241,21 @@ class Engine:
             if tree != before:
                 self._parts[0] = self._parts[0].with_tree(tree, self._drafters[tree])
             return self._parts
-        self._parts, stop = [], self.slots
-        own: dict[MedusaTree | DynamicTree, list[Job]] = {}
+        groups: dict[MedusaTree | DynamicTree | None, list[Job]] = {None: shared} if shared else {}
         for job in live:
             if job.tree is not None:
-                own.setdefault(job.tree, []).append(job)
-        self._gather(shared, 0)
-        if shared:
-            drafter, wide = self._drafters[tree], None
-            if self._graphs is not None and (width := self._graphs.width(len(shared))) <= self.slots - len(live) + len(shared):
-                wide = self._pool.part(0, width, drafter)
-            self._parts.append(Part(0, len(shared), tree, self._pool.part(0, len(shared), drafter), wide))
-        for tree, jobs in own.items():
-            first, stop = stop - len(jobs), stop - len(jobs)
+                groups.setdefault(job.tree, []).append(job)
+        self._parts, stop = [], self.slots
+        for own, jobs in groups.items():
+            # The first stand in the first slots, where steps are compiled; the others, in the last.
+            first, width = 0, self._graphs.width(len(jobs)) if self._graphs is not None else 0
+            if self._parts:
+                first = stop = stop - len(jobs)
             self._gather(jobs, first)
-            assert jobs[0].drafter is not None
-            self._parts.append(Part(first, len(jobs), tree, self._pool.part(first, first + len(jobs), jobs[0].drafter)))
+            drafter = jobs[0].drafter or self._drafters[tree]
+            fits = not first and 0 < width <= self.slots - len(live) + len(jobs)
+            wide = self._pool.part(0, width, drafter) if fits else None
+            self._parts.append(Part(first, len(jobs), own or tree, self._pool.part(first, first + len(jobs), drafter), wide))
         return self._parts
 
     def _gather(self, jobs: list[Job], first: int) -> None:
@@ -273,7 +273,8 @@ class Engine:
     def _step(self, part: Part) -> None:
         """Step some slots, and deliver what their requests get."""
         jobs = [job for job in self._at[part.first : part.first + part.rows] if job is not None]
-        model, state = self._compiled(part) or (self.model, part.state)
+        compiled = self._compiled(part)
+        model, state = compiled or (self.model, part.state)
         began, base = time.perf_counter(), state.base
         try:
             stepped = step(model, state)
@@ -285,7 +286,7 @@ class Engine:
         if stepped.drafted is not None:
             self._pool.stepped(part.first, part.first + len(state.rows), base)
         for place, job in enumerate(jobs):
-            self._deliver(job, job.delivery(stepped, place, seconds))
+            self._deliver(job, job.delivery(stepped, place, seconds, compiled is not None))
         if stepped.drafted is not None and jobs[0].tree is None:
             going = [len(stepped.tokens[place]) for place, job in enumerate(jobs) if job.row.finish_reason is None]
             self._by_load.note(time.perf_counter() - began, going)

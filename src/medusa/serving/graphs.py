@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from medusa.serving.slots import Slots
-from medusa.serving.trees import TreeByLoad
+from medusa.serving.trees import PLAIN, TreeByLoad
 from medusa.state import Decodable, visible_slots
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
@@ -30,14 +30,16 @@ class Graphs:
 
     def __init__(self, model: Any, pool: Slots, by_load: TreeByLoad, drafters: Mapping[MedusaTree | DynamicTree, Drafter]):
         self.model: Decodable = model.compiled
-        self._pool, self._drafters = pool, drafters
+        self._pool, self._drafters = pool, {PLAIN: PLAIN.drafter(model.device), **drafters}
         self._ready: set[Shape] = set()
         self._left: deque[Shape] = deque()
         widths = sorted({self.width(rows) for rows in range(1, pool.number + 1)})
         seen = sorted({visible_slots(length, pool.capacity) for length in range(1, pool.capacity + 1)})
         for fewer, width in zip([0, *widths], widths, strict=False):
             trees = dict.fromkeys(t for rows in range(fewer + 1, width + 1) for t in by_load.candidates(rows))
-            self._left += [(w, t, v) for w, t, v in product([width], trees, seen) if v >= drafters[t].num_nodes]
+            if width == 1:  # what a tree is compared with
+                trees[PLAIN] = None
+            self._left += [(w, t, v) for w, t, v in product([width], trees, seen) if v >= self._drafters[t].num_nodes]
 
     @property
     def waiting(self) -> bool:
@@ -50,6 +52,8 @@ class Graphs:
 
     def ready(self, rows: int, tree: MedusaTree | DynamicTree, base: int) -> bool:
         """Whether there is a graph for a step."""
+        if tree not in self._drafters:  # a request's own
+            return False
         visible = visible_slots(base + self._drafters[tree].num_nodes, self._pool.capacity)
         return (self.width(rows), tree, visible) in self._ready
 

@@ -70,7 +70,7 @@ class Job:
         if self.request.logprobs is not None:
             self._root = logprobs_of(logits, [self.row.root], self.request.logprobs)
 
-    def delivery(self, stepped: Stepped, place: int, seconds: float) -> Delivery:
+    def delivery(self, stepped: Stepped, place: int, seconds: float, compiled: bool) -> Delivery:
         """What a step gives this request, which was row `place` of it."""
         tokens, row = stepped.tokens[place], self.row
         tree = stepped.drafted.tree if stepped.drafted is not None else None
@@ -92,6 +92,7 @@ class Job:
             drafted=tree.num_nodes - 1 if tree is not None else 0,
             depth=tree.lineage.shape[-1] - 1 if tree is not None else 0,
             seconds=seconds,
+            compiled=compiled,
             nodes=traced(stepped, place) if self.request.trace else None,
             error=row.error,
             **(first if self._first else {}),  # type: ignore[arg-type]

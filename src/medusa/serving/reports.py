@@ -59,14 +59,16 @@ def traced(stepped: Stepped, row: int) -> list[TracedNode]:
 
 
 def step_record(delivery: Delivery, pieces: Sequence[str], texts: TokenTexts) -> dict[str, Any]:
-    """A step in JSON: its tokens with the text that each completed, and its tree, if that was traced."""
+    """A step in JSON: its tokens with the text that each completed; if it was traced, their log-probabilities and its tree."""
     record: dict[str, Any] = {
         "ms": round(delivery.seconds * 1000, 3),
+        "compiled": delivery.compiled,
         "tokens": delivery.tokens,
         "pieces": [*pieces, *[""] * (len(delivery.tokens) - len(pieces))],
         "depth": delivery.depth,
     }
     if delivery.nodes is not None:
+        record["logprobs"] = [round(max(each.logprob, -9999.0), 6) for each in delivery.logprobs or ()]
         record["nodes"] = [
             {
                 "token": node.token,

@@ -30,6 +30,7 @@ class Request:
     logprobs: int | None = None  # number of likeliest tokens reported beside each token's own; None: no log-probabilities
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
     trace: bool = False  # deliver the whole tree of every step
+    reuse: bool = True  # begin with the keys and values of an earlier text that begins alike; False: read the whole prompt
     ends: Callable[[int], bool] | None = None  # called with each token in order; True ends the request: reason "stop"
 
 
@@ -63,6 +64,7 @@ class Delivery:
     drafted: int = 0  # nodes below the root in the step's tree
     depth: int = 0  # depth of the step's tree: the most draft tokens that it could have accepted
     seconds: float = 0.0  # duration of the step
+    compiled: bool = False  # whether the step was compiled
     cached: int = 0  # prompt tokens found in the cache; with the first delivery
     queued_seconds: float = 0.0  # time in the queue; with the first delivery
     nodes: list[TracedNode] | None = None  # the step's tree, if traced

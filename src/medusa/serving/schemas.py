@@ -107,6 +107,7 @@ class MedusaFields(Body):
     epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
     delta: Annotated[float, Field(ge=0, le=10)] | None = None
     trace: Literal["none", "steps", "tree"] = "none"
+    cache_prompt: bool = True
 
 
 class StructuredOutputs(Body):

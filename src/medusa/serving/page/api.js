@@ -1,5 +1,7 @@
 // What the page asks the server: one streamed call, the model's card, the metrics. Addresses are relative, for proxies.
 
+const PATIENCE = 5000; // ms in which a server that works says how it is
+
 export class Refused extends Error {
   constructor(status, body, after) {
     super(body?.error?.message ?? `the server answered ${status}`);
@@ -28,13 +30,18 @@ async function call(path, options = {}) {
 }
 
 export const card = async () => (await (await call("v1/models")).json()).data[0];
-export const ready = async () => {
+
+/** How the server is: ready, draining (it ends and takes no new requests), failed (its engine does not work), dead (no answer). */
+export async function health() {
+  const status = async (path) => (await fetch(path, { signal: AbortSignal.timeout(PATIENCE) })).status;
   try {
-    return (await fetch("ready")).ok ? "ready" : "draining";
+    const found = await status("ready");
+    if (found !== 503) return found === 200 ? "ready" : "dead";
+    return (await status("health")) === 200 ? "draining" : "failed";
   } catch {
     return "dead";
   }
-};
+}
 
 /** Numbers of the metrics, by name with labels other than the model's: {"vllm:num_requests_running": 1, …}. */
 export async function metrics() {
@@ -52,13 +59,29 @@ export async function metrics() {
 export function bodyOf(model, messages, settings, medusa = {}) {
   const body = { model: model.id, max_tokens: settings.limit, temperature: settings.temperature };
   if (settings.seed !== "") body.seed = Number(settings.seed);
-  if (settings.schema?.trim())
-    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };
+  if (settings.schema.trim())
+    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed(settings.schema, "JSON schema") } };
   if (model.medusa.chat) body.messages = messages;
   else body.prompt = messages.map((each) => each.content).join("");
-  if (settings.plain) medusa = { plain: true, ...medusa };
-  else if (settings.acceptance === "typical") medusa = { acceptance: "typical", ...medusa };
-  return Object.keys(medusa).length ? { ...body, medusa } : body;
+  const own = { ...TREES[settings.tree]?.(settings, model) };
+  if (settings.tree !== "none" && settings.acceptance === "typical") own.acceptance = "typical";
+  const fields = { ...own, ...medusa };
+  return Object.keys(fields).length ? { ...body, medusa: fields } : body;
+}
+
+/** The fields of each way to choose a tree other than the model's. */
+const TREES = {
+  none: () => ({ plain: true }),
+  nodes: ({ nodes }, model) => ({ tree: { dynamic: { num_nodes: nodes, depth: model.medusa.heads } } }),
+  own: ({ paths }, model) => ({ tree: paths ? parsed(paths, "tree") : model.medusa.tree }),
+};
+
+function parsed(text, what) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`the ${what} is not JSON: ${error.message}`);
+  }
 }
 
 export const pathOf = (body) => (body.messages ? "v1/chat/completions" : "v1/completions");
@@ -87,7 +110,7 @@ const pause = (seconds, signal) =>
     signal.addEventListener("abort", () => (clearTimeout(timer), reject(new DOMException("stopped", "AbortError"))));
   });
 
-/** Stream an answer: {at, trace, text, logprobs, reason} for each event, `at` in ms. A full server is asked again. */
+/** Stream an answer: {at, trace, text, reason} for each event, `at` in ms. A full server is asked again. */
 export async function* ask(body, signal, onWait) {
   let response;
   for (let tries = 0; !response; tries++) {
@@ -104,9 +127,8 @@ export async function* ask(body, signal, onWait) {
   for await (const event of events(response)) {
     if (event.error) throw new Refused(500, event);
     const choice = event.choices?.[0] ?? {};
-    const logprobs = choice.logprobs?.content?.map((each) => each.logprob) ?? choice.logprobs?.token_logprobs ?? [];
     const text = choice.delta?.content ?? choice.text ?? "";
-    yield { at: performance.now(), trace: event.medusa, text, logprobs, reason: choice.finish_reason };
+    yield { at: performance.now(), trace: event.medusa, text, reason: choice.finish_reason };
   }
 }
 

@@ -1,13 +1,15 @@
 // The page: its views, the state that its link restores, and how the server is.
 import { html, render, useEffect, useLayoutEffect, useState } from "./preact.js";
-import { card, key, ready } from "./api.js";
+import { card, health, key } from "./api.js";
 import { Chat } from "./chat.js";
 import { Live } from "./live.js";
 import { Race } from "./race.js";
 import { Steps } from "./steps.js";
 
 const VIEWS = { race: ["Race", Race], steps: ["Steps", Steps], chat: ["Chat", Chat], live: ["Live", Live] };
-const BEGIN = { view: "race", prompt: "", system: "", limit: 128, temperature: 0, seed: "", plain: false, acceptance: "exact", schema: "" };
+const BEGIN = {
+  view: "race", prompt: "", system: "", limit: 128, temperature: 0, seed: "", tree: "model", nodes: 16, paths: "", acceptance: "exact", schema: "",
+};
 const EXAMPLES = { true: "Explain in a few sentences why the sky is blue.", false: "def fibonacci(n):\n    " };
 const WATCHED = 2000; // ms between two looks at the server
 
@@ -31,20 +33,24 @@ function linkOf(state) {
 
 function useModel() {
   const [model, setModel] = useState(null);
-  const [how, setHow] = useState("loading"); // ready, draining, dead, locked
+  const [how, setHow] = useState("loading"); // or a state of health, locked, wrong
   const look = async () => {
-    const now = await ready();
+    const now = await health();
     try {
       if (now === "ready") setModel(await card());
       setHow(now);
     } catch (error) {
-      setHow(error.status === 401 ? "locked" : "dead");
+      setHow(error.status !== 401 ? "dead" : key.get() ? "wrong" : "locked");
     }
   };
   useEffect(() => {
-    look();
-    const timer = setInterval(look, WATCHED);
-    return () => clearInterval(timer);
+    let gone = false, timer;
+    const watch = async () => {
+      await look();
+      if (!gone) timer = setTimeout(watch, WATCHED);
+    };
+    watch();
+    return () => ((gone = true), clearTimeout(timer));
   }, []);
   return { model, how, look };
 }
@@ -52,6 +58,9 @@ function useModel() {
 const SAID = {
   loading: "Asking the server…",
   draining: "The server is shutting down: running answers finish, new ones are refused.",
+  failed: "The server's engine has failed; somebody has to restart it. This page goes on by itself when it works again.",
+  locked: "This server asks for an API key.",
+  wrong: "The server does not know this API key.",
   dead: "The server does not answer. This page goes on by itself when it is back.",
 };
 
@@ -81,9 +90,9 @@ function Page() {
       <p>${model && `${model.id}, ${model.medusa.heads} heads, ${model.medusa.dtype}, ${model.medusa.device}`}</p>
       <${Tabs} views=${Object.keys(VIEWS)} view=${state.view} choose=${(view) => set({ view })} /></header>
     ${SAID[how] && html`<p class="banner" role="alert" data-how=${how}>${SAID[how]}</p>`}
-    ${how === "locked" && html`<${Key} look=${look} />`}
-    <main>${model && Object.entries(VIEWS).map(([name, [, View]]) => (name === "live" && state.view !== name ? null
-      : html`<div key=${name} hidden=${state.view !== name}><${View} ...${{ model, state, set }} /></div>`))}</main>`;
+    <main>${["locked", "wrong"].includes(how) && html`<${Key} look=${look} />`}
+      ${model && Object.entries(VIEWS).map(([name, [, View]]) => (name === "live" && state.view !== name ? null
+      : html`<div key=${name} hidden=${state.view !== name}><${View} ...${{ model, state, set, linkOf }} /></div>`))}</main>`;
 }
 
 /** A recorded run in a file of its own: no server, the same Race and Steps. */

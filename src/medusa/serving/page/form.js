@@ -34,8 +34,10 @@ export function Prompt({ state, set, run, start, label }) {
   </form>`;
 }
 
+const TREES = [["model", "the model's"], ["none", "none: plain decoding"], ["nodes", "the likeliest nodes"], ["own", "written as JSON"]];
+
 /** The settings. only: the view, which leaves out what it has no use for. */
-export function Controls({ state, set, only }) {
+export function Controls({ model, state, set, only }) {
   const number = (name, label, rest) => html`<label>${label} <input type="number" value=${state[name]} ...${rest}
     onInput=${(event) => event.target.value !== "" && event.target.validity.valid && set({ [name]: Number(event.target.value) })} /></label>`;
   const choice = (name, label, options) => html`<label>${label} <select value=${String(state[name])}
@@ -45,8 +47,11 @@ export function Controls({ state, set, only }) {
     ${number("limit", "Most tokens", { min: 1, max: 4096 })}
     ${number("temperature", "Temperature", { min: 0, max: 2, step: 0.1 })}
     <label>Seed <input type="number" min="0" value=${state.seed} placeholder="none" onInput=${(event) => set({ seed: event.target.value })} /></label>
-    ${only !== "race" && choice("plain", "Tree", [[false, "the model's"], [true, "none: plain decoding"]])}
+    ${choice("tree", "Tree", TREES.filter(([name]) => only !== "race" || name !== "none"))}
+    ${state.tree === "nodes" && number("nodes", "Nodes", { min: 2, max: 128 })}
     ${only !== "race" && choice("acceptance", "Acceptance", [["exact", "exact"], ["typical", "typical (not lossless)"]])}
+    ${state.tree === "own" && html`<label class="wide">Tree as JSON <textarea rows="2" spellcheck="false"
+      value=${state.paths || JSON.stringify(model.medusa.tree)} onInput=${(event) => set({ paths: event.target.value })}></textarea></label>`}
     <label class="wide">JSON schema <textarea rows="2" spellcheck="false" value=${state.schema} placeholder="none: free text"
       onInput=${(event) => set({ schema: event.target.value })}></textarea></label>
     ${only === "chat" && html`<label class="wide">System prompt <textarea rows="2" value=${state.system}

@@ -26,7 +26,8 @@ export function Live() {
   const value = (name) => now[name] ?? 0;
   const rates = readings.slice(1).map((each, i) => {
     const before = readings[i];
-    return ((each.found["vllm:generation_tokens_total"] - before.found["vllm:generation_tokens_total"]) / (each.at - before.at)) * 1000;
+    const more = each.found["vllm:generation_tokens_total"] - before.found["vllm:generation_tokens_total"];
+    return (Math.max(0, more) / (each.at - before.at)) * 1000; // fewer: the server was restarted
   });
   const steps = value("medusa:tokens_per_step_count");
   const box = (label, shown, id) => html`<div class="score"><b data-live=${id}>${shown}</b><span>${label}</span></div>`;

@@ -2,7 +2,7 @@
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { ask, bodyOf } from "./api.js";
 import { Controls, Prompt, useCall } from "./form.js";
-import { difference, perStep, record, seen, speed, tokens } from "./runs.js";
+import { difference, halfCompiled, perStep, record, seen, shown, speed, tokens } from "./runs.js";
 import { Coloured, Plain } from "./tokens.js";
 
 const NAMES = { plain: "Plain", medusa: "Medusa" };
@@ -19,9 +19,9 @@ export function Race({ model, state, set, recorded }) {
       setClock(null);
       setRuns({});
       for (const name of ["plain", "medusa"]) {
-        const medusa = { trace: "steps", ...(name === "plain" && { plain: true }) };
-        const settings = { ...state, plain: false };
-        const body = bodyOf(model, [{ role: "user", content: state.prompt }], { ...settings, acceptance: "exact", seed: state.seed === "" ? 0 : state.seed }, medusa);
+        const tree = name === "plain" ? "none" : state.tree === "none" ? "model" : state.tree;
+        const settings = { ...state, tree, acceptance: "exact", seed: state.seed || "0" };
+        const body = bodyOf(model, [{ role: "user", content: state.prompt }], settings, { trace: "steps", cache_prompt: false });
         found[name] = await record(ask(body, signal, onWait), (part) => setRuns({ ...found, [name]: part }));
         setRuns({ ...found });
       }
@@ -29,7 +29,7 @@ export function Race({ model, state, set, recorded }) {
     });
   const complete = !run.busy && runs.plain && runs.medusa;
   return html`<section aria-label="Race">
-    ${!recorded && html`<${Prompt} ...${{ state, set, run, start, label: "Race" }} /><${Controls} ...${{ state, set, only: "race" }} />`}
+    ${!recorded && html`<${Prompt} ...${{ state, set, run, start, label: "Race" }} /><${Controls} ...${{ model, state, set, only: "race" }} />`}
     <${Scores} ...${{ runs, complete, model, busy: run.busy }} />
     ${complete && html`<${Clock} ...${{ runs, clock, setClock }} />`}
     <div class="panes">${["plain", "medusa"].map((name) => html`<${Pane} key=${name} ...${{ name, run: runs[name], clock }} />`)}</div>
@@ -46,6 +46,10 @@ function Scores({ runs, complete, model, busy }) {
     ${box("speedup", complete && plain && medusa ? `× ${(medusa / plain).toFixed(2)}` : "–", "speedup")}
     ${box("tokens a step", one(runs.medusa && perStep(runs.medusa)), "rate")}
     ${complete && html`<${Same} ...${{ runs, model }} />`}
+    ${complete && medusa / plain > 1.05 * perStep(runs.medusa) && html`<p class="same" data-doubt>A speedup above the tokens a step
+      is chance: something else slowed the plain run down. Race again.</p>`}
+    ${complete && halfCompiled(runs) && html`<p class="same" data-doubt="compiled">Some steps ran compiled and others did not, since the
+      server compiles while it has nothing else to do, and trees of one's own never: the speedup says nothing.</p>`}
   </div>`;
 }
 
@@ -55,7 +59,7 @@ function Same({ runs, model }) {
   const { place, words } = found;
   const why = model.medusa.dtype === "float32" ? "" : ` In ${model.medusa.dtype}, rounding decides between tokens that are almost
     equally likely, and a pass over a tree rounds differently from a pass over one token; in float32 the two are identical.`;
-  return html`<p class="same" data-same="no">Different from token ${place + 1} on: “${words[0]}” plainly, “${words[1]}” with
+  return html`<p class="same" data-same="no">Different from token ${place + 1} on: “${shown(words[0])}” plainly, “${shown(words[1])}” with
     Medusa.${why}</p>`;
 }
 

@@ -1,12 +1,11 @@
 // Recorded runs: the steps of an answer with the time of each, and what can be said of them.
 
-/** Record an answer as {steps: [{at, tokens, pieces, ms, depth, nodes}], logprobs, text, reason}; `at` is ms after the first. */
+/** Record an answer as {steps: [{at, tokens, pieces, ms, depth, nodes, logprobs}], text, reason}; `at` is ms after the first. */
 export async function record(answer, onStep) {
-  const run = { steps: [], logprobs: [], text: "", reason: null };
+  const run = { steps: [], text: "", reason: null };
   let first = null;
   for await (const each of answer) {
     run.text += each.text;
-    run.logprobs.push(...each.logprobs);
     run.reason = each.reason ?? run.reason;
     if (!each.trace) continue;
     first ??= each.at;
@@ -26,6 +25,12 @@ export function speed(run) {
 }
 
 export const perStep = (run) => (run.steps.length ? tokens(run).length / run.steps.length : null);
+
+/** Whether some steps of these runs were compiled and others were not. Steps without a tree end a run and are never compiled. */
+export function halfCompiled(runs) {
+  const steps = Object.values(runs).flatMap((run) => run.steps.slice(0, -1));
+  return new Set(steps.map((step) => !!step.compiled)).size > 1;
+}
 
 /** Where two runs differ: null if nowhere, else {place, words}. */
 export function difference(a, b) {
