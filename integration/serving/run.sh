@@ -84,6 +84,8 @@ for client in "$@"; do
         serve --tree root
         score plain
         cmp "$environments/medusa.score" "$environments/plain.score" && echo "lm-eval: the scores of plain decoding and Medusa are equal"
+        stop
+        serve
         ;;
     esac
 done
