@@ -287,19 +287,17 @@ Lanes exponential(Lanes x) {
   return x < least ? Lanes{} : series * scale;
 }
 
-Lanes rounded(Lanes value) {
-  float from[lanes];
-  BFloat16 to[lanes];
-  std::memcpy(from, &value, sizeof from);
-  narrow(from, std::integral_constant<int, lanes>(), to);
-  return widened(to);
-}
-
 void narrow(Lanes value, int64_t count, BFloat16* to) {
   float from[lanes];
   std::memcpy(from, &value, sizeof from);
   if (count >= lanes) narrow(from, std::integral_constant<int, lanes>(), to);
   else narrow(from, count, to);
+}
+
+Lanes rounded(Lanes value) {
+  BFloat16 to[lanes];
+  narrow(value, lanes, to);
+  return widened(to);
 }
 
 // Up to sixteen elements; the rest are zeros.
@@ -507,7 +505,7 @@ std::vector<Tensor> linear_int8(
   return map(x, weights, scales, offsets, biases, {gated, added, scale, eps});
 }
 
-// The same bits, in memory: see `fusion.keep_what_all_layers_read`.
+// The same bits, in memory: see `fusion.compute_once`.
 Tensor computed(const Tensor& x) { return x.clone(); }
 
 // Softmax of a row of scores, whose width is a multiple of the lanes. The sum is in double precision: a node of a tree has its
@@ -550,11 +548,7 @@ void weigh(const float* p, int64_t width, const BFloat16* values, int64_t S, int
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      float results[lanes];
-      std::memcpy(results, &sum[r][c], sizeof results);
-      narrow(results, std::integral_constant<int, lanes>(), y + r * apart + c * lanes);
-    }
+    for (int c = 0; c < C; ++c) narrow(sum[r][c], lanes, y + r * apart + c * lanes);
 }
 
 // Probabilities (M, S) times values (S, D), up to eight rows and two groups of lanes at a time.
@@ -620,12 +614,10 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
       for (int64_t m = 0; m < M; ++m) {
         float* row = scores.data() + m * width;
         const BFloat16* add = added + m * mask.stride(2);
-        int64_t s = 0;
-        for (; s + lanes <= seen; s += lanes) {
-          const Lanes sum = vector_at<Lanes>(row + s) + widened(add + s);
+        for (int64_t s = 0; s < seen; s += lanes) {
+          const Lanes sum = vector_at<Lanes>(row + s) + widened(add + s, seen - s);
           std::memcpy(row + s, &sum, sizeof sum);
         }
-        for (; s < seen; ++s) row[s] += float(add[s]);
         std::fill(row + seen, row + width, -INFINITY);
         softmax(row, width);
       }

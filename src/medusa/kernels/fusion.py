@@ -81,11 +81,8 @@ def fuse_gates(graph: fx.GraphModule) -> None:
         x, *operands = call.args
         call.args = (x, *([each[gate], each[1 - gate]] if each else [] for each in operands))
         call.update_kwarg("gated", True)
-        with graph.graph.inserting_after(call):
-            result = graph.graph.call_function(operator.getitem, (call, 0))
-        result.meta = dict(product.meta)
-        product.replace_all_uses_with(result)
-        _erase([product, silu, outputs[gate], up])
+        _replace(product, operator.getitem, (call, 0))
+        _erase([silu, outputs[gate], up])
     graph.recompile()
 
 
@@ -139,11 +136,7 @@ def replace_shortlists(graph: fx.GraphModule) -> None:
         values: list[Any] = [each.meta.get("example_value") for each in (x, weight, rows) if isinstance(each, fx.Node)]
         if not _is_input(weight) or [value.dim() for value in values] != [3, 2, 2] or not all(map(_is_bfloat16, values[:2])):
             continue
-        with graph.graph.inserting_before(node):
-            output = graph.graph.call_function(torch.ops.medusa.linear_rows.default, (x, weight, rows))
-        output.meta = dict(node.meta)
-        node.replace_all_uses_with(output)
-        _erase([node])
+        _replace(node, torch.ops.medusa.linear_rows.default, (x, weight, rows))
     graph.recompile()
 
 
@@ -151,17 +144,22 @@ def replace_attention(graph: fx.GraphModule) -> None:
     """Replace the attention of a few bfloat16 queries by the kernel, which reads shared keys and values in place."""
     for node in list(graph.graph.nodes):
         if (operands := _attention(node)) is not None:
-            with graph.graph.inserting_before(node):
-                output = graph.graph.call_function(torch.ops.medusa.attention.default, operands)
-            output.meta = dict(node.meta)
-            node.replace_all_uses_with(output)
-            graph.graph.erase_node(node)
+            _replace(node, torch.ops.medusa.attention.default, operands)
     graph.recompile()
 
 
 def _calls(graph: fx.GraphModule) -> list[Any]:
     kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_int8.default
     return [node for node in graph.graph.nodes if node.target in kernels]
+
+
+def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Let a call of `target` take the place of a node."""
+    with node.graph.inserting_before(node):
+        result = node.graph.call_function(target, args)
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
 
 
 def _erase(nodes: list[Any]) -> None:
