@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from data.test_templates import CHATML
 from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa.checkpoints.gguf import reading_once
 from medusa.checkpoints.hub import find_model, local_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.checkpoints.writer import save_heads
@@ -83,6 +84,24 @@ def test_a_file_and_its_folder_are_the_model_they_were_made_of(backbone, file):
         assert plain_greedy(loaded, ids, 16) == wanted
         assert loaded.generation_config.eos_token_id == 7 and loaded.config._name_or_path == str(file)
     assert load_backbone(find_model(file)).dtype == torch.bfloat16
+
+
+def test_a_file_is_read_once_and_the_package_left_as_it_was(file, monkeypatch):
+    opened = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, *args):
+            opened.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    before = dict(vars(gguf))
+    load_backbone(find_model(file))
+    assert len(opened) == 1
+    with pytest.raises(ZeroDivisionError), reading_once():
+        assert gguf.GGUFReader is not Counting
+        raise ZeroDivisionError
+    assert dict(vars(gguf)) == before
 
 
 def test_weights_are_unpacked_to_the_dtype_asked_for(backbone, tmp_path):

@@ -15,10 +15,10 @@ from medusa.checkpoints.adapter import attach_adapter, save_adapter
 from medusa.cli import main
 from medusa.cli.experiment import ExperimentName
 from medusa.errors import InvalidInput
-from medusa.evaluation.catalog import EPSILONS, EXPERIMENTS, best_dense_tree
+from medusa.evaluation.catalog import EPSILONS, EXPERIMENTS, Setup, best_dense_tree, speeds
 from medusa.evaluation.paper import Paper
 from medusa.metrics import expected_acceptance_length
-from tiny import tiny_backbone
+from tiny import random_heads, tiny_backbone
 
 WORDS = [
     "def f(x):\n    return",
@@ -151,6 +151,14 @@ def claims(name: str, found: dict, entries: dict) -> None:
         assert all(1 <= len(entries[row]["tree"]["paths"]) <= 5 for row in rows)
     elif name == "figure-7":
         assert rates["model, gamma 3"] > rates["model, gamma 2"] > 2  # it drafts for itself: every guess is right
+
+
+def test_heads_that_are_not_the_papers_are_not_called_so():
+    backbone = tiny_backbone()
+    for kind, name in (("medusa", "Medusa-1"), ("root", "Medusa-1, root heads"), ("path", "Medusa-1, path heads")):
+        reads = {} if kind == "medusa" else {"heads_kind": kind, "embedding_size": backbone.config.hidden_size, "shared": True}
+        model = MedusaModel(backbone, random_heads(backbone, **reads), MedusaTree([(0,)]))
+        assert name in speeds(Setup(model, {"max_new_tokens": 4}, lambda _: []))
 
 
 def dense(nodes: int) -> list[MedusaTree]:

@@ -6,13 +6,14 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from medusa.checkpoints.gguf import reading_once
 from medusa.checkpoints.hub import Source
 from medusa.checkpoints.names import belongs_to_heads
 from medusa.checkpoints.quantization import INT8_DYNAMIC
@@ -61,7 +62,7 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
             read_json_object(folder / name)
     options = {**kwargs, "ignore_mismatched_sizes": True}  # reported below, by name
     try:
-        with _without_report():
+        with _without_report(), _reading(source):
             backbone, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", output_loading_info=True, **options
             )
@@ -108,7 +109,8 @@ def load_tokenizer(source: Source | str | Path, **kwargs: Any) -> Any:
     if source.gguf_file is not None:
         kwargs["gguf_file"] = _gguf_options(source)["gguf_file"]
     try:
-        return AutoTokenizer.from_pretrained(source.folder, **kwargs)
+        with _reading(source):
+            return AutoTokenizer.from_pretrained(source.folder, **kwargs)
     except Exception as error:  # from Rust, sentencepiece or remote code
         files = [file for name in TOKENIZER_FILES for file in sorted(source.folder.glob(name))]
         for file in files:
@@ -125,7 +127,8 @@ def load_config(source: Source | str | Path, **kwargs: Any) -> PreTrainedConfig:
     source = source if isinstance(source, Source) else Source(Path(source))
     where = {"gguf_file": source.gguf_file} if source.gguf_file is not None else {}
     try:
-        return AutoConfig.from_pretrained(source.folder, **where, **kwargs).get_text_config(decoder=True)
+        with _reading(source):
+            return AutoConfig.from_pretrained(source.folder, **where, **kwargs).get_text_config(decoder=True)
     except Exception as error:  # config classes and remote code raise errors of many kinds
         raise CheckpointError(f"cannot read the config of {source}: {one_line(error)}") from error
 
@@ -139,6 +142,10 @@ def _gguf_options(source: Source) -> dict[str, Any]:
     except ImportError:  # transformers before 5.20 always unpacks
         return options
     return options | {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _reading(source: Source) -> AbstractContextManager[None]:
+    return nullcontext() if source.gguf_file is None else reading_once()
 
 
 @contextmanager

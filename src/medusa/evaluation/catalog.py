@@ -66,7 +66,9 @@ class Setup:
 
 def speeds(setup: Setup) -> Entries:
     """The model's own tree, and Medusa-2's."""
-    return setup.baselines() | {"Medusa-1": Entry(setup.ours())} | medusa_2(setup)
+    kind = setup.model.heads.kind if setup.model.heads is not None else "medusa"
+    name = "Medusa-1" if kind == "medusa" else f"Medusa-1, {kind} heads"  # the paper's heads read the hidden state alone
+    return setup.baselines() | {name: Entry(setup.ours())} | medusa_2(setup)
 
 
 def medusa_2(setup: Setup, tree: MedusaTree | None = None) -> Entries:
