@@ -250,6 +250,8 @@ def main() -> None:
     bench = Bench(args, load_tokenizer(args.model))
     own = [sys.executable, "-m", "medusa", "serve", args.model, "--dtype", args.dtype, "--slots", str(max(args.clients))]
     with server(*own, *args.serve.split(), ready="/ready") as (url, _):
+        while not re.search(r"^medusa:graphs_left\S* 0", httpx.get(f"{url}/metrics", timeout=600).text, re.MULTILINE):
+            time.sleep(1)
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         bench.measure(url, name, {"plain": {"medusa": {"plain": True}}, "medusa": {}})
         speeds = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("medusa:tree_speedup")]

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_drawn, accept_exact, accept_typical
 from medusa.errors import ContextOverflow, InvalidInput
+from medusa.kernels.workers import release_workers
 from medusa.rows import DecodingOptions, Row
 from medusa.sampling import NodePrefixes, RowText
 from medusa.state import Decodable, DecodingState, admit, room, vacant
@@ -59,15 +60,18 @@ def _steps(
     model: Decodable, ids: Tensor, attention_mask: Tensor | None, tree: Tree, options: DecodingOptions
 ) -> Iterator[DecodingStep]:
     start = time.perf_counter()
-    state = prefill(model, ids, attention_mask, tree, options)
-    prefill_seconds = time.perf_counter() - start
-    raise_errors(state)
-    while not state.finished:
-        emitted = step(model, state).tokens
+    try:
+        state = prefill(model, ids, attention_mask, tree, options)
+        prefill_seconds = time.perf_counter() - start
         raise_errors(state)
-        now = time.perf_counter()
-        yield DecodingStep(emitted, state.finish_reasons, now - start, prefill_seconds)
-        start, prefill_seconds = time.perf_counter(), 0.0
+        while not state.finished:
+            emitted = step(model, state).tokens
+            raise_errors(state)
+            now = time.perf_counter()
+            yield DecodingStep(emitted, state.finish_reasons, now - start, prefill_seconds)
+            start, prefill_seconds = time.perf_counter(), 0.0
+    finally:
+        release_workers()
 
 
 def prefill(

@@ -26,6 +26,7 @@ from medusa.config import TREE_FILE
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.generation import MedusaGenerationMixin
 from medusa.heads import MedusaHeads
+from medusa.kernels.workers import release_workers
 from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
@@ -81,6 +82,7 @@ class MedusaModel(MedusaGenerationMixin):
         tree.check(self.num_heads, self.scored)
         self.tree = tree
         self._compiled = Compiled(self, noise=self.lm.probe())
+        release_workers()  # it may decode in another thread
 
     @classmethod
     def from_pretrained(

@@ -462,7 +462,7 @@ def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
     requests = [random_request(model, chance) for _ in range(24)]
     engine = Engine(model, slots=6, capacity=400, chunk=16, compiled=True)
     first = submitted(engine, requests[0])[0]  # uncompiled, if no graph is ready yet
-    while engine._graphs.waiting:
+    while engine.load().graphs_left:
         time.sleep(0.01)
     shapes = set(model.compiled._usable)
     found = [first, *submitted(engine, *requests[1:])]

@@ -13,6 +13,7 @@ import torch
 
 from medusa.decoding import check_request, step
 from medusa.errors import ContextOverflow
+from medusa.kernels.workers import release_workers
 from medusa.serving.graphs import Graphs
 from medusa.serving.jobs import Job
 from medusa.serving.requests import Delivery, Load, QueueFull, Request
@@ -91,6 +92,7 @@ class Engine:
         self._closing = self._cancelling = False
         self._idle = True  # no row was stepped with the shared tree just now
         self._last = time.monotonic()
+        release_workers()  # from here on its own thread computes
         self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
         self._thread.start()
 
@@ -138,6 +140,7 @@ class Engine:
             nodes=len(self._by_load.used),
             last_step=self._last if running or waiting else time.monotonic(),
             speeds=self._by_load.speeds,
+            graphs_left=self._graphs.left if self._graphs is not None else 0,
         )
 
     def alive(self) -> bool:
@@ -187,7 +190,7 @@ class Engine:
         with self._wake:
             while not (self._waiting or any(self._at) or self._closing):
                 self._last = time.monotonic()
-                graphs = self._graphs is not None and self._graphs.waiting
+                graphs = self._graphs is not None and self._graphs.left
                 if not self._wake.wait(PAUSE if graphs else None) and graphs:
                     return True
             return bool(self._waiting or any(self._at))

@@ -42,9 +42,9 @@ class Graphs:
             self._left += [(w, t, v) for w, t, v in product([width], trees, seen) if v >= self._drafters[t].num_nodes]
 
     @property
-    def waiting(self) -> bool:
-        """Whether there are graphs left to make."""
-        return bool(self._left)
+    def left(self) -> int:
+        """The number of graphs that are still to be made."""
+        return len(self._left)
 
     def width(self, rows: int) -> int:
         """The number of rows of the graph that steps a number of rows."""

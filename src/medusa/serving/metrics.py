@@ -83,6 +83,7 @@ class Metrics:
             ("vllm:kv_cache_usage_perc", "Share of the cache that is in use; 1 is full.", _usage(load)),
             ("medusa:tree_nodes", "Nodes of the tree in use, the root included; 1: plain decoding.", load.nodes),
             ("medusa:slots", "Requests that decode at a time.", load.slots),
+            ("medusa:graphs_left", "Compiled steps that are still to be made, while nothing decodes.", load.graphs_left),
         ):
             family = GaugeMetricFamily(name, text, labels=tuple(self._names))
             family.add_metric(tuple(self._names.values()), value)

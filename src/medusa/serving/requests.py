@@ -93,6 +93,7 @@ class Load:
     nodes: int  # of the tree in use; 1: plain decoding
     last_step: float  # time.monotonic() of the last step, or of the last time that nothing was to be done
     speeds: Sequence[Speed] = ()  # what has been measured of trees
+    graphs_left: int = 0  # compiled steps that are still to be made
 
 
 class Ticket(Protocol):
