@@ -253,7 +253,8 @@ def main() -> None:
         while not re.search(r"^medusa:graphs_left\S* 0", httpx.get(f"{url}/metrics", timeout=600).text, re.MULTILINE):
             time.sleep(1)
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-        bench.measure(url, name, {"plain": {"medusa": {"plain": True}}, "medusa": {}})
+        variants = {"plain": {"plain": True, "cache_prompt": False}, "medusa": {"cache_prompt": False}}  # both read the prompts
+        bench.measure(url, name, {variant: {"medusa": fields} for variant, fields in variants.items()})
         speeds = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("medusa:tree_speedup")]
         print("what the server measured of its trees:", *speeds, sep="\n", file=sys.stderr)
     if not args.only_medusa:

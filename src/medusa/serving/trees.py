@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, length: int, guided: bool = False) -> Kind:
-        """The kind of a step of so many rows, the longest of which has so many tokens."""
+        """The kind of a step of `rows` rows, the longest of which has `length` tokens."""
         return cls(rows, max(256, 1 << length.bit_length()), guided)
 
 
@@ -46,7 +46,7 @@ class TreeByLoad:
 
     Args:
         tree: the model's; a `TreeChoice` names one for each number of rows, of which some may be plain decoding.
-        measured: whether to time the steps, and to use what is fastest for so many rows of such a length: the file's tree for
+        measured: whether to time the steps, and to use what is fastest for their number and length: the file's tree for
             that number or a greater one, or plain decoding. Otherwise, the file decides.
     """
 
@@ -66,7 +66,7 @@ class TreeByLoad:
         return list(dict.fromkeys(trees + [PLAIN] * self._measured))
 
     def candidates(self, rows: int) -> list[Single]:
-        """The trees that it may choose for so many rows; the file's comes first."""
+        """The trees that it may choose for a number of rows; the file's comes first."""
         named = self._tree.for_batch(rows)
         if not self._measured:
             return [named]
@@ -184,7 +184,7 @@ class Pace:
             self._guesses = {tree: cost / estimates[self.best] for tree, cost in estimates.items()}
 
     def note(self, tree: Single, seconds: float) -> float:
-        """A step with this tree took so long; returns how many of its seconds are lost, if it was a trial."""
+        """A step with this tree took `seconds`; returns how many of them are lost, if it was a trial."""
         if tree == self.best:
             self.before = seconds
             self._since = {other: since + 1 for other, since in self._since.items()}
@@ -232,7 +232,7 @@ class Pace:
         return median(trials or [1.0])
 
     def _doubtful(self, tree: Single, tokens: float) -> bool:
-        """Whether more trials of a tree, with so many times the tokens of the best, are needed to tell whether it is faster."""
+        """Whether more trials are needed to tell if a tree, with `tokens` times the tokens of the best, is faster."""
         trials = self._trials[tree]
         if tree == self.best or len(trials) >= LEAST_TRIALS:
             return False
@@ -258,7 +258,7 @@ class Pace:
 
 
 def scaled(cost: float, nodes: int, rows: float) -> float:
-    """What a tree costs, in plain steps, with so many times the rows with which it has this cost.
+    """What a tree costs, in plain steps, with `rows` times the rows with which it has this cost.
 
     Where a step takes 1 and each token of a row takes t, the cost is (1 + t * nodes) / (1 + t).
     """
