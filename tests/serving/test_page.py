@@ -120,6 +120,28 @@ def test_chat_streams_stops_and_goes_on(browser, served):
 
 
 @needs_chromium
+def test_settings_of_the_form_reach_the_call(browser, served):
+    with opened(browser, served.url + "/" + link(view="chat", prompt="Once")) as page:
+        view = page.get_by_role("region", name="Chat")
+        view.locator(".settings summary").click()
+        for name, value in (
+            ("Temperature", "0.9"),
+            ("Seed", "7"),
+            ("JSON schema", '{"enum": ["yes"]}'),
+            ("System prompt", "Be brief."),
+        ):
+            view.get_by_label(name, exact=True).fill(value)
+        view.get_by_role("combobox", name="Acceptance").select_option(value="typical")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            view.get_by_role("button", name="Send").click()
+        sent = asked.value.post_data_json
+        assert (sent["temperature"], sent["seed"], sent["medusa"]["acceptance"]) == (0.9, 7, "typical")
+        assert sent["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Once"}]
+        page.locator(".said-assistant small").wait_for()
+        assert page.locator(".said-assistant .text").text_content() == '"yes"'
+
+
+@needs_chromium
 def test_copied_programs_make_the_call_of_the_page(browser, served):
     state = {"prompt": 'It\'s a "test" \\ of\nlines', "limit": 12, "temperature": 0.7, "seed": "3", "tree": "nodes", "nodes": 8}
     with opened(browser, served.url + "/" + link(view="chat", **state)) as page:
@@ -267,6 +289,14 @@ def test_server_that_drains_and_is_gone_is_said_and_found_again(browser, model, 
                 page.locator(".banner").wait_for(state="detached")
                 page.get_by_role("button", name="Regenerate").click()
                 page.locator(".said-assistant .step").first.wait_for(state="attached")
+
+
+@needs_chromium
+def test_server_whose_engine_has_ended_is_said(browser, model, tokenizer):
+    with running.serve(model, tokenizer) as served:
+        served.service.engine.close(drain=False)
+        with opened(browser, served.url + "/" + link(view="chat", prompt="Once"), expect="503") as page:
+            page.locator("[data-how=failed]").wait_for()
 
 
 @needs_chromium
