@@ -118,6 +118,20 @@ def test_grammar_wins_where_another_processor_excludes_all_that_is_left(embedded
     assert reason == "eos" and embedded_tokenizer.decode(tokens, skip_special_tokens=True) == "no"
 
 
+def test_processors_see_the_paths_of_a_tree_that_a_grammar_changed(embedded_model, embedded_tokenizer, ids):
+    text = "return perhaps_it_is_so"
+    grammar = Grammar.choice([text], embedded_tokenizer)
+    forced = continuation(embedded_model, ids, grammar)[0][:-1]
+    ends = [*embedded_model.eos_token_ids, *embedded_tokenizer("\n:)").input_ids]
+    given = {"do_sample": True, "temperature": 2.0, "eos_token_id": ends, "min_new_tokens": len(forced)}
+    for seed in range(12):  # with the wrong path, an end seems to come too early, and all ends are as likely
+        plain, fixed = (
+            continuation(embedded_model, ids, grammar, tree=tree, seed=seed, **given)[0]
+            for tree in (MedusaTree([]), MedusaTree.dense([4, 2, 2]))
+        )
+        assert plain == fixed and plain[:-1] == forced
+
+
 def test_rows_of_a_queue_start_their_grammar_anew(embedded_model, embedded_tokenizer):
     grammar = Grammar.json(NAMED, embedded_tokenizer)
     options = options_of_rows(embedded_model, "test", grammar=grammar, max_new_tokens=120, **SAMPLED)

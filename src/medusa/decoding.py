@@ -119,7 +119,8 @@ def step(model: Decodable, state: DecodingState) -> Stepped:
 def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText]) -> Accepted:
     """The longest path of every row's tree that agrees with the backbone."""
     tokens, tree, settings = drafted.tokens, drafted.tree, state.settings
-    nodes = NodePrefixes(tokens, tree, state.levels if len(tree.parents) == 1 else None) if texts else None
+    levels = None if settings.processors.guides else state.levels  # a grammar may have changed the tree
+    nodes = NodePrefixes(tokens, tree, levels) if texts else None
     scores, errors = settings.processors(drafted.logits, texts, nodes)
     state.fail(errors)
     warped = settings.processors.warp(scores).float() if settings.typical else scores
