@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medusa import MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.sampling import draw, uniforms
+from medusa.sampling import draw, likeliest, uniforms
 from tiny import left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 VOCAB, LENGTH, ROWS = 4, 3, 6000
@@ -154,6 +154,17 @@ def test_typical_acceptance_without_sampling_is_greedy(tiny_model):
     prompt = random_prompt(9)
     greedy = tiny_model.generate(prompt, max_new_tokens=30)
     assert torch.equal(tiny_model.generate(prompt, max_new_tokens=30, acceptance="typical"), greedy)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 259, 1024, 1300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_with_the_greatest_score(width, dtype):
+    scores = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(width)).mul(2).round().to(dtype)  # many ties
+    scores[0, 0] = -torch.inf
+    scores[1, 1, : width // 2] = -torch.inf
+    best = scores.amax(-1, keepdim=True)
+    first = torch.where(scores == best, torch.arange(width), width).amin(-1)
+    assert torch.equal(likeliest(scores), first)
 
 
 def test_token_without_probability_is_never_drawn():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from medusa.errors import InvalidInput
+from medusa.sampling import likeliest
 from medusa.trees.tensors import TreeTensors
 
 
@@ -106,7 +107,7 @@ def accept_typical(
     own = own.masked_fill(tree.depths == 0, 0.0).clamp(min=-1e4)  # finite: -inf times 0 is NaN
     likelihood = (tree.ancestors.to(own.dtype) @ own[..., None]).squeeze(-1)
     node = likelihood.masked_fill(~deepest, -torch.inf).argmax(-1)
-    return _accepted(tree, node, scores.argmax(-1).gather(1, node[:, None]).squeeze(1))
+    return _accepted(tree, node, likeliest(scores).gather(1, node[:, None]).squeeze(1))
 
 
 def _reachable(

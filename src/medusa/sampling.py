@@ -237,7 +237,22 @@ def choose(
     uniform: Tensor | None,  # (B, N) in [0, 1); None: nothing is drawn
 ) -> Tensor:  # (B, N) long
     """The backbone's token after every node: a draw, or the likeliest."""
-    return scores.argmax(-1) if uniform is None else draw(scores.float(), uniform)
+    return likeliest(scores) if uniform is None else draw(scores.float(), uniform)
+
+
+def likeliest(
+    scores: Tensor,  # (B, N, V)
+) -> Tensor:  # (B, N) long
+    """The token with the greatest score, the first if several have it."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    # On a CPU argmax goes through single elements (eight rows of 49,152 in bfloat16: 1.3 ms), the maximum of a block does not.
+    if short := -scores.shape[-1] % BLOCK:
+        scores = pad(scores, (0, short), value=-torch.inf)
+    blocks = scores.unflatten(-1, (-1, BLOCK))  # (B, N, V / BLOCK, BLOCK)
+    block = blocks.amax(-1).argmax(-1)
+    inside = blocks.gather(2, block[..., None, None].expand(*block.shape, 1, BLOCK)).squeeze(2).argmax(-1)
+    return block * BLOCK + inside
 
 
 def draw(
