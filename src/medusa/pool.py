@@ -8,6 +8,7 @@ from typing import Any
 
 from medusa.data.prompts import left_padded
 from medusa.decoding import check_request, raise_errors, step
+from medusa.kernels.workers import release_workers
 from medusa.rows import DecodingOptions, Row
 from medusa.state import Decodable, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
@@ -63,6 +64,7 @@ def decode_queue(
                 state = vacant(model, rows, room(model, longest, drafter, options.max_new_tokens), drafter)
             _join(model, state, joining, tree, options)
         if state is None or state.finished:
+            release_workers()
             return
         step(model, state)
         raise_errors(state)

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 import medusa
+from medusa.kernels.workers import release_workers
 from medusa.serving.answers import Answers
 from medusa.serving.calls import Service
 from medusa.serving.chat import ChatAnswer, prepare_chat
@@ -124,8 +125,14 @@ def _told(request: Request, problem: Problem) -> Response:
 
 async def _in_pool(service: Service, request: Request, work: Callable[..., T], *arguments: Any) -> T:
     """Do some work off the event loop, unless the client goes away."""
-    loop = asyncio.get_running_loop()
-    return await unless_gone(request, loop.run_in_executor(service.pool, work, *arguments))
+
+    def done() -> T:
+        try:
+            return work(*arguments)
+        finally:
+            release_workers()  # the engine's thread computes
+
+    return await unless_gone(request, asyncio.get_running_loop().run_in_executor(service.pool, done))
 
 
 async def _answered(service: Service, request: Request, body: Any, prepare: Callable[..., Any], kind: Any) -> Response:

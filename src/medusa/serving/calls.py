@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 import medusa
@@ -253,9 +252,9 @@ def _bias(service: Service, given: dict[str, float]) -> Any:
     vocab_size = service.model.vocab_size
     if wrong := [key for key in given if int(key) >= vocab_size]:
         raise Problem(f"logit_bias: {wrong[0][:20]} is not one of the model's {vocab_size} tokens", 400, "logit_bias")
-    bias = np.zeros(vocab_size, np.float32)  # as a tensor it would be filled by workers of this thread: see `release_workers`
-    bias[[int(key) for key in given]] = [*given.values()]
-    return torch.from_numpy(bias).to(service.model.device)
+    bias = torch.zeros(vocab_size, device=service.model.device)
+    bias[torch.tensor([int(key) for key in given])] = torch.tensor(list(given.values()), device=bias.device)
+    return bias
 
 
 def _tree(service: Service, body: Sampling) -> Tree | None:

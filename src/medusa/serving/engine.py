@@ -251,14 +251,17 @@ class Engine:
         self._parts, stop = [], self.slots
         for own, jobs in groups.items():
             # The first stand in the first slots, where steps are compiled; the others, in the last.
-            first, width = 0, self._graphs.width(len(jobs)) if self._graphs is not None else 0
+            first = width = 0
             if self._parts:
                 first = stop = stop - len(jobs)
+            elif self._graphs is not None:
+                width = self._graphs.width(len(jobs))
             self._gather(jobs, first)
             drafter = jobs[0].drafter or self._drafters[tree]
-            fits = not first and 0 < width <= self.slots - len(live) + len(jobs)
-            wide = self._pool.part(0, width, drafter) if fits else None
-            self._parts.append(Part(first, len(jobs), own or tree, self._pool.part(first, first + len(jobs), drafter), wide))
+            wide = self._pool.part(0, width, drafter) if 0 < width <= self.slots - len(live) + len(jobs) else None
+            self._parts.append(
+                Part(first, len(jobs), tree if own is None else own, self._pool.part(first, first + len(jobs), drafter), wide)
+            )
         return self._parts
 
     def _gather(self, jobs: list[Job], first: int) -> None:

@@ -26,11 +26,8 @@ export function speed(run) {
 
 export const perStep = (run) => (run.steps.length ? tokens(run).length / run.steps.length : null);
 
-/** Whether some steps of these runs were compiled and others were not. Steps without a tree end a run and are never compiled. */
-export function halfCompiled(runs) {
-  const steps = Object.values(runs).flatMap((run) => run.steps.slice(0, -1));
-  return new Set(steps.map((step) => !!step.compiled)).size > 1;
-}
+/** Whether some steps of these runs were compiled and others were not. */
+export const halfCompiled = (runs) => new Set(Object.values(runs).flatMap((run) => run.steps.map((step) => step.compiled))).size > 1;
 
 /** Where two runs differ: null if nowhere, else {place, words}. */
 export function difference(a, b) {
