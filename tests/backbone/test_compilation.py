@@ -1,5 +1,6 @@
 """Claims about compiled decoding: the same output, one graph for many steps, and a fallback that says so."""
 
+import os
 import warnings
 from contextlib import nullcontext
 
@@ -7,13 +8,23 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel
+from medusa.backbone import compilation
 from medusa.backbone.compilation import _check
 from medusa.backbone.lm import TreeLM
 from medusa.decoding import prefill, step
+from medusa.kernels import graphs
 from medusa.rows import DecodingOptions
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
+
+
+@pytest.fixture(autouse=True)
+def graphs_on_disk(tmp_path, monkeypatch):
+    """A folder of this test alone: graphs of other tests must not be found."""
+    monkeypatch.setattr(graphs, "cache_folder", lambda _name: tmp_path)
+    return tmp_path
+
 
 TREES = [random_tree(seed=1, nodes=24), DynamicTree(24, 3, copied=5)]
 
@@ -43,9 +54,9 @@ def test_compiled_output_is_the_same_and_shapes_stay_static(model_type, override
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert model.generate(prompt, max_new_tokens=24, compile=True)[0, 20:].tolist() == wanted
-        with torch._dynamo.config.patch(error_on_recompile=True):  # a second request, of another length
-            other = random_prompt(31, seed=1)
-            output = model.generate(other, max_new_tokens=17, compile=True)
+        monkeypatch.setattr(torch, "compile", None)  # a second request, of another length, compiles nothing
+        other = random_prompt(31, seed=1)
+        output = model.generate(other, max_new_tokens=17, compile=True)
     assert output[0, 31:].tolist() == plain_greedy(model.backbone, other, 17)
 
 
@@ -62,10 +73,7 @@ def test_inductor_gives_the_same_output(tree):
 
 def test_failing_compiler_warns_once_and_decoding_goes_on(monkeypatch):
     def broken(*_args, **_options):
-        def run(*_):
-            raise RuntimeError("no compiler here")
-
-        return run
+        raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", broken)
     model = compiled_model()
@@ -105,20 +113,83 @@ def test_cuda_graphs_give_the_same_output(tree):
         assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True), wanted)
 
 
+def wrong(graph):
+    """A graph that computes something else."""
+
+    def run(*args):
+        drafted = graph(*args)
+        return drafted._replace(logits=drafted.logits.roll(1, dims=-1))
+
+    return run
+
+
 def test_compiled_step_that_computes_something_else_is_not_used(monkeypatch):
-    def wrong(fn, **_options):
-        def run(*args):
-            drafted = fn(*args)
-            return drafted._replace(logits=drafted.logits.roll(1, dims=-1))
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", wrong)
-    model = compiled_model()
+    monkeypatch.setattr(compilation, "compile_graph", lambda *args, **options: wrong(graphs.compile_graph(*args, **options)))
+    model = small_model()
     prompt = random_prompt(9)
     with pytest.warns(RuntimeWarning, match="differ from the uncompiled one's"):
         output = model.generate(prompt, max_new_tokens=20, compile=True)
     assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 20)
+
+
+def small_model(**overrides) -> MedusaModel:
+    return compiled_model(**{"num_hidden_layers": 1} | overrides)
+
+
+def compiles(model: MedusaModel, prompt: torch.Tensor) -> int:
+    """The number of graphs that a request compiles; its output is checked."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(
+            compilation, "compile_graph", lambda *args, **options: made.append(1) or graphs.compile_graph(*args, **options)
+        )
+        warnings.simplefilter("error", RuntimeWarning)
+        output = model.generate(prompt, max_new_tokens=20, compile=True)
+    assert output[0, prompt.shape[1] :].tolist() == plain_greedy(model.backbone, prompt, 20)
+    return len(made)
+
+
+def test_graph_on_disk_is_used_by_other_models_of_the_same_form_alone():
+    prompt = random_prompt(9)
+    first = small_model()
+    assert compiles(first, prompt) == 1
+    assert compiles(first, prompt) == 0
+    other = small_model()  # other weights, so that a graph that held those of the first would be noticed
+    with torch.no_grad():
+        for parameter in other.backbone.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    assert compiles(other, prompt) == 0
+    assert compiles(small_model(rms_norm_eps=1e-3), prompt) == 1
+    assert compiles(small_model(tree=TREES[1]), prompt) == 1
+    assert compiles(small_model(num_hidden_layers=2), prompt) == 1
+
+
+def test_graph_on_disk_that_is_damaged_or_of_another_model_is_made_again(graphs_on_disk):
+    prompt = random_prompt(9)
+    assert compiles(small_model(), prompt) == 1
+    (kept,) = graphs_on_disk.glob("*.graph")
+    assert compiles(small_model(rms_norm_eps=1e-1), prompt) == 1
+    (other,) = set(graphs_on_disk.glob("*.graph")) - {kept}
+    kept.write_bytes(other.read_bytes())
+    assert compiles(small_model(), prompt) == 1
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert compiles(small_model(), prompt) == 1
+    assert compiles(small_model(), prompt) == 0
+
+
+def test_graphs_on_disk_that_were_used_longest_ago_make_room(graphs_on_disk, monkeypatch):
+    prompt = random_prompt(9)
+    assert compiles(small_model(), prompt) == 1
+    (first,) = graphs_on_disk.glob("*.graph")
+    os.utime(first, (0, 0))
+    monkeypatch.setattr(graphs, "MOST_BYTES", int(1.5 * first.stat().st_size))
+    assert compiles(small_model(rms_norm_eps=1e-3), prompt) == 1
+    assert len(list(graphs_on_disk.glob("*.graph"))) == 1 and not first.exists()
+
+
+def test_graphs_that_cannot_be_kept_are_used(graphs_on_disk, monkeypatch):
+    monkeypatch.setattr(graphs, "cache_folder", lambda _name: graphs_on_disk / "missing")
+    assert compiles(small_model(), random_prompt(9)) == 1
 
 
 @pytest.mark.parametrize(("dtype", "used"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import medusa.serving.engine
 import medusa.serving.trees
 from medusa import DynamicTree, Grammar, MedusaModel, MedusaTree
+from medusa.backbone import compilation
 from medusa.backbone.compilation import Compiled
 from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
@@ -455,7 +456,8 @@ def test_one_request_costs_what_a_batch_of_one_costs(model, monkeypatch):
 
 
 def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(compilation, "load_graph", None)
+    monkeypatch.setattr(compilation, "compile_graph", lambda step, *_, **__: step)
     monkeypatch.setattr(medusa.serving.engine, "PAUSE", 0.01)
     monkeypatch.setattr(model, "_compiled", Compiled(model, noise=0.0))
     chance = random.Random(5)
@@ -464,14 +466,14 @@ def test_compiled_steps_of_a_few_shapes_give_the_same(model, monkeypatch):
     first = submitted(engine, requests[0])[0]  # uncompiled, if no graph is ready yet
     while engine.load().graphs_left:
         time.sleep(0.01)
-    shapes = set(model.compiled._usable)
+    shapes = set(model.compiled._graphs)
     found = [first, *submitted(engine, *requests[1:])]
     unguided = replace(requests[0], tree=None, options=options_of(model, requests[0].ids))
     for tree in (None, MedusaTree([])):  # plain decoding is compared with the tree: neither may be the only one compiled
         assert all(each.compiled for each in submitted(engine, replace(unguided, tree=tree))[0].deliveries)
     engine.close()
     # For 1 row a tree and none, for 2 a tree, for 4 the trees of 3 rows and of 4, one for 6; each sees 256 slots or all.
-    assert len(shapes) == 2 * 6 and shapes == set(model.compiled._usable)
+    assert len(shapes) == 2 * 6 and shapes == set(model.compiled._graphs)
     for request, got in zip(requests, found, strict=True):
         assert got.tokens == alone(model, request)
 

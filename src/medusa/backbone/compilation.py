@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Callable
-from types import FunctionType, MethodType
+from contextlib import suppress
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import medusa
+from medusa.backbone.cache import TreeCache
 from medusa.backbone.probe import NOISE_MULTIPLE, relative_difference
+from medusa.errors import one_line
 from medusa.kernels.build import load_kernels
 from medusa.kernels.fusion import few_rows_backend
+from medusa.kernels.graphs import Graph, compile_graph, graph_name, load_graph, save_graph
+from medusa.runs.files import digest
 from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
@@ -22,7 +31,8 @@ LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums, even if the
 class Compiled:
     """A model whose `draft_and_verify` runs through torch.compile, with static shapes, and with CUDA graphs on a GPU.
 
-    If a shape does not compile, or its graph computes something else, it warns once and runs uncompiled.
+    If a shape does not compile, or its graph computes something else, it warns once and runs uncompiled. On a CPU, graphs are
+    kept on disk, where another process finds them.
 
     Args:
         model: the model itself, a `medusa.decoding.Decodable`.
@@ -34,8 +44,7 @@ class Compiled:
     def __init__(self, model: Any, noise: float):
         self._model = model
         self._noise = noise
-        self._compiled: Callable[..., Drafted] | None = None
-        self._usable: dict[tuple[float, ...], bool] = {}  # by shape
+        self._graphs: dict[Any, Graph | None] = {}  # by shapes of the arguments; None: runs uncompiled
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy and pickle look these up before `_model` is set
@@ -46,51 +55,83 @@ class Compiled:
         self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted:
         args = (root, hidden, drafter, history, frame, cache)
-        shape = (len(root), *drafter.shape, frame.visible, 0 if history is None else history.table.shape[1])
-        if shape not in self._usable:
-            self._usable[shape] = self._compile(root.device, args)
-        return self._run(root.device, args) if self._usable[shape] else self._model.draft_and_verify(*args)
+        shapes = shapes_of(args)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = self._graph(root.device, args)
+        graph = self._graphs[shapes]
+        return graph(self._model, *args) if graph is not None else self._model.draft_and_verify(*args)
 
-    def _run(self, device: torch.device, args: tuple) -> Drafted:
-        assert self._compiled is not None
-        if device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(*args)
+    def _graph(self, device: torch.device, args: tuple) -> Graph | None:
+        """The graph of one shape; None, with a warning, if it does not compile or computes something else."""
+        function = type(self._model).draft_and_verify
+        wanted = self._model.draft_and_verify(*args)
 
-    def _compile(self, device: torch.device, args: tuple) -> bool:
-        """Compile for one shape; False, with a warning, if that fails or computes something else."""
-        if self._compiled is None:
-            self._compiled = _compiled(self._model.draft_and_verify, device)
+        def right(graph: Graph) -> Graph:
+            _check(graph(self._model, *args), wanted, self._noise)
+            return graph
+
         try:
-            # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
-            with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-                _check(self._run(device, args), self._model.draft_and_verify(*args), self._noise)
+            if device.type == "cuda":
+                # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
+                with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+                    return right(self._cuda_graphs)
+            backend: dict[str, Any] = {"backend": few_rows_backend} if device.type == "cpu" and load_kernels() else {}
+            name = graph_name(self._identity, repr(shapes_of(args)), sorted(backend))
+            with suppress(Exception):  # there is none, it is damaged, or it was made of something else
+                return right(load_graph(name, function))
+            graph = right(compile_graph(function, (self._model, *args), **backend))
+            save_graph(graph, name)
+            return graph
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers raise errors of many kinds
-            cause = str(error.__cause__ or error).strip() or type(error).__name__
-            warnings.warn(
-                f"torch.compile failed, decoding continues uncompiled: {cause.splitlines()[0][:200]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return False
-        return True
+            cause = one_line(error.__cause__ or error)
+            warnings.warn(f"torch.compile failed, decoding continues uncompiled: {cause}", RuntimeWarning, stacklevel=2)
+            return None
+
+    @functools.cached_property
+    def _cuda_graphs(self) -> Graph:
+        """The step of all shapes on a GPU: dynamo finds the graph of each."""
+        # Dynamo keeps graphs with the code of a function: with code of its own, a model never meets the graphs of another.
+        of = type(self._model).draft_and_verify
+        function = FunctionType(of.__code__.replace(), of.__globals__, closure=of.__closure__)
+        # The model does not change (see `TreeLM`): checking at every step that it has not costs a millisecond.
+        options = torch._inductor.list_mode_options("reduce-overhead") | {
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        }
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+        def run(*args: Any) -> Drafted:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*args)
+
+        return run
+
+    @functools.cached_property
+    def _identity(self) -> list[str]:
+        """What a graph depends on besides the shapes of its arguments: this package, and the model without its weights."""
+        model = self._model
+        parts: list[nn.Module] = [model.backbone] if model.heads is None else [model.backbone, model.heads]
+        held = [(n, t.shape, t.stride(), t.dtype) for part in parts for n, t in part.state_dict(keep_vars=True).items()]
+        config = model.backbone.config.to_dict() | {"_name_or_path": None}
+        sources = [inspect.getsourcefile(type(model.lm.decoder)), *sorted(Path(medusa.__file__).parent.rglob("*.py"))]
+        texts = [Path(path).read_text(encoding="utf-8") for path in sources if path is not None]
+        heads = None if model.heads is None else vars(model.heads.config)
+        return [digest(texts), repr(config), repr(heads), model.lm.attention, repr(parts), repr(held)]
 
 
-def _compiled(method: MethodType, device: torch.device) -> Callable[..., Drafted]:
-    """A model's method through torch.compile, with graphs of its own."""
-    # Dynamo keeps graphs with the code of a function: with code of its own, a model never meets the graphs of another.
-    code = method.__func__.__code__.replace()
-    function = FunctionType(code, method.__func__.__globals__, closure=method.__func__.__closure__)
-    method = MethodType(function, method.__self__)
-    # The model does not change (see `TreeLM`): checking at every step that it has not costs a millisecond.
-    unchanged: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    if device.type == "cuda":
-        unchanged |= torch._inductor.list_mode_options("reduce-overhead")
-    elif device.type == "cpu" and load_kernels():
-        return torch.compile(method, fullgraph=True, dynamic=False, backend=few_rows_backend, options=unchanged)
-    return torch.compile(method, fullgraph=True, dynamic=False, options=unchanged)
+def shapes_of(value: Any) -> Any:
+    """The layout of all tensors in an argument of the step, and all else as it is: what a graph is made for."""
+    if isinstance(value, Tensor):
+        strides = (stride if size > 1 else 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+        return value.shape, *strides, value.dtype, value.device
+    if isinstance(value, tuple):
+        return tuple(map(shapes_of, value))
+    if isinstance(value, TreeCache):
+        return value.capacity, shapes_of(value.layers[0].keys)
+    if is_dataclass(value):  # the drafter, the history
+        return type(value), *map(shapes_of, vars(value).values())
+    return value
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:

@@ -74,9 +74,8 @@ def _compiled(compiler: str) -> Path:
     from torch.utils.cpp_extension import include_paths
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    name = digest([source_digest(), torch.__version__, version, FLAGS, _cpu()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa" / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    name = digest([source_digest(), torch.__version__, version, FLAGS, cpu_features()])
+    folder = cache_folder("kernels")
     library = folder / f"{name}.so"
     with FileLock(folder / f"{name}.lock"):
         if not library.exists():
@@ -91,7 +90,15 @@ def _compiled(compiler: str) -> Path:
     return library
 
 
-def _cpu() -> str:
+def cache_folder(name: str) -> Path:
+    """The folder of what is compiled on this machine, made if it is missing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medusa" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def cpu_features() -> str:
     """The processor's features: a home folder may be shared by machines."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

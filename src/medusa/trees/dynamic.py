@@ -145,11 +145,6 @@ class DynamicDrafter:
     def reads_history(self) -> bool:
         return bool(self.pair_bonus or self.triple_bonus or self.copied)
 
-    @property
-    def shape(self) -> tuple[float, ...]:
-        numbers = (self.num_nodes, self.num_heads, self.ranks, self.pair_bonus, self.triple_bonus, self.copied)
-        return (*numbers, self.temperatures is not None)
-
     def guess(
         self,
         head_logits: Tensor,  # (D, B, V)

@@ -64,10 +64,6 @@ class GuidedDrafter:
     def fixed(self) -> None:
         return None
 
-    @property
-    def shape(self) -> tuple[float, ...]:
-        return (*self.inner.shape, self.forced.shape[1])
-
     def guess(
         self,
         head_logits: Tensor,  # (D, B, V')

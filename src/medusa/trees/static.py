@@ -146,10 +146,6 @@ class StaticDrafter:
     def depth(self) -> int:
         return self.num_heads
 
-    @property
-    def shape(self) -> tuple[float, ...]:
-        return (self.num_nodes, self.num_heads, self.ranks)
-
     def guess(
         self,
         head_logits: Tensor,  # (D, B, V)

@@ -109,9 +109,6 @@ class Drafter(Protocol):
     @property
     def fixed(self) -> TreeTensors | None: ...  # the tree, if it is the same at every step
 
-    @property
-    def shape(self) -> tuple[float, ...]: ...  # what a compiled graph depends on
-
     def guess(self, head_logits: Tensor) -> Guesses: ...
 
     def assemble(self, root: Tensor, guesses: Guesses | None, history: History | None) -> tuple[Tensor, TreeTensors]: ...
