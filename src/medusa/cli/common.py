@@ -23,7 +23,9 @@ T = TypeVar("T")
 ModelArgument = Annotated[
     str, typer.Argument(help="The backbone: a folder, GGUF file or hub id, or `smollm2` or `embedded`.", show_default=True)
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub; for other ids: ID@REVISION.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit on the hub; for hub ids in other options, write ID@REVISION.")
+]
 OfflineOption = Annotated[
     bool,
     typer.Option(
@@ -88,15 +90,20 @@ class Sampling:
     """Options of the commands that generate text for a user."""
 
     temperature: float = option(
-        0.0, "0 is greedy; above 0 samples from the model's own distribution.", flags=("--temperature", "-t"), least=0
+        0.0,
+        "Temperature: 0 is greedy; above 0 samples from the model's own distribution.",
+        flags=("--temperature", "-t"),
+        least=0,
     )
     top_k: int | None = option(None, "Sample from the k most likely tokens.")
-    top_p: float | None = option(None, "Sample from the most likely tokens of this total probability.")
-    min_p: float | None = option(None, "Sample from tokens of at least this fraction of the likeliest one's probability.")
-    repetition_penalty: float | None = option(None, "Above 1 discourages tokens already in the text.")
-    presence_penalty: float = option(0.0, "Subtracted from the score of every token already generated.")
-    frequency_penalty: float = option(0.0, "Subtracted once for each time that a token has been generated.")
-    acceptance: Literal["exact", "typical"] = option("exact", "exact is lossless; typical is not (paper 2.3.1).")
+    top_p: float | None = option(None, "Sample from the smallest set of most likely tokens with this total probability.")
+    min_p: float | None = option(None, "Sample from tokens at least this fraction as probable as the most likely one.")
+    repetition_penalty: float | None = option(None, "Penalty that, above 1, discourages tokens already in the text.")
+    presence_penalty: float = option(0.0, "Amount subtracted from the score of every token already generated.")
+    frequency_penalty: float = option(0.0, "Amount subtracted from a token's score for each time it has been generated.")
+    acceptance: Literal["exact", "typical"] = option(
+        "exact", "Acceptance rule: exact is lossless; typical is not (paper 2.3.1)."
+    )
     epsilon: float = option(0.09, "Hard threshold of typical acceptance.")
     delta: float = option(0.3, "Entropy-dependent threshold of typical acceptance.")
     seed: int | None = option(None, "Seed that makes sampling reproducible.")

@@ -23,10 +23,10 @@ def convert_command(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     to: Annotated[
         Literal["medusa", "v0.1", "v2", "vllm", "merged"],
-        typer.Option(help="medusa is our own format; merged puts backbone and heads into one model."),
+        typer.Option(help="Format to write: medusa is our own; merged puts backbone and heads into one model."),
     ],
     backbone: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the backbone (default: the one in IN, or the one it names).")
+        str | None, typer.Option(help="Folder or hub id of the backbone (default: the one in IN, or the one that IN names).")
     ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Publish OUT on the hub as this repository, with a model card.")

@@ -57,7 +57,7 @@ def demo_command(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Prompt to use (default: our questions, or held-out code).")
+        str | None, typer.Option("--prompt", "-p", help="Prompt to use (default: built-in questions, or held-out code).")
     ] = None,
     prompt_file: common.PromptFileOption = None,
     chat: common.ChatOption = None,

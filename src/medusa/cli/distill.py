@@ -27,7 +27,9 @@ def distill_command(
     tree: common.TreeOption = None,
     endpoint: Annotated[
         list[str] | None,
-        typer.Option(help="Address of an OpenAI-compatible server that has the model as MODEL; repeatable, to share the work."),
+        typer.Option(
+            help="Address of an OpenAI-compatible server that serves the model as MODEL; repeatable, to share the work."
+        ),
     ] = None,
     api_key_env: common.EndpointKeyOption = "OPENAI_API_KEY",
     samples: Annotated[int, typer.Option(min=1, help="Number of conversations to make with --data self.")] = 1000,

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class Form:
     """What the text must look like; at most one is given."""
 
-    json_schema: Path | None = option(None, "Write JSON that fits the JSON schema in this file.")
-    regex: str | None = option(None, "Write text that this regular expression matches.")
-    choice: tuple[str, ...] = option((), "Write one of these texts; repeatable.")
+    json_schema: Path | None = option(None, "Generate JSON that conforms to the JSON schema in this file.")
+    regex: str | None = option(None, "Generate text that matches this regular expression.")
+    choice: tuple[str, ...] = option((), "Generate one of these texts; repeatable.")
 
     def __post_init__(self) -> None:
         if sum(form not in (None, ()) for form in vars(self).values()) > 1:
@@ -60,7 +60,7 @@ def generate_command(
     as_json: common.JsonOption = False,
     **options: Any,
 ) -> None:
-    """Answer a prompt (chat model) or continue it (any other model). Text is streamed to stdout, statistics go to stderr."""
+    """Answer a prompt (chat model) or continue it (any other model). Text is streamed to stdout; statistics go to stderr."""
     import torch
 
     from medusa.checkpoints import named, parallel

@@ -26,11 +26,11 @@ def serve_command(
     model: common.ModelArgument = "smollm2",
     tree: common.TreeOption = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Number of requests that decode at a time (default: as many as memory allows).")
+        int | None, typer.Option(min=1, help="Number of requests decoded at the same time (default: as many as memory allows).")
     ] = None,
     capacity: Annotated[
         int | None,
-        typer.Option(min=16, help="Tokens of the longest prompt with its answer (default: what memory allows)."),
+        typer.Option(min=16, help="Number of tokens that a slot holds: prompt, answer and tree (default: what memory allows)."),
     ] = None,
     quantization: common.QuantizationOption = "none",
     tp: common.TpOption = 1,
@@ -43,7 +43,7 @@ def serve_command(
     ] = None,
     **options: Any,
 ) -> None:
-    """Serve a model to any client of OpenAI's interface: http://127.0.0.1:8000/v1. Ctrl-C or SIGTERM ends it."""
+    """Serve a model to clients of the OpenAI API at http://127.0.0.1:8000/v1. Ctrl-C or SIGTERM stops the server."""
     from medusa.runs.extras import require
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):

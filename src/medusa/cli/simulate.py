@@ -46,11 +46,11 @@ class Assumed:
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Data type of weights and activations.")
     weight_bits: int | None = option(None, "Bits per quantised weight, assumed to unpack at no cost (default: the dtype's).")
     num_heads: int = option(5, "Number of Medusa heads that the trees use.", least=0)
-    shared_lm_head: bool = option(False, "The heads share the backbone's LM head.")
+    shared_lm_head: bool = option(False, "Assume heads that share the backbone's LM head.")
     heads_kind: HeadsKind = option("medusa", "What the heads read besides the hidden state.")
     gpus: int = option(1, "Number of GPUs that share every layer of one copy of the model (tensor parallel).", least=1)
     launch: float | None = option(
-        None, "Microseconds to start an operator; 0: CUDA graphs hide them (default: the machine's).", least=0
+        None, "Microseconds to launch an operator; 0: CUDA graphs hide all launches (default: the machine's).", least=0
     )
     paper_block: bool = option(False, "Simulate only eight operators of one layer, without heads, as the paper does.")
 
@@ -69,7 +69,7 @@ class Fleet:
 
     limits: tuple[float, ...] = option(
         (),
-        "Predict the load that a fleet serves within this many milliseconds per token of a request; repeatable.",
+        "Predict the load that a fleet can serve at no more than this many milliseconds per token of a request; repeatable.",
         flags=("--limit",),
         above=0,
     )
@@ -149,7 +149,7 @@ def simulate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
     **options: Any,
 ) -> None:
-    """Predict step time and speedup from the model's operators and the hardware (paper G)."""
+    """Predict step time and speedup from the model's operators and the hardware (paper, Appendix G)."""
     rates, task, fleet = common.take(Rates, options), common.take(Task, options), common.take(Fleet, options)
     grid, assumed = common.take(Grid, options), common.take(Assumed, options)
     if task.measure:

@@ -71,7 +71,9 @@ def tree_command(
     calibration: Annotated[
         Path | None, typer.Option(help="calibration.json of `medusa tune`: how often each path of guesses is right.")
     ] = None,
-    draw: Annotated[Path | None, typer.Option(help="Draw it as in the paper's Figure 6: FILE.svg or .png.")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the tree as in the paper's Figure 6, into this .svg or .png file.")
+    ] = None,
     mark: Annotated[
         list[int] | None, typer.Option(min=0, help="Path to mark in the drawing, one rank per head (default: first guesses).")
     ] = None,

@@ -23,7 +23,9 @@ def tune_command(
     model: common.ModelArgument = "embedded",
     prompts: Annotated[
         str | None,
-        typer.Option(help="Prompts like those the model will see: a set, file or hub id (default for `embedded`: its own)."),
+        typer.Option(
+            help="Prompts like those the model will see: a named set, file or hub id (default for `embedded`: its own)."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -33,7 +35,7 @@ def tune_command(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts to use, spread evenly over the set.")] = 64,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Number of tokens to use of each text; conversations are not cut.")
+        int, typer.Option(min=1, help="Number of tokens of each text to use; conversations are not cut.")
     ] = 256,
     quantization: common.QuantizationOption = "none",
     as_json: common.JsonOption = False,

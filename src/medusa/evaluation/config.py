@@ -35,11 +35,14 @@ class BenchConfig:
     )
     max_new_tokens: int = option(256, "Maximum number of tokens to generate.", flags=("--max-new-tokens", "-n"), least=1)
     temperature: float = option(
-        0.0, "0 is greedy; above 0 samples from the model's own distribution.", flags=("--temperature", "-t"), least=0
+        0.0,
+        "Temperature: 0 is greedy; above 0 samples from the model's own distribution.",
+        flags=("--temperature", "-t"),
+        least=0,
     )
     seed: int = option(0, "Seed of the sampling.")
     rounds: int = option(1, "Number of times each question is answered; the median time counts.", least=1)
-    quality: bool = option(False, "Add quality: likelihood under the original backbone, variety, compiling code.")
+    quality: bool = option(False, "Also measure quality: likelihood under the original backbone, variety, code that compiles.")
     compile: bool = option(False, "Compile the step with torch.compile (slow first step).")
 
     def __post_init__(self) -> None:
@@ -81,7 +84,9 @@ class ExperimentConfig:
         (), "Hard threshold for figure-5; repeatable (default: 0.01 to 0.25).", flags=("--epsilon",), least=0, most=1
     )
     calibration_prompts: str | None = option(
-        None, "Prompts to search trees on, other than --prompts: a set, file or hub id (default for `embedded`: its own)."
+        None,
+        "Prompts on which to search for trees, other than --prompts: a named set, file or hub id (default for `embedded`: "
+        "its own).",
     )
     max_new_tokens: int = option(128, "Maximum number of tokens to generate.", flags=("--max-new-tokens", "-n"), least=1)
     rounds: int = option(1, "Number of times each question is answered; the median time counts.", least=1)

@@ -43,22 +43,22 @@ class ServerSettings:
     root_path: str = option("", "Path under which a proxy serves this server.")
     ssl_certfile: str | None = option(None, "Certificate file, for HTTPS.")
     ssl_keyfile: str | None = option(None, "Key file of the certificate.")
-    served_model_name: str | None = option(None, "The model's name for clients (default: its name here).")
+    served_model_name: str | None = option(None, "The model's name as clients see it (default: the name given here).")
     api_key: tuple[str, ...] = option((), "Key that clients must send, as a bearer token; repeatable (also: MEDUSA_API_KEY).")
     allowed_origins: tuple[str, ...] = option((), "Web origin whose pages may call the server; repeatable (default: none).")
-    max_queue: int = option(256, "Number of requests that may wait for a slot; more are answered with 503.", least=1)
+    max_queue: int = option(256, "Number of requests that may wait for a slot; further ones are answered with 503.", least=1)
     max_per_client: int = option(
         0,
-        "Number of answers that a client (its key, or else its address) may have running or waiting; more are answered with "
-        "429; 0: no limit.",
+        "Number of answers that one client (identified by its key, or else by its address) may have running or waiting; "
+        "further ones are answered with 429; 0: no limit.",
         least=0,
     )
     max_answers: int = option(64, "Number of answers that one call may ask for.", least=1)
     max_body: int = option(8 << 20, "Maximum number of bytes in a request's body.", least=1024)
-    request_timeout: float = option(0.0, "Seconds after which a request ends with what it has so far; 0: never.", least=0)
-    shutdown_timeout: float = option(30.0, "Seconds that running requests have to finish after SIGTERM.", least=0)
+    request_timeout: float = option(0.0, "Seconds after which a request ends with the tokens it has so far; 0: never.", least=0)
+    shutdown_timeout: float = option(30.0, "Seconds allowed for running requests to finish after SIGTERM.", least=0)
     measure_trees: bool = option(True, "Choose trees by the measured time of steps, not only by the tree file.")
-    keep_alive: float = option(15.0, "Seconds without an event after which a comment keeps a stream open.", least=0.1)
+    keep_alive: float = option(15.0, "Seconds without an event after which a comment is sent to keep a stream open.", least=0.1)
     open_metrics: bool = option(False, "Serve /metrics without a key.")
 
     def __post_init__(self) -> None:

@@ -27,7 +27,9 @@ class TrainingConfig:
     num_layers: int = option(1, "residual blocks per head", least=0)
     shared_lm_head: bool = option(False, "train only the residual blocks; the heads predict through the backbone's LM head")
     heads_kind: HeadsKind = option("medusa", "what heads read besides the hidden state: nothing, the root, or the path")
-    draft_vocabulary: str = option("all", "tokens that heads score: all, a number, or auto: the fewest for 99 % of the text")
+    draft_vocabulary: str = option(
+        "all", "tokens that heads score: all, a number, or auto (the fewest that cover 99 % of the text)"
+    )
     # Their loss, Eq. 1.
     lambda_base: float = option(0.8, "weight of head k's loss: lambda_base ** k", least=0)
     targets: Literal["soft", "hard"] = option("soft", "what heads learn: the backbone's distribution or the text's token")
@@ -37,9 +39,13 @@ class TrainingConfig:
     quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = option(
         "none", "how the backbone's weights are stored (nf4, int8: bitsandbytes)"
     )
-    lm_loss: Literal["labels", "distill"] = option("labels", "L_LM: on the text, or KL to the backbone without its adapter")
+    lm_loss: Literal["labels", "distill"] = option(
+        "labels", "loss L_LM: on the text, or KL to the backbone without its adapter"
+    )
     lambda_0: float = option(0.2, "weight of the heads' loss (Eq. 1) in Eq. 2", least=0)
-    lambda_0_schedule: Literal["constant", "sine"] = option("constant", "sine: rises from 0 to lambda_0 at the end")
+    lambda_0_schedule: Literal["constant", "sine"] = option(
+        "constant", "schedule of lambda_0; sine: rises from 0 to lambda_0 at the end"
+    )
     heads_steps: int = option(0, "number of steps of stage 1, which trains the heads alone; -1: as many as stage 2", least=-1)
     lora_rank: int = option(32, "rank r of the adapter", above=0)
     lora_alpha: int = option(16, "scale alpha of the adapter", above=0)
@@ -59,7 +65,9 @@ class TrainingConfig:
     learning_rate: float = option(2e-3, "peak learning rate of the heads; cosine to zero after the warmup", above=0)
     warmup_steps: int = option(40, "number of steps of linear warmup", least=0)
     weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW", least=0)
-    optimizer: Literal["auto", "adamw", "adamw-8bit"] = option("auto", "auto: 8-bit on a GPU if bitsandbytes is installed")
+    optimizer: Literal["auto", "adamw", "adamw-8bit"] = option(
+        "auto", "optimiser; auto: an 8-bit one on a GPU if bitsandbytes is installed"
+    )
     gradient_checkpointing: bool = option(False, "recompute the activations of a trained backbone, to save memory")
     loss_chunk: int = option(
         0, "number of rows of logits in memory at a time; 0: at most 1024, and at most 2^26 logits", least=0

@@ -40,9 +40,9 @@ class Distillation:
     """How the model answers."""
 
     temperature: float = option(0.3, "Temperature of the sampling; 0 is greedy.", least=0)  # the paper's for Vicuna-33B
-    top_p: float | None = option(None, "Sample from the most likely tokens of this total probability.")
+    top_p: float | None = option(None, "Sample from the smallest set of most likely tokens with this total probability.")
     max_new_tokens: int = option(512, "Maximum number of tokens per answer.", least=1)
-    prompt_tokens: int = option(128, "Number of tokens to keep of a plain text, for the model to continue.", least=1)
+    prompt_tokens: int = option(128, "Number of tokens of a plain text to keep, for the model to continue.", least=1)
     self_talk: int = option(0, "Number of further rounds in which the model writes the user's turns too.", least=0)
     batch_size: int = option(16, "Number of conversations decoded, or requests sent, at a time.", least=1)
     compile: bool = option(False, "Compile the step with torch.compile (slow first step).")

@@ -33,7 +33,7 @@ class TuningConfig:
     )
     temperature: float = option(
         0.0,
-        "0 records greedy answers; above 0 they are drawn from the model's own distribution.",
+        "Temperature of the recorded answers: 0 is greedy; above 0 samples from the model's own distribution.",
         flags=("--temperature", "-t"),
         least=0,
     )
