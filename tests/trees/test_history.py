@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import medusa.trees.history as context_module
+from medusa.kernels.build import load_kernels
 from medusa.trees.history import History, pair_end, pair_start, triple_end, triple_start
 
 
@@ -100,3 +101,25 @@ def test_whatever_collides_what_is_copied_has_followed_the_same_tokens(slots, mo
 def latest(text: list[int], run: int) -> int:
     """Where what followed the last such run as the text ends in stands; 0 where there was none."""
     return next((at for at in range(len(text) - 1, run - 1, -1) if text[at - run : at] == text[-run:]), 0)
+
+
+@pytest.mark.parametrize("slots", [16, 1])
+def test_the_kernel_extends_as_the_definition_does(slots, monkeypatch):
+    if not load_kernels():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(context_module, "SLOTS", slots)
+    generator, capacity, vocab = torch.Generator().manual_seed(2), 40, 5
+    prompts, root = torch.randint(vocab, (3, 6), generator=generator), torch.randint(vocab, (3,), generator=generator)
+    both = [History.of(prompts, torch.tensor([0, 2, 5]), root, capacity) for _ in range(2)]
+    for _ in range(24):  # beyond the capacity in the end, as rows that have ended are
+        path = torch.cat([root[:, None], torch.randint(vocab, (3, 3), generator=generator)], dim=1)
+        length, root = torch.randint(1, 5, (3,), generator=generator), torch.randint(vocab, (3,), generator=generator)
+        for history, loaded in zip(both, (False, True), strict=True):
+            monkeypatch.setattr(context_module, "are_loaded", lambda loaded=loaded: loaded)
+            history.part(0, 2).extend(path[:2], length[:2], root[:2])
+            history.part(2, 3).extend(path[2:], length[2:], root[2:])
+        wanted, got = both
+        for name in ("length", "last", "after"):
+            assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+        # The last slot of each takes what is to be ignored.
+        assert torch.equal(got.table[:, :-1], wanted.table[:, :-1]) and torch.equal(got.tokens[:, :-1], wanted.tokens[:, :-1])

@@ -648,6 +648,50 @@ void move_slots(at::TensorList states, const Tensor& source, const Tensor& targe
   });
 }
 
+// The numbers of `medusa.trees.history`: keys of runs of tokens, modulo 2^64.
+uint64_t pair_key(int64_t a, int64_t b) { return uint64_t(a) * 0x2545F4914F6CDD1Dull - uint64_t(b) * 0x61C8864680B583EBull; }
+uint64_t triple_key(int64_t a, int64_t b, int64_t c) {
+  return uint64_t(a) * 0x369DEA0F31A53F85ull - uint64_t(b) * 0x4B47D0C5A1B0E6A9ull + uint64_t(c) * 0x5851F42D4C957F2Dull +
+         0x14057B7EF767814Full;
+}
+
+// `History.extend` for rows on a CPU: some sixty operations on a few numbers each, which torch starts one by one.
+void extend_history(
+    Tensor table, Tensor tokens, Tensor length, Tensor last, Tensor after, const Tensor& path, const Tensor& accepted,
+    const Tensor& bonus) {
+  const int64_t slots = table.size(1) - 1, room = tokens.size(1) - 1;
+  const int bits = std::countr_zero(uint64_t(slots));
+  for (int64_t b = 0; b < path.size(0); ++b) {
+    int32_t* seen = table.mutable_data_ptr<int32_t>() + b * table.stride(0);
+    int64_t* text = tokens.mutable_data_ptr<int64_t>() + b * tokens.stride(0);
+    int64_t &end = length.mutable_data_ptr<int64_t>()[b], &before = last.mutable_data_ptr<int64_t>()[b];
+    const int64_t* nodes = path.const_data_ptr<int64_t>() + b * path.size(1);
+    const int64_t count = accepted.const_data_ptr<int64_t>()[b], start = end;
+    std::vector<int64_t> run{before};  // the token before the old root, the path, and the next root
+    run.insert(run.end(), nodes, nodes + count);
+    run.push_back(bonus.const_data_ptr<int64_t>()[b]);
+    for (int64_t i = 0; i < count; ++i) text[std::min(start + i, room)] = run[i + 2];
+    end = std::min(start + count, room);
+    before = nodes[count - 1];
+    int64_t found[2];  // what the final pair and triple led to before
+    for (int triple = 0; triple < 2; ++triple)
+      for (int64_t i = 0; i < count; ++i) {
+        const uint64_t key = triple ? triple_key(run[i], run[i + 1], run[i + 2]) : pair_key(run[i + 1], run[i + 2]);
+        int32_t& slot = seen[bits ? key >> (64 - bits) : 0];
+        if (i == count - 1) found[triple] = slot;
+        slot = std::max(slot, int32_t(start + i + 1));
+      }
+    const auto follows = [&](int64_t place, int64_t tokens_before) {
+      if (place >= end) return int64_t(0);
+      for (int64_t i = 1; i <= tokens_before; ++i)
+        if (text[std::max<int64_t>(place - i, 0)] != text[std::max<int64_t>(end - i, 0)]) return int64_t(0);
+      return place;
+    };
+    const int64_t longer = follows(found[1], 3);
+    after.mutable_data_ptr<int64_t>()[b] = longer > 0 ? longer : follows(found[0], 2);
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY(medusa, library) {
@@ -658,6 +702,9 @@ TORCH_LIBRARY(medusa, library) {
   library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
   library.def("move_slots(Tensor(a!)[] states, Tensor source, Tensor target) -> ()");
+  library.def(
+      "extend_history(Tensor(a!) table, Tensor(b!) tokens, Tensor(c!) length, Tensor(d!) last, Tensor(e!) after, Tensor path, "
+      "Tensor accepted, Tensor bonus) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
@@ -667,4 +714,5 @@ TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("computed", computed);
   library.impl("attention", attention);
   library.impl("move_slots", move_slots);
+  library.impl("extend_history", extend_history);
 }

@@ -16,6 +16,8 @@ INDUCTOR = {
     # Every intermediate result is rounded as in uncompiled code. Otherwise it is rounded where loops happen to end, which
     # differs between the graphs of one token and of a tree, and so do their results.
     "emulate_precision_casts": True,
+    # A graph is found by the layout of its inputs (`compilation.shapes_of`): a thousand checks of it at each step are too many.
+    "size_asserts": False,
 }
 MANY = 8  # uses of an intermediate result: more are by every layer
 MOST_ROWS = 64  # with more, a step is bound by arithmetic, and torch's own kernels are faster

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from medusa.kernels.build import are_loaded
+
 SLOTS = 16  # table slots per token of capacity: few enough collisions that drafts hardly suffer
 
 
@@ -83,6 +85,9 @@ class History:
         bonus: Tensor,  # (B,) long: the next root
     ) -> None:
         """Append an accepted path and the token after it."""
+        if are_loaded() and self.table.device.type == "cpu":
+            torch.ops.medusa.extend_history(*self.tensors(), path.contiguous(), length.contiguous(), bonus.contiguous())
+            return
         rows = torch.arange(len(path), device=path.device)
         new = torch.cat([self.last[:, None], path, path[:, :1]], dim=1)
         new[rows, length + 1] = bonus
