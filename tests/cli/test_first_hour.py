@@ -85,6 +85,7 @@ ASKED = [{"prompt": "Hi"}, {"prompt": "Bye"}]
         (["generate", "{own}/text", "x", "--heads", "{own}/heads", "-n", "5000"], "exceed the context of 512; lower"),
         (["generate", "{own}/text", "x"], "has no Medusa heads; give some with --heads FOLDER, train some (medusa train"),
         (["generate", "{own}/text", "--prompt-file", "{empty}"], "is empty"),
+        (["generate", "{own}/text", "--prompt-file", "prompts.jsonl"], "is a set of prompts, --prompt-file the text of one"),
         (["chat", "Tell me a story"], "looks like a prompt; start medusa chat MODEL"),
         (["demo", "Tell me a story"], "looks like a prompt; give it with --prompt"),
         (["demo", "{own}/text", "--heads", "{own}/heads"], "is not a chat model, which could answer our questions"),

@@ -1,6 +1,7 @@
 """Claims about being a server: keys, origins, sizes, clients that go away, full queues, the end."""
 
 import json
+import socket
 import threading
 import time
 
@@ -9,6 +10,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
+from medusa.errors import InvalidInput
+from medusa.serving.server import check_address
+from medusa.serving.settings import ServerSettings
 from running import SPECIAL, serve
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -298,3 +302,11 @@ def test_a_socket_of_this_machine(model, tokenizer, tmp_path):
         assert served.url == f"unix:{tmp_path}/medusa.sock"
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "medusa.sock"))) as client:
             assert client.get("http://medusa/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_an_address_that_is_taken_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidInput, match=f"cannot listen on 127.0.0.1:{port}: .*; choose another --port or --host"):
+            check_address(ServerSettings(port=port))
+    check_address(ServerSettings(port=0))

@@ -142,6 +142,21 @@ def test_resumed_run_ends_with_the_same_heads_whatever_was_half_written(data):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_resuming_says_when_a_run_is_finished_and_when_there_is_nothing_to_resume(data, capsys):
+    config = TrainingConfig(num_heads=1, batch_size=8, warmup_steps=1, save_steps=1, max_steps=2)
+
+    def resumed(config: TrainingConfig) -> dict[str, float]:
+        return train_heads(MedusaModel(tiny_backbone()), rows(data / "train.jsonl"), data / "out", config, resume=True)
+
+    metrics = resumed(config)
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in (data / "out").glob("*.*")}
+    assert resumed(config) == metrics and "is finished; raise --epochs or --max-steps" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (data / "out").glob("*.*")} == before
+    resumed(dataclasses.replace(config, max_steps=3))
+    assert (data / "out" / "checkpoint-3").is_dir()
+
+
 @pytest.mark.parametrize("method", ["medusa-1", "medusa-2", "medusa-2-self-distill"])
 def test_a_run_that_was_killed_resumes_to_the_same_heads(data, method):
     tiny_backbone(gain=1.0).save_pretrained(data / "backbone")

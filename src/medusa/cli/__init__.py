@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from logging import CRITICAL, getLogger
 
 import typer
 
@@ -44,6 +45,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    getLogger("bitsandbytes").setLevel(CRITICAL)  # logs missing kernels at import
     try:
         app()
     except MedusaError as error:

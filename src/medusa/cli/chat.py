@@ -20,7 +20,7 @@ COMMANDS = "/reset forgets the conversation, /help shows this, /quit or end of f
 
 @common.with_options(common.Sampling, common.Loading, temperature=0.7)
 def chat_command(
-    model: common.ModelArgument = "embedded",
+    model: common.ModelArgument = "smollm2",
     tree: common.TreeOption = None,
     system: Annotated[str | None, typer.Option(help="System message that begins the conversation.")] = None,
     max_new_tokens: common.MaxNewTokens = 512,
@@ -105,4 +105,5 @@ class Chat:
         words.end()
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
         if lengths := collected.lengths[0]:
-            note(f"[{showing.speed(sum(lengths), len(lengths), seconds)}]")
+            cut = ", cut at --max-new-tokens" if collected.finish_reasons[0] == "length" else ""
+            note(f"[{showing.speed(sum(lengths), len(lengths), seconds)}{cut}]")

@@ -16,6 +16,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         return prompt
     if file is not None:
+        if file.suffix in (".jsonl", ".parquet"):
+            raise InvalidInput(f"{file} is a set of prompts, --prompt-file the text of one; `medusa distill` answers sets")
         text = read_text(file, InvalidInput)
     elif sys.stdin.isatty():
         raise InvalidInput("no prompt; give one as an argument, with --prompt-file, or on stdin")
@@ -25,7 +27,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         except UnicodeDecodeError as error:
             raise InvalidInput(f"the prompt on stdin is not UTF-8: {error}") from None
     if not text.strip():
-        raise InvalidInput(f"{file or 'stdin'} is empty; give one as an argument, with --prompt-file, or on stdin")
+        raise InvalidInput(f"{file or 'stdin'} is empty; give a prompt as an argument, with --prompt-file, or on stdin")
     return text
 
 

@@ -48,7 +48,9 @@ def serve_command(
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve", "medusa serve")
-    from medusa.serving.server import launched, run
+    from medusa.serving.server import check_address, launched, run
 
     engine = {"tree": tree, "slots": slots, "capacity": capacity, "quantization": quantization, "tp": tp, "compile": compile}
-    run(launched(*parted({"model": model, **engine, **options}, "options")))
+    launch, settings = parted({"model": model, **engine, **options}, "options")
+    check_address(settings)
+    run(launched(launch, settings))

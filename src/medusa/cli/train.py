@@ -130,7 +130,11 @@ def train_command(
     if output is None:
         raise typer.BadParameter("no folder for the results; pass --output DIR", param_hint="--output")
     options |= {"eval_data": eval_data, "heads": heads, "hidden_states": hidden_states, "resume": resume}
-    trained = train(model, data, output, **options)
+    try:
+        trained = train(model, data, output, **options)
+    except KeyboardInterrupt:
+        note("interrupted; run the same command with --resume to continue from the newest checkpoint, if there is one")
+        raise typer.Exit(130) from None
     if is_main_process():
         _show(trained, as_json)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -124,6 +125,22 @@ def make_service(
         measured=settings.measure_trees,
     )
     return Service(engine, model, tokenizer, name, settings, Metrics(name, engine))
+
+
+def check_address(settings: ServerSettings) -> None:
+    """Refuse an address that cannot be listened on, before a model is loaded.
+
+    Raises:
+        InvalidInput: it is taken, or not this machine's.
+    """
+    if settings.uds:
+        return
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise InvalidInput(f"cannot listen on {where}: {error.strerror}; choose another --port or --host") from None
 
 
 def launched(launch: Launch, settings: ServerSettings) -> Service:

@@ -28,6 +28,7 @@ from medusa.config import HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
+from medusa.runs.console import note
 from medusa.runs.files import write_json
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import hold, make_folder, refuse_other
@@ -84,6 +85,11 @@ def train_heads(
         raise InvalidInput("a backbone that is trained on labels uses no stored hidden states; drop --hidden-states")
     with hold(output / IDENTITY) if is_main_process() else nullcontext():
         _claim(output, model, rows, config, resume)
+        if resume and (metrics := _finished(output, config)) is not None:
+            note(f"the training in {output} is finished; raise --epochs or --max-steps to continue it")
+            return metrics
+        if resume and newest_checkpoint(output) is None:
+            note(f"there is no checkpoint in {output}; training starts from the beginning")
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
 
 
@@ -142,6 +148,15 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     objective.eval()  # no dropout in what the caller still holds
     return metrics
+
+
+def _finished(output: Path, config: TrainingConfig) -> dict[str, float] | None:
+    """The metrics of a run of as many steps that is finished; None: there is something left to do."""
+    saved = all((output / name).is_file() for name in (HEADS_FILE, RECORD))
+    record = read_json_object(output / RECORD) if saved else None
+    if record is None or any(record["config"][name] != getattr(config, name) for name in ("max_steps", "epochs")):
+        return None
+    return record["metrics"]
 
 
 def is_main_process() -> bool:
