@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import random
 import warnings
@@ -138,6 +139,11 @@ def _train(
         trainer.remove_callback(callback)
     for callback in (Progress(), *callbacks):
         trainer.add_callback(callback)
+    in_a_step = config.batch_size * config.gradient_accumulation * _processes()
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * len(rows) / in_a_step)
+    if steps <= config.warmup_steps and is_main_process():
+        remedy = "use more data or --epochs, or lower --batch-size, --gradient-accumulation or --warmup-steps"
+        note(f"all {steps} steps are warmup (--warmup-steps {config.warmup_steps}): the heads learn next to nothing; {remedy}")
     trainer.train(resume_from_checkpoint=newest_checkpoint(output) if resume else None)
     trained = trainer.trained()  # gathered from all processes
     if trainer.is_world_process_zero():
