@@ -101,19 +101,17 @@ def train_command(
     ] = None,
     eval_data: Annotated[
         list[str] | None,
-        typer.Option(metavar="DATA", help="Evaluation data (default: held-out rows of the training data); repeatable."),
+        typer.Option(metavar="DATA", help="Evaluation data (default: held-out rows); repeatable."),
     ] = None,
     heads: Annotated[
         str | None, typer.Option(metavar="DIR", help="Heads to start from (default: copies of the LM head).")
     ] = None,
     hidden_states: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for storing the original backbone's hidden states and training from them."),
+        typer.Option(metavar="DIR", help="Folder for the original backbone's hidden states, to train from."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")] = False,
-    preview: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Show N rows, with labelled tokens in colour, instead of training.")
-    ] = 0,
+    preview: Annotated[int, typer.Option(metavar="N", min=0, help="Only show N rows, with labelled tokens in colour.")] = 0,
     as_json: common.JsonOption = False,
     **options: Any,
 ) -> None:

@@ -27,9 +27,7 @@ class TrainingConfig:
     num_layers: int = option(1, "residual blocks per head", least=0)
     shared_lm_head: bool = option(False, "train only the residual blocks; the heads predict through the backbone's LM head")
     heads_kind: HeadsKind = option("medusa", "what heads read besides the hidden state: nothing, the root, or the path")
-    draft_vocabulary: str = option(
-        "all", "tokens that heads score: all, a number, or auto (the fewest that cover 99 % of the text)"
-    )
+    draft_vocabulary: str = option("all", "tokens that heads score: all, a number, or auto (fewest for 99 % of the text)")
     # Their loss, Eq. 1.
     lambda_base: float = option(0.8, "weight of head k's loss: lambda_base ** k", least=0)
     targets: Literal["soft", "hard"] = option("soft", "what heads learn: the backbone's distribution or the text's token")
@@ -65,9 +63,7 @@ class TrainingConfig:
     learning_rate: float = option(2e-3, "peak learning rate of the heads; cosine to zero after the warmup", above=0)
     warmup_steps: int = option(40, "number of steps of linear warmup", least=0)
     weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW", least=0)
-    optimizer: Literal["auto", "adamw", "adamw-8bit"] = option(
-        "auto", "optimiser; auto: an 8-bit one on a GPU if bitsandbytes is installed"
-    )
+    optimizer: Literal["auto", "adamw", "adamw-8bit"] = option("auto", "auto: 8-bit on a GPU if bitsandbytes is installed")
     gradient_checkpointing: bool = option(False, "recompute the activations of a trained backbone, to save memory")
     loss_chunk: int = option(
         0, "number of rows of logits in memory at a time; 0: at most 1024, and at most 2^26 logits", least=0
