@@ -57,13 +57,13 @@ class Compiled:
         args = (root, hidden, drafter, history, frame, cache)
         shapes = shapes_of(args)
         if shapes not in self._graphs:
-            self._graphs[shapes] = self._graph(root.device, args)
+            self._graphs[shapes] = self._graph(shapes, args)
         graph = self._graphs[shapes]
         return graph(self._model, *args) if graph is not None else self._model.draft_and_verify(*args)
 
-    def _graph(self, device: torch.device, args: tuple) -> Graph | None:
+    def _graph(self, shapes: Any, args: tuple) -> Graph | None:
         """The graph of one shape; None, with a warning, if it does not compile or computes something else."""
-        function = type(self._model).draft_and_verify
+        function, device = type(self._model).draft_and_verify, args[0].device.type
         wanted = self._model.draft_and_verify(*args)
 
         def right(graph: Graph) -> Graph:
@@ -71,15 +71,15 @@ class Compiled:
             return graph
 
         try:
-            if device.type == "cuda":
+            if device == "cuda":
                 # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
                 with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
                     return right(self._cuda_graphs)
-            backend: dict[str, Any] = {"backend": few_rows_backend} if device.type == "cpu" and load_kernels() else {}
-            name = graph_name(self._identity, repr(shapes_of(args)), sorted(backend))
+            few_rows = device == "cpu" and load_kernels()
+            name = graph_name(self._identity, repr(shapes), few_rows)
             with suppress(Exception):  # there is none, it is damaged, or it was made of something else
                 return right(load_graph(name, function))
-            graph = right(compile_graph(function, (self._model, *args), **backend))
+            graph = right(compile_graph(function, (self._model, *args), few_rows_backend if few_rows else "inductor"))
             save_graph(graph, name)
             return graph
         except torch.OutOfMemoryError:

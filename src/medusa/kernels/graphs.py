@@ -20,14 +20,14 @@ Graph = Callable[..., Any]
 MOST_BYTES = 1 << 30  # of the graphs on disk; above, those that were used longest ago are removed
 
 
-def compile_graph(function: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Graph:
+def compile_graph(function: Callable[..., Any], args: tuple[Any, ...], backend: str | Callable[..., Any]) -> Graph:
     """Compile a function for arguments like these. The graph takes others unchecked: give it those of the same shapes alone.
 
     Args:
-        options: those of torch.compile.
+        backend: that of torch.compile.
     """
-    options.setdefault("options", {})["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, **options)
+    options: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
     graph = compiled.aot_compile((args, {}))
     graph.disable_guard_check()
     return graph

@@ -87,10 +87,9 @@ def train_heads(
     with hold(output / IDENTITY) if is_main_process() else nullcontext():
         _claim(output, model, rows, config, resume)
         if resume and (metrics := _finished(output, config)) is not None:
-            note(f"the training in {output} is finished; raise --epochs or --max-steps to continue it")
+            if is_main_process():
+                note(f"the training in {output} is finished; raise --epochs or --max-steps to continue it")
             return metrics
-        if resume and newest_checkpoint(output) is None:
-            note(f"there is no checkpoint in {output}; training starts from the beginning")
         return _train(model, rows, output, config, eval_rows, resume, hidden_states, callbacks)
 
 
@@ -139,12 +138,14 @@ def _train(
         trainer.remove_callback(callback)
     for callback in (Progress(), *callbacks):
         trainer.add_callback(callback)
-    in_a_step = config.batch_size * config.gradient_accumulation * _processes()
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * len(rows) / in_a_step)
+    newest = newest_checkpoint(output) if resume else None
+    if resume and newest is None and is_main_process():
+        note(f"there is no checkpoint in {output}; this training starts with its first step")
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * len(rows) / _rows_per_step(config))
     if steps <= config.warmup_steps and is_main_process():
         remedy = "use more data or --epochs, or lower --batch-size, --gradient-accumulation or --warmup-steps"
         note(f"all {steps} steps are warmup (--warmup-steps {config.warmup_steps}): the heads learn next to nothing; {remedy}")
-    trainer.train(resume_from_checkpoint=newest_checkpoint(output) if resume else None)
+    trainer.train(resume_from_checkpoint=newest)
     trained = trainer.trained()  # gathered from all processes
     if trainer.is_world_process_zero():
         _save(output, objective, trained, base_model)
@@ -173,7 +174,7 @@ def is_main_process() -> bool:
 def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig, resume: bool) -> None:
     """Note the identity of this run; refuse a folder of another run, or of one that would be restarted unintentionally."""
     wanted = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*FREE_TO_CHANGE, *SPLIT)}
-    wanted[ROWS_PER_STEP] = config.batch_size * config.gradient_accumulation * _processes()
+    wanted[ROWS_PER_STEP] = _rows_per_step(config)
     wanted |= {"data": rows.fingerprint(), "backbone weights": fingerprint(model.backbone)}
     path = output / IDENTITY
     refuse_begun(output, resume)
@@ -193,10 +194,14 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _rows_per_step(config: TrainingConfig) -> int:
+    return config.batch_size * config.gradient_accumulation * _processes()
+
+
 def _refuse_other_split(output: Path, rows: int | None, config: TrainingConfig) -> None:
     """Refuse to resume a run with other rows in a step; on another number of processes, they have to be split otherwise."""
     at_once = config.batch_size * _processes()
-    if rows != at_once * config.gradient_accumulation:
+    if rows != _rows_per_step(config):
         remedy = f"pass --gradient-accumulation {rows // at_once}" if rows and rows % at_once == 0 else "pass others"
         raise InvalidInput(
             f"{output} was made with {rows} rows per step, this run has {config.batch_size} x {config.gradient_accumulation} x "
