@@ -1,11 +1,12 @@
 """The cost of a step: time by tree size on Llamas with random weights, split into its parts.
 
-    python benchmarks/step_cost.py [--shapes 160m 1.1b vicuna-7b] [--nodes 1 16 32 64] [--shared] [--hardware FILE] [--json F]
+    python benchmarks/step_cost.py [--shapes smollm2 1.1b vicuna-7b] [--nodes 1 16 64] [--kind path] [--dynamic] [--compiled]
 
 Random heads are nearly never right, so every step accepts about one token and costs are those of a step alone. Each
 tree is measured in turn within each round; ratios are to the plain step of the same run. Bytes are those of the weights
-that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache. With --hardware
-(what `medusa simulate --measure --output FILE` measured) the prediction of medusa.simulation stands beside.
+that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache; on a GPU, launches are
+what the CPU starts in a step, kernels and graphs. With --hardware (what `medusa simulate --measure --output FILE` measured) the
+prediction of medusa.simulation stands beside.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
-from medusa import MedusaHeads, MedusaModel, MedusaTree
+from medusa import DynamicTree, MedusaHeads, MedusaModel, MedusaTree
 from medusa.decoding import prefill, step
 from medusa.rows import DecodingOptions
 from medusa.simulation.hardware import Hardware, load_hardware
@@ -31,13 +32,17 @@ from medusa.simulation.machine import copy_bandwidth, now
 from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import shape_of
 from medusa.state import Decodable, DecodingState
+from medusa.trees.files import Tree
 
-SHAPES = {
+SHAPES: dict[str, dict] = {
+    "smollm2": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    | dict(vocab_size=49152, tie_word_embeddings=True),
     "160m": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
     "1.1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4),
     "vicuna-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
 }
 PARTS = ("backbone", "heads", "accept", "keep")
+DRAFT_VOCABULARY = 8192  # of heads that read tokens
 
 
 def tree_of(nodes: int, heads: int) -> MedusaTree:
@@ -52,20 +57,26 @@ def tree_of(nodes: int, heads: int) -> MedusaTree:
     return MedusaTree(paths)
 
 
-def build(shape: str, num_heads: int, shared: bool, device: str) -> MedusaModel:
-    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, **SHAPES[shape])
+def build(shape: str, num_heads: int, kind: str, shared: bool, device: str) -> MedusaModel:
+    config = LlamaConfig(**{"vocab_size": 32000, "max_position_embeddings": 2048} | SHAPES[shape])
+    reads: dict = {}
+    if kind != "medusa":
+        reads = dict(heads_kind=kind, embedding_size=config.hidden_size, token_map=torch.arange(DRAFT_VOCABULARY))
     with torch.device(device):
         torch.manual_seed(0)
         backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        heads = MedusaHeads.for_lm_head(backbone.lm_head, num_heads, shared=shared)
+        heads = MedusaHeads.for_lm_head(backbone.lm_head, num_heads, shared=shared, **reads)
         for parameter in heads.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
+            if parameter is not backbone.lm_head.weight:
+                torch.nn.init.normal_(parameter, std=0.02)
     return MedusaModel(backbone, heads, tree_of(num_heads + 1, num_heads))
 
 
 def weight_bytes(model: MedusaModel, tree: MedusaTree) -> int:
     backbone = sum(p.numel() * p.element_size() for p in model.backbone.parameters())
     table = model.backbone.get_input_embeddings().weight
+    if model.backbone.get_output_embeddings().weight is table:  # a step reads it as the LM head
+        table = table[:0]
     heads = (p for k in range(tree.depth) for p in model.heads.parts(k).parameters())
     return backbone - table.numel() * table.element_size() + sum(p.numel() * p.element_size() for p in heads)
 
@@ -79,7 +90,9 @@ def cache_bytes(state: DecodingState) -> int:
 def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, device: str) -> list[dict]:
     ids = torch.randint(model.vocab_size, (1, args.context), device=device)
     options = DecodingOptions(max_new_tokens=1024)
-    trees = {nodes: tree_of(nodes, model.num_heads) for nodes in sizes}
+    trees: dict[int, Tree] = {nodes: tree_of(nodes, model.num_heads) for nodes in sizes}
+    if args.dynamic:
+        trees |= {nodes: DynamicTree(nodes, model.num_heads) for nodes in sizes if nodes > 1}
     decodable = model.compiled if args.compiled else model
     states = {nodes: prefill(decodable, ids, None, tree, options) for nodes, tree in trees.items()}
     seconds: dict[int, list[float]] = {nodes: [] for nodes in trees}
@@ -101,6 +114,7 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
                 "milliseconds": 1e3 * median,
                 "overhead": median / statistics.median(seconds[sizes[0]]),
                 "parts": split(decodable, state, args.steps, device),
+                "launches": launches(decodable, state) if device != "cpu" else None,
                 "bytes": moved,
                 "bandwidth_share": moved / median / bandwidth,
             }
@@ -137,6 +151,13 @@ def split(model: Decodable, state: DecodingState, steps: int, device: str) -> di
     return {**shares, "rest": max(0.0, 1 - sum(shares.values()))}
 
 
+def launches(model: Decodable, state: DecodingState) -> int:
+    """The number of kernels and graphs that the CPU launches in a step."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step(model, state)
+    return sum(event.count for event in profiler.key_averages() if "LaunchKernel" in event.key or "GraphLaunch" in event.key)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
@@ -146,6 +167,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4, help="steps of each tree in each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kind", choices=("medusa", "root", "path"), default="medusa", help="what the heads read")
+    parser.add_argument("--dynamic", action="store_true", help="dynamic trees, instead of static ones")
     parser.add_argument("--shared", action="store_true", help="heads share the LM head")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--hardware", help="a machine's name or a file of `medusa simulate --measure`: compare")
@@ -160,20 +183,21 @@ def main() -> None:
     console = Console(file=sys.stdout, width=120)
     results = {}
     for shape in args.shapes:
-        model = build(shape, args.num_heads, args.shared, device)
+        model = build(shape, args.num_heads, args.kind, args.shared, device)
         rows = results[shape] = measure(model, args.nodes, args, device)
         if hardware is not None:
             add_prediction(rows, model, hardware, args)
         kind = "shared LM head" if args.shared else "own LM heads"
-        table = Table(title=f"{shape}, bfloat16, {device}, {args.num_heads} heads ({kind})", title_justify="left")
+        table = Table(title=f"{shape}, bfloat16, {device}, {args.num_heads} {args.kind} heads ({kind})", title_justify="left")
         predicted = ("predicted ms", "overhead", "error") if hardware else ()
-        for column in ("nodes", "ms", "overhead", *PARTS, "rest", "GB", "of copy bandwidth", *predicted):
+        counted = ("launches",) if cuda else ()
+        for column in ("nodes", "ms", "overhead", *PARTS, "rest", "GB", "of copy bandwidth", *counted, *predicted):
             table.add_column(column, justify="right")
         for row in rows:
             shares = (f"{row['parts'][part]:.1%}" for part in (*PARTS, "rest"))
-            beside = []
+            beside = [str(row["launches"])] if cuda else []
             if hardware is not None:
-                beside = [
+                beside += [
                     f"{row['predicted_milliseconds']:.2f}",
                     f"{row['predicted_overhead']:.2f}",
                     f"{row['overhead_error']:+.0%}",

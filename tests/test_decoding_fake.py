@@ -81,7 +81,7 @@ class FakeModel:
             state = (5 * state + token + 1) % STATES
         return state
 
-    def new_cache(self, capacity: int) -> FakeCache:
+    def new_cache(self, capacity: int, rows: int | None = None) -> FakeCache:
         return FakeCache(capacity)
 
     def prefill(self, ids, attention_mask, cache):

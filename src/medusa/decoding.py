@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_drawn, accept_exact, accept_typical
 from medusa.errors import ContextOverflow, InvalidInput
+from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.kernels.workers import release_workers
 from medusa.rows import DecodingOptions, Row
 from medusa.sampling import NodePrefixes, RowText
@@ -109,11 +111,32 @@ def step(model: Decodable, state: DecodingState) -> Stepped:
     texts = state.texts()
     drafter = state.guided_drafter(texts, model.draft_vocabulary)
     drafted = model.draft_and_verify(state.root, state.hidden, drafter, state.history, frame, state.cache)
+    recorded = _recorded(state, drafted) if model.static_shapes and drafted.tokens.is_cuda and not texts else None
+    accepted, packet = recorded() if recorded is not None else settle(state, drafted, texts)
+    paths = []
+    for row, found in zip(state.rows, packet.tolist(), strict=True):  # the one host-device sync of the step
+        row.root = found[-1]
+        paths.append(found[: found[-2]])
+    return Stepped(emit(state, paths), drafted, accepted)
+
+
+def settle(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText]) -> tuple[Accepted, Tensor]:
+    """Accept and keep, on the device alone."""
     with record_function("medusa.accept"):
         accepted = accept(state, drafted, texts)
     with record_function("medusa.keep"):
-        paths = keep(state, drafted, accepted)
-    return Stepped(emit(state, paths), drafted, accepted)
+        return accepted, keep(state, drafted, accepted)
+
+
+def _recorded(state: DecodingState, drafted: Drafted) -> CudaGraph | None:
+    """`settle` as a CUDA graph, from the second step on that drafts by the same graph for rows of the same settings."""
+    of, graph = state.recorded or (None, None)
+    if of is None or any(old is not new for old, new in zip(of, (drafted, state.settings), strict=True)):
+        state.recorded = (drafted, state.settings), None
+    elif graph is None:
+        graph = CudaGraph(functools.partial(settle, state, drafted, {}))
+        state.recorded = of, graph
+    return graph
 
 
 def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText]) -> Accepted:
@@ -155,29 +178,23 @@ def _draw_after(
     return state.settings.choose(scores, uniform)[:, 0]
 
 
-def keep(state: DecodingState, drafted: Drafted, accepted: Accepted) -> list[list[int]]:
-    """Move the accepted keys and values behind the committed ones; returns the tokens of every path."""
+def keep(
+    state: DecodingState, drafted: Drafted, accepted: Accepted
+) -> Tensor:  # (B, D + 3) long: the tokens of every path and after them, the path's length, the next root
+    """Move the accepted keys and values behind the committed ones."""
     tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
     rows = torch.arange(len(tokens), device=tokens.device)
     state.hidden.copy_(drafted.hidden[rows, accepted.node])
     state.root.copy_(accepted.bonus)
     if state.history is not None:
         state.history.extend(tokens, accepted.length, accepted.bonus)
-    # The one host-device sync of the step.
-    packet = torch.cat([tokens, torch.stack([accepted.node, accepted.length, accepted.bonus], 1)], 1).tolist()
-    base = state.base
-    moved = any(
-        row.committed != base or node != length - 1  # nodes 0, 1, 2, ... right behind the row are in place
-        for (*_, node, length, _), row in zip(packet, state.rows, strict=True)
-        if row.finish_reason is None
-    )
-    if moved:
+    # Nodes 0, 1, 2, ... right behind the row are in place. A GPU would have to be waited for.
+    in_place = (state.lengths == state.slot) & (accepted.node == accepted.length - 1) | ~state.active
+    if tokens.device.type != "cpu" or not in_place.all():
         behind = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
-        state.cache.keep(base + accepted.path.clamp(min=0), behind)
+        state.cache.keep(state.slot + accepted.path.clamp(min=0), behind)
     state.lengths.add_(accepted.length * state.active)
-    for row, found in zip(state.rows, packet, strict=True):
-        row.root = found[-1]
-    return [found[: found[-2]] for found in packet]
+    return torch.cat([tokens, torch.stack([accepted.length, accepted.bonus], 1)], 1)
 
 
 def last_roots(state: DecodingState) -> list[list[int]] | None:

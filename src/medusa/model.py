@@ -183,7 +183,7 @@ class MedusaModel(MedusaGenerationMixin):
 
     static_shapes = False
 
-    def new_cache(self, capacity: int) -> TreeCache:
+    def new_cache(self, capacity: int, rows: int | None = None) -> TreeCache:
         return self.lm.new_cache(capacity)
 
     def prefill(

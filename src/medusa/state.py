@@ -50,7 +50,7 @@ class Decodable(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def new_cache(self, capacity: int) -> RequestCache: ...
+    def new_cache(self, capacity: int, rows: int | None = None) -> RequestCache: ...  # rows: if a request begins with it
 
     def prefill(self, ids: Tensor, attention_mask: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]: ...
 
@@ -74,6 +74,7 @@ class DecodingState:
     active: Tensor  # (B,) bool
     root: Tensor  # (B,) long: the next token, decided but not yet in the cache
     hidden: Tensor  # (B, d): hidden state of the last committed token
+    slot: Tensor  # () long: where the trees of the last step began in the cache, behind the longest row
     drafter: Drafter
     history: History | None  # None: the drafter does not read it
     cache: RequestCache
@@ -81,6 +82,7 @@ class DecodingState:
     uniforms: Tensor | None = None  # (B, limit + 2): one number per token position; None: no row has drawn yet
     _settings: RowSettings | None = None
     _levels: list[Levels] | None = None
+    recorded: Any = None  # on a GPU, what `medusa.decoding.step` has recorded of what follows the pass
 
     @property
     def finish_reasons(self) -> list[str | None]:
@@ -115,8 +117,7 @@ class DecodingState:
         visible = base + self.drafter.num_nodes
         if static_shapes:
             visible = visible_slots(visible, self.cache.capacity) if self.pooled else self.cache.capacity
-        slot = torch.full((), base, device=self.root.device)  # filled on the device: no copy from the host
-        return Frame(slot, self.lengths, self.pads, visible)
+        return Frame(self.slot.fill_(base), self.lengths, self.pads, visible)
 
     def grow(self, capacity: int) -> None:
         """Make room for rows of `capacity` slots."""
@@ -135,7 +136,7 @@ class DecodingState:
         of_rows = {name: t[start:stop] for name in tensors if (t := getattr(self, name)) is not None}
         history = self.history.part(start, stop) if self.history is not None else None
         shared = replace(self, rows=self.rows[start:stop], history=history, _settings=None, _levels=None, **of_rows)
-        return replace(shared, drafter=drafter, cache=cache)
+        return replace(shared, drafter=drafter, cache=cache, slot=self.slot.clone(), recorded=None)
 
     def swap(self, row: int, other: int, slots: int) -> None:
         """Let two rows change places, with the first `slots` slots of their cache."""
@@ -201,7 +202,7 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter) -> Dec
     """Rows without requests, with room for `capacity` slots each."""
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.long, device=model.device)
+        return torch.zeros(shape, dtype=torch.long, device=model.device)
 
     return DecodingState(
         rows=[Row() for _ in range(batch)],
@@ -210,10 +211,11 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter) -> Dec
         lengths=zeros(batch),
         active=zeros(batch).bool(),
         root=zeros(batch),
+        slot=zeros(),
         hidden=zeros(batch, 1),  # its width and dtype are set with the first prompts
         drafter=drafter,
         history=History.empty(batch, capacity, model.device) if drafter.reads_history else None,
-        cache=model.new_cache(capacity),
+        cache=model.new_cache(capacity, batch),
     )
 
 

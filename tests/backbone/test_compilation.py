@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from medusa import DynamicTree, MedusaModel
 from medusa.backbone import compilation
@@ -13,6 +14,7 @@ from medusa.backbone.compilation import _check
 from medusa.backbone.lm import TreeLM
 from medusa.decoding import prefill, step
 from medusa.kernels import graphs
+from medusa.preparation import options_of_rows
 from medusa.rows import DecodingOptions
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
@@ -85,32 +87,69 @@ def test_failing_compiler_warns_once_and_decoding_goes_on(monkeypatch):
     assert output[0, 9:].tolist() == plain_greedy(model.backbone, prompt, 20)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tree", TREES, ids=["static", "dynamic"])
-def test_step_synchronises_once(tree):
+def test_a_request_takes_over_the_cache_of_one_that_has_ended(monkeypatch):
+    monkeypatch.setattr(compilation, "compile_graph", lambda *args, **options: args[0])
+    model = compiled_model().compiled
+    options, prompts = DecodingOptions(max_new_tokens=20), [random_prompt(9), random_prompt(11, seed=1)]
+
+    def begin(prompt):
+        state = prefill(model, prompt, None, model.tree, options)
+        step(model, state)
+        return state, state.cache.layers[0].keys.data_ptr()
+
+    first, at = begin(prompts[0])
+    second, elsewhere = begin(prompts[1])
+    assert at != elsewhere  # both are being decoded
+    del first
+    third, again = begin(prompts[1])
+    assert again == at
+    while not (second.finished and third.finished):
+        for state in (second, third):
+            step(model, state)
+    wanted = plain_greedy(model.backbone, prompts[1], 20)
+    assert [state.rows[0].generated for state in (second, third)] == [wanted, wanted]
+
+
+def model_on_gpu(tree) -> MedusaModel:
     backbone = tiny_backbone().cuda()
-    model = MedusaModel(backbone, random_heads(backbone), tree)
-    options = DecodingOptions(max_new_tokens=40)
-    state = prefill(model, random_prompt(9).cuda(), None, model.tree, options)
+    return MedusaModel(backbone, random_heads(backbone), tree)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("tree", TREES, ids=["static", "dynamic"])
+def test_step_on_a_gpu_launches_two_graphs_and_synchronises_once(tree, sampling):
+    model = model_on_gpu(tree)
+    options = options_of_rows(model, "generate", max_new_tokens=80, seed=3, **sampling)
+    model = model.compiled
+    state = prefill(model, random_prompt(9).cuda(), None, tree, options)
+    for _ in range(4):  # recorded in the second step that is like the one before
+        step(model, state)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as caught:
             step(model, state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(caught) == 1
+    assert len([warning for warning in caught if "synchronizing" in str(warning.message)]) == 1
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step(model, state)
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    assert counts["cudaGraphLaunch"] == 2
+    assert sum(count for name, count in counts.items() if "LaunchKernel" in name) <= 8  # arguments copied for the graph
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tree", TREES, ids=["static", "dynamic"])
 def test_cuda_graphs_give_the_same_output(tree):
-    backbone = tiny_backbone().cuda()
-    model = MedusaModel(backbone, random_heads(backbone), tree)
-    prompt = random_prompt(9).cuda()
-    wanted = model.generate(prompt, max_new_tokens=40)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True), wanted)
+    model = model_on_gpu(tree)
+    several = torch.cat([random_prompt(9), random_prompt(9, seed=1)]).cuda()
+    for prompt in (several[:1], several):
+        for sampling in ({}, {"do_sample": True, "temperature": 0.7, "seed": 1}, {"do_sample": True, "top_k": 5, "seed": 2}):
+            wanted = model.generate(prompt, max_new_tokens=40, **sampling)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True, **sampling), wanted)
 
 
 def wrong(graph):

@@ -39,7 +39,7 @@ class TreeCacheLayer(CacheLayerMixin):
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, width = states.shape
             # zeros, not empty: slots not yet written are masked, but 0 * NaN would still be NaN
-            self._hold(name, states.new_zeros(batch, heads, self.capacity, width))
+            setattr(self, name, states.new_zeros(batch, heads, self.capacity, width))
         self.is_initialized = True
 
     def grow(self, capacity: int) -> None:
@@ -47,7 +47,7 @@ class TreeCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             for name in ("keys", "values"):
                 states = getattr(self, name)
-                self._hold(name, pad(states, (0, 0, 0, capacity - states.shape[2])))
+                setattr(self, name, pad(states, (0, 0, 0, capacity - states.shape[2])))
 
     def rows(self, start: int, stop: int) -> TreeCacheLayer:
         """Rows start .. stop - 1; both share their keys and values."""
@@ -55,12 +55,8 @@ class TreeCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             part.dtype, part.device, part.is_initialized = self.dtype, self.device, True
             for name in ("keys", "values"):
-                part._hold(name, getattr(self, name)[start:stop])
+                setattr(part, name, getattr(self, name)[start:stop])
         return part
-
-    def _hold(self, name: str, states: Tensor) -> None:
-        setattr(self, name, states)
-        torch._dynamo.mark_static_address(states)  # CUDA graphs write in place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -142,6 +138,12 @@ class TreeCache(Cache):
         for layer in part.layers:
             layer.cursor = part.cursor
         return part
+
+    def take(self, layers: list[TreeCacheLayer]) -> None:
+        """Take over the layers of a cache that is used no more; what they hold is written over."""
+        self.layers = layers
+        for layer in layers:
+            layer.cursor = self.cursor
 
     @repeated
     def swap(self, row: int, other: int, slots: int) -> None:

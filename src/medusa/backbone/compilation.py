@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
+import weakref
+from collections import deque
 from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,20 +21,23 @@ from medusa.backbone.cache import TreeCache
 from medusa.backbone.probe import NOISE_MULTIPLE, relative_difference
 from medusa.errors import one_line
 from medusa.kernels.build import load_kernels
+from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.kernels.fusion import few_rows_backend
 from medusa.kernels.graphs import Graph, compile_graph, graph_name, load_graph, save_graph
 from medusa.runs.files import digest
 from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
 
+MOST_GRAPHS = 256  # the oldest is removed first
+MOST_CACHES = 2  # of ended requests, held for the next ones
 LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums, even if the model's own passes do not
 
 
 class Compiled:
-    """A model whose `draft_and_verify` runs through torch.compile, with static shapes, and with CUDA graphs on a GPU.
+    """A model whose `draft_and_verify` is a graph for each shape: on a CPU made by torch.compile and kept on disk, where another
+    process finds it; on a GPU the same kernels as ever, recorded once and launched together.
 
-    If a shape does not compile, or its graph computes something else, it warns once and runs uncompiled. On a CPU, graphs are
-    kept on disk, where another process finds them.
+    If a shape has no graph, or its graph computes something else, it warns once and runs uncompiled.
 
     Args:
         model: the model itself, a `medusa.decoding.Decodable`.
@@ -45,18 +50,39 @@ class Compiled:
         self._model = model
         self._noise = noise
         self._graphs: dict[Any, Graph | None] = {}  # by shapes of the arguments; None: runs uncompiled
+        self._caches: deque[tuple[weakref.ref, list]] = deque(maxlen=MOST_CACHES)  # with their layers
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy and pickle look these up before `_model` is set
             raise AttributeError(name)
         return getattr(self._model, name)
 
+    def new_cache(self, capacity: int, rows: int | None = None) -> TreeCache:
+        """A cache. If the number of rows is given, perhaps the memory of an ended request's, for which a GPU has graphs."""
+        cache = self._model.new_cache(capacity)
+        if rows is not None:
+            with self._lock:
+                for entry in self._caches:
+                    used, layers = entry
+                    first = layers[0]
+                    if used() is None and first.is_initialized and (first.capacity, len(first.keys)) == (capacity, rows):
+                        self._caches.remove(entry)
+                        cache.take(layers)
+                        break
+                self._caches.append((weakref.ref(cache), cache.layers))
+        return cache
+
     def draft_and_verify(
         self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted:
         args = (root, hidden, drafter, history, frame, cache)
         shapes = shapes_of(args)
+        if root.is_cuda:
+            shapes += addresses_of(cache)
         if shapes not in self._graphs:
+            if len(self._graphs) >= MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
             self._graphs[shapes] = self._graph(shapes, args)
         graph = self._graphs[shapes]
         return graph(self._model, *args) if graph is not None else self._model.draft_and_verify(*args)
@@ -72,9 +98,7 @@ class Compiled:
 
         try:
             if device == "cuda":
-                # Every tree, batch and capacity has its own graph; by default dynamo stops at eight.
-                with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-                    return right(self._cuda_graphs)
+                return right(CudaGraph(function, self._model, *args))
             few_rows = device == "cpu" and load_kernels()
             name = graph_name(self._identity, repr(shapes), few_rows)
             with suppress(Exception):  # there is none, it is damaged, or it was made of something else
@@ -86,26 +110,9 @@ class Compiled:
             raise
         except Exception as error:  # compilers raise errors of many kinds
             cause = one_line(error.__cause__ or error)
-            warnings.warn(f"torch.compile failed, decoding continues uncompiled: {cause}", RuntimeWarning, stacklevel=2)
+            what = "recording a CUDA graph" if device == "cuda" else "torch.compile"
+            warnings.warn(f"{what} failed, decoding continues uncompiled: {cause}", RuntimeWarning, stacklevel=2)
             return None
-
-    @functools.cached_property
-    def _cuda_graphs(self) -> Graph:
-        """The step of all shapes on a GPU: dynamo finds the graph of each."""
-        # Dynamo keeps graphs with the code of a function: with code of its own, a model never meets the graphs of another.
-        of = type(self._model).draft_and_verify
-        function = FunctionType(of.__code__.replace(), of.__globals__, closure=of.__closure__)
-        # The model does not change (see `TreeLM`): checking at every step that it has not costs a millisecond.
-        options = torch._inductor.list_mode_options("reduce-overhead") | {
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        }
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-        def run(*args: Any) -> Drafted:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*args)
-
-        return run
 
     @functools.cached_property
     def _identity(self) -> list[str]:
@@ -132,6 +139,11 @@ def shapes_of(value: Any) -> Any:
     if is_dataclass(value):  # the drafter, the history
         return type(value), *map(shapes_of, vars(value).values())
     return value
+
+
+def addresses_of(cache: TreeCache) -> tuple[int, ...]:
+    """Where a cache stands, which a graph on a GPU depends on."""
+    return tuple(states.data_ptr() for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:

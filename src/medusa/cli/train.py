@@ -92,7 +92,9 @@ def train_command(
     model: common.ModelArgument,
     data: Annotated[
         list[str],
-        typer.Option(metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."),
+        typer.Option(
+            "--data", metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."
+        ),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results.")] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=METHOD_HELP)] = METHOD,

@@ -49,11 +49,13 @@ class RowsWithHiddenStates:
 
 
 def save_hidden_states(
-    model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS
+    model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int | None = None, shard_tokens: int = SHARD_TOKENS
 ) -> RowsWithHiddenStates:
     """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept; those of other data or
-    another backbone are refused. A forward pass takes `batch_size` rows, a shard at least `shard_tokens` tokens."""
+    another backbone are refused. A forward pass takes `batch_size` rows (default: 8, or 64 on a GPU), a shard at least
+    `shard_tokens` tokens."""
     folder = Path(folder)
+    batch_size = batch_size or (64 if model.device.type == "cuda" else 8)
     made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model.backbone), "shard_tokens": shard_tokens}
     claim(folder / CLAIM, made_of)
     shards, first, tokens = [], 0, 0

@@ -130,14 +130,14 @@ class Objective(nn.Module):
         for k in range(len(self.heads)):
             # Head k + 1 at position t predicts token t + k + 2, as the backbone does at t + k + 1.
             shift = k + 2
-            counted = predicted(labels != IGNORED, segments, shift)
+            row, t = predicted(labels != IGNORED, segments, shift).nonzero(as_tuple=True)  # a GPU is waited for once
             if soft is None:
-                targets = hard_targets(self.heads.places(labels[:, shift:][counted]))
+                targets = hard_targets(self.heads.places(labels[row, t + shift]))
             else:
-                at = place[:, k + 1 : k + 1 + counted.shape[1]][counted]
+                at = place[row, t + k + 1]
                 targets = Targets(soft.tokens[at], soft.weights[at])
-            states = hidden[:, : counted.shape[1]][counted].to(self.heads.dtype)
-            known = None if embedded is None else self._known(embedded, seen, counted, k)
+            states = hidden[row, t].to(self.heads.dtype)
+            known = None if embedded is None else self._known(embedded, seen, row, t, k)
             with torch.autocast(states.device.type, self.compute, enabled=self.compute != torch.float32):
                 states = self.heads.state(states, k, known)
             losses.append(lm_head_loss(states, self.heads.lm_head(k), targets, self.chunk, self.compute))
@@ -165,13 +165,14 @@ class Objective(nn.Module):
         self,
         embedded: Tensor,  # (B, T, E)
         seen: Tensor | None,  # (B, T, K) bool
-        counted: Tensor,  # (B, T - shift) bool: n positions
+        row: Tensor,  # (n,) long
+        t: Tensor,  # (n,) long: the positions, in their rows
         k: int,
     ) -> Tensor:  # (n, m E)
         """The embeddings that head k + 1 reads at each position: of the root, the token after it, then of the path."""
-        read = [embedded[:, 1 + j : 1 + j + counted.shape[1]][counted] for j in range(tokens_read(self.heads.kind, k))]
+        read = [embedded[row, t + 1 + j] for j in range(tokens_read(self.heads.kind, k))]
         if seen is not None:
-            there = seen[:, : counted.shape[1], k][counted][:, None]
+            there = seen[row, t, k][:, None]
             read[1:] = [part * there for part in read[1:]]
         return torch.cat(read, -1)
 

@@ -117,7 +117,9 @@ def tempered(
     temperatures: Tensor | float,  # (...), or one for all
 ) -> Tensor:  # (..., R)
     """Log-probabilities after a temperature, which corrects over- or underconfident heads; all other tokens count as one."""
-    scaled = torch.cat([log_p, rest], dim=-1) / torch.as_tensor(temperatures).unsqueeze(-1).to(log_p)
+    if isinstance(temperatures, Tensor):
+        temperatures = temperatures.unsqueeze(-1).to(log_p)
+    scaled = torch.cat([log_p, rest], dim=-1) / temperatures
     return scaled.log_softmax(-1)[..., :-1]
 
 
