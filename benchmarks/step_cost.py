@@ -4,9 +4,9 @@
 
 Random heads are nearly never right, so every step accepts about one token and costs are those of a step alone. Each
 tree is measured in turn within each round; ratios are to the plain step of the same run. Bytes are those of the weights
-that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache; on a GPU, launches are
-what the CPU starts in a step, kernels and graphs. With --hardware (what `medusa simulate --measure --output FILE` measured) the
-prediction of medusa.simulation stands beside.
+that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache. On a GPU, launches
+are what the CPU starts in a step: kernels and graphs. With --hardware (what `medusa simulate --measure --output FILE` measured)
+the prediction of medusa.simulation stands beside.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class MedusaGenerationMixin:
             epsilon, delta: thresholds of typical acceptance.
             seed: seed of the draws; default: drawn from torch's generator, so that `torch.manual_seed` decides.
             tree: the tree of this call: `MedusaTree` (`MedusaTree([])` decodes plainly), `DynamicTree` or `TreeChoice`.
-            compile: run each step through `torch.compile` with static shapes.
+            compile: make each step one graph of static shapes: by torch.compile on a CPU, recorded as CUDA graphs on a GPU.
             presence_penalty, frequency_penalty: subtracted from the score of a token that has been generated: once, and once
                 for each time (OpenAI's meaning; the prompt does not count).
             grammar: a `Grammar` that the continuation follows: JSON of a schema, a regex, a choice or Lark.

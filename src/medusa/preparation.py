@@ -99,7 +99,7 @@ class Prepared:
     tree: Tree | None  # None: that of the model
     pad_token_id: int  # fills rows that finished early
     return_dict: bool
-    compiled: bool  # run the steps through torch.compile
+    compiled: bool  # make each step one graph
 
     def decode(self, model: Any) -> Iterator[DecodingStep]:
         """The steps of this call on a `MedusaModel`. Errors are raised now, not at the first step."""

@@ -34,8 +34,8 @@ LEAST_LIMIT = 1e-3  # of the logits' spread: compilers reorder sums, even if the
 
 
 class Compiled:
-    """A model whose `draft_and_verify` is a graph for each shape: on a CPU made by torch.compile and kept on disk, where another
-    process finds it; on a GPU the same kernels as ever, recorded once and launched together.
+    """A model whose `draft_and_verify` is a graph for each shape: on a CPU made by torch.compile, and kept on disk for other
+    processes; on a GPU the same kernels as ever, recorded once and launched together.
 
     If a shape has no graph, or its graph computes something else, it warns once and runs uncompiled.
 

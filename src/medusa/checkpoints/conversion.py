@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from medusa.checkpoints.adapter import ADAPTER_FILES, adapted_model, has_adapter, load_adapter
-from medusa.checkpoints.hub import find_heads, find_model
+from medusa.checkpoints.hub import SMOLLM2_HEADS, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.checkpoints.publish import CARD_FILE
 from medusa.checkpoints.reader import Checkpoint, load_heads, open_checkpoint
@@ -42,7 +42,8 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
         if base_model is None:
             raise InvalidInput(f"{to} needs the backbone of these heads, and {folder} does not name it; pass --backbone")
-        base = find_model(base_model, code=bool(kwargs.get("trust_remote_code")))
+        here = backbone is None and str(source) in SMOLLM2_HEADS  # the heads of the installed model
+        base = find_model("smollm2" if here else base_model, code=bool(kwargs.get("trust_remote_code")))
     heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone
     if adapter and to not in ("medusa", "merged"):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from medusa.config import from_mapping, option
+from medusa.config import check_options, from_mapping, option
 from medusa.errors import InvalidInput
 
 T = TypeVar("T")
@@ -48,7 +48,9 @@ TpOption = Annotated[
     int, typer.Option(min=1, help="Number of GPUs that share every layer (tensor parallel), or of processes on a CPU.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step with torch.compile (slow first step).")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="One graph per step: compiled on a CPU (slow first step), recorded on a GPU.")
+]
 ChatOption = Annotated[
     bool | None,
     typer.Option(
@@ -167,12 +169,15 @@ def _parameter(field: Field, kind: Any, default: Any, unset: bool) -> inspect.Pa
 def take(kind: type[T], options: dict[str, Any]) -> T:
     """Take a dataclass of options out of a command's options."""
     names = {field.name for field in fields(kind)} & options.keys()  # type: ignore[arg-type]
-    return from_mapping(kind, {name: options.pop(name) for name in names}, "options")
+    taken = from_mapping(kind, {name: options.pop(name) for name in names}, "options")
+    check_options(taken)
+    return taken
 
 
 def sampling_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of `Sampling` out of a command's; returns the keyword arguments of `MedusaModel.generate` for them."""
     found = {field.name: options.pop(field.name) for field in fields(Sampling)}
+    check_options(Sampling(**found))
     temperature = found["temperature"]
     if found["acceptance"] == "typical" and not temperature:
         raise InvalidInput("typical acceptance needs a temperature: at 0 it is greedy decoding; pass --temperature 0.7, say")

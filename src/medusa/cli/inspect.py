@@ -10,6 +10,7 @@ import typer
 
 from medusa.cli import common, showing
 from medusa.cli.tree import figures, show_tree
+from medusa.errors import InvalidInput
 from medusa.runs.console import note
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ FORMATS = {
     "merged": "merged: a backbone and its heads in one model",
     "modelopt": "ModelOpt's",
 }
+
+
+SUFFIXES = (".gguf", ".safetensors", ".pt", ".bin", ".json")
 
 
 def inspect_command(
@@ -65,6 +69,8 @@ def _found(path: str, revision: str | None) -> tuple[dict[str, Any], Tree | None
         tree = load_tree(file)
         return {"tree": figures(tree)}, tree
     backbone, record = None, dict[str, Any]()
+    if file.is_file() and file.suffix not in SUFFIXES:
+        raise InvalidInput(f"{path} is no model, heads or tree (a folder, or a file in {', '.join(SUFFIXES)})")
     if file.is_file() and file.suffix != GGUF:
         its_heads = file
     elif path in SMOLLM2_HEADS:

@@ -86,7 +86,7 @@ def tree_command(
 
     wanted = common.take(Wanted, options)
     if wanted.preset == "list":
-        print(json.dumps(presets()) if as_json else "\n".join(f"{name:28}{heads}" for name, heads in presets().items()))
+        print(json.dumps(presets()) if as_json else "\n".join(f"{name}\n    {heads}" for name, heads in presets().items()))
         return
     search, chances_of = statistics(accuracies, calibration)
     tree = wanted.tree(file, search)

@@ -43,7 +43,7 @@ class BenchConfig:
     seed: int = option(0, "Seed of the sampling.")
     rounds: int = option(1, "Number of times each question is answered; the median time counts.", least=1)
     quality: bool = option(False, "Also measure quality: likelihood under the original backbone, variety, code that compiles.")
-    compile: bool = option(False, "Compile the step with torch.compile (slow first step).")
+    compile: bool = option(False, "One graph per step: compiled on a CPU (slow first step), recorded on a GPU.")
 
     def __post_init__(self) -> None:
         if min(self.rounds, self.max_new_tokens, *self.gammas) < 1 or not self.decoders or not self.acceptances:
@@ -90,7 +90,7 @@ class ExperimentConfig:
     )
     max_new_tokens: int = option(128, "Maximum number of tokens to generate.", flags=("--max-new-tokens", "-n"), least=1)
     rounds: int = option(1, "Number of times each question is answered; the median time counts.", least=1)
-    compile: bool = option(False, "Compile the step with torch.compile (slow first step).")
+    compile: bool = option(False, "One graph per step: compiled on a CPU (slow first step), recorded on a GPU.")
 
     def __post_init__(self) -> None:
         check_options(self, "an experiment")

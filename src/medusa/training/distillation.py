@@ -45,7 +45,7 @@ class Distillation:
     prompt_tokens: int = option(128, "Number of tokens of a plain text to keep, for the model to continue.", least=1)
     self_talk: int = option(0, "Number of further rounds in which the model writes the user's turns too.", least=0)
     batch_size: int = option(16, "Number of conversations decoded, or requests sent, at a time.", least=1)
-    compile: bool = option(False, "Compile the step with torch.compile (slow first step).")
+    compile: bool = option(False, "One graph per step: compiled on a CPU (slow first step), recorded on a GPU.")
     seed: int = option(0, "Seed of the sampling.", least=0)
 
     def __post_init__(self):

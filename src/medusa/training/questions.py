@@ -58,6 +58,12 @@ class Filter:
         return False
 
 
+def check_template(tokenizer: Any) -> None:
+    """InvalidInput if a model cannot write a user's turns, for lack of a chat template that ends them with a special token."""
+    if not tokenizer.chat_template or not ends_users_turns(tokenizer):
+        raise InvalidInput("--data self needs a chat template that ends the user's turns with a special token")
+
+
 def write_questions(
     model: MedusaModel, tokenizer: Any, folder: Path, count: int, rows: int, seed: int = 0, compiled: bool = False
 ) -> Path:
@@ -66,8 +72,7 @@ def write_questions(
 
     If interrupted, the same call resumes: question n depends only on n and the seed, and the filter only on their order.
     """
-    if not tokenizer.chat_template or not ends_users_turns(tokenizer):
-        raise InvalidInput("--data self needs a chat template that ends the user's turns with a special token")
+    check_template(tokenizer)
     prompt = opening_ids(tokenizer, [], "user")
     journal, keeps = Journal(folder / QUESTIONS, "question of a model"), Filter()
     asked = 0

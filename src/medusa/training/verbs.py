@@ -25,7 +25,7 @@ from medusa.training.answerers import EndpointAnswerer, ModelAnswerer
 from medusa.training.config import METHOD, TrainingConfig, read_options, resolve
 from medusa.training.data import Data, Rows, load_rows, sources_of
 from medusa.training.distillation import Answerer, Distillation, Distilled, Shards, answer_seeds, read_seeds
-from medusa.training.questions import write_questions
+from medusa.training.questions import check_template, write_questions
 from medusa.training.ray import RayAnswerer
 from medusa.training.run import FEWEST_TO_HOLD_OUT_OF, is_main_process, number_to_hold_out, refuse_begun, train_heads
 
@@ -216,6 +216,7 @@ def _check(samples: int, limit: int | None, ray: int, only_here: bool, elsewhere
 
 def _answer_own_questions(own: Any, output: Path, samples: int, how: Distillation, made_by: dict[str, Any]) -> Distilled:
     """Have a `ModelAnswerer` write the questions too."""
+    check_template(own.tokenizer)  # before there is a folder
     shards, skips = Shards(output, made_by), Skips()
     questions = write_questions(own.model, own.tokenizer, output, samples, how.batch_size, how.seed, how.compile)
     return answer_seeds(read_seeds(questions, skips)[:samples], own, shards, skips)

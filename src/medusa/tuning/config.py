@@ -40,7 +40,7 @@ class TuningConfig:
     ranks: int = option(64, "Number of guesses of each head that may become nodes.", least=1)
     batch_size: int = option(8, "Number of prompts continued together while recording.", least=1)
     rounds: int = option(5, "Number of times each tree's steps are timed, in turn.", least=1)
-    compile: bool = option(False, "Time steps compiled with torch.compile (slow first step).")
+    compile: bool = option(False, "Time steps that are one graph: compiled on a CPU (slow first step), recorded on a GPU.")
 
     def __post_init__(self) -> None:
         check_options(self, "tuning")
