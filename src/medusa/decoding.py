@@ -120,12 +120,14 @@ def step(model: Decodable, state: DecodingState) -> Stepped:
     return Stepped(emit(state, paths), drafted, accepted)
 
 
-def settle(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText]) -> tuple[Accepted, Tensor]:
-    """Accept and keep, on the device alone."""
+def settle(
+    state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText], recording: bool = False
+) -> tuple[Accepted, Tensor]:
+    """Accept and keep; nothing in it waits for a GPU while a CUDA graph is recorded."""
     with record_function("medusa.accept"):
         accepted = accept(state, drafted, texts)
     with record_function("medusa.keep"):
-        return accepted, keep(state, drafted, accepted)
+        return accepted, keep(state, drafted, accepted, always=recording)
 
 
 def _recorded(state: DecodingState, drafted: Drafted) -> CudaGraph | None:
@@ -134,7 +136,7 @@ def _recorded(state: DecodingState, drafted: Drafted) -> CudaGraph | None:
     if of is None or any(old is not new for old, new in zip(of, (drafted, state.settings), strict=True)):
         state.recorded = (drafted, state.settings), None
     elif graph is None:
-        graph = CudaGraph(functools.partial(settle, state, drafted, {}))
+        graph = CudaGraph(functools.partial(settle, state, drafted, {}, recording=True))
         state.recorded = of, graph
     return graph
 
@@ -179,7 +181,10 @@ def _draw_after(
 
 
 def keep(
-    state: DecodingState, drafted: Drafted, accepted: Accepted
+    state: DecodingState,
+    drafted: Drafted,
+    accepted: Accepted,
+    always: bool,  # move keys and values even if all are in place, rather than look
 ) -> Tensor:  # (B, D + 3) long: the tokens of every path and after them, the path's length, the next root
     """Move the accepted keys and values behind the committed ones."""
     tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
@@ -188,9 +193,9 @@ def keep(
     state.root.copy_(accepted.bonus)
     if state.history is not None:
         state.history.extend(tokens, accepted.length, accepted.bonus)
-    # Nodes 0, 1, 2, ... right behind the row are in place. A GPU would have to be waited for.
+    # Nodes 0, 1, 2, ... right behind the row are in place.
     in_place = (state.lengths == state.slot) & (accepted.node == accepted.length - 1) | ~state.active
-    if tokens.device.type != "cpu" or not in_place.all():
+    if always or not in_place.all():
         behind = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
         state.cache.keep(state.slot + accepted.path.clamp(min=0), behind)
     state.lengths.add_(accepted.length * state.active)

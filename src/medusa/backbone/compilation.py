@@ -77,14 +77,16 @@ class Compiled:
         self, root: Tensor, hidden: Tensor, drafter: Drafter, history: History | None, frame: Frame, cache: Any
     ) -> Drafted:
         args = (root, hidden, drafter, history, frame, cache)
-        shapes = shapes_of(args)
-        if root.is_cuda:
-            shapes += addresses_of(cache)
-        if shapes not in self._graphs:
+        key = shapes = shapes_of(args)
+        if root.is_cuda and shapes not in self._graphs:  # there, a shape without graphs has one entry for all caches
+            key = (*shapes, *addresses_of(cache))
+        if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[shapes] = self._graph(shapes, args)
-        graph = self._graphs[shapes]
+            made = self._graph(shapes, args)
+            key = shapes if made is None else key
+            self._graphs[key] = made
+        graph = self._graphs[key]
         return graph(self._model, *args) if graph is not None else self._model.draft_and_verify(*args)
 
     def _graph(self, shapes: Any, args: tuple) -> Graph | None:
@@ -143,7 +145,7 @@ def shapes_of(value: Any) -> Any:
 
 def addresses_of(cache: TreeCache) -> tuple[int, ...]:
     """Where a cache stands, which a graph on a GPU depends on."""
-    return tuple(states.data_ptr() for layer in cache.layers for states in (layer.keys, layer.values))
+    return tuple(states.data_ptr() for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values))
 
 
 def _check(got: Drafted, wanted: Drafted, noise: float) -> None:

@@ -25,7 +25,7 @@ class CudaGraph:
         self._own = [tensor.clone() for tensor in tensors_of(args)]
         own = with_tensors(args, iter(self._own))
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may use the GPU
             self._result = function(*own)
 
     def __call__(self, *args: Any) -> Any:
