@@ -133,6 +133,9 @@ def tiny_folder(tmp_path):
         (["generate", "embedded", "x", "--device", "cuda:99"], "is not there"),
         (["generate", "embedded", "x", "--stop", ""], "a stop string is empty"),
         (["generate", "embedded", "x", "--acceptance", "typical"], "needs a temperature"),
+        (["generate", "embedded", "x", "--temperature", "inf"], "temperature is inf, expected a finite number"),
+        (["simulate", "llama-3-8b", "--hardware", "h100-sxm", "--price", "-3"], "price is -3.0, expected more than 0"),
+        (["inspect", __file__], "is no model, heads or tree"),
     ],
 )
 def test_our_errors_are_one_line_and_exit_1(medusa, arguments, message, tmp_path):

@@ -125,6 +125,8 @@ def test_a_distillation_that_fails_to_load_leaves_no_folder_and_the_corrected_on
     assert medusa("distill", broken, *command)[0] == 1 and not (tmp_path / "made").exists()
     status, out, err = medusa("distill", own / "chat", *command)
     assert status == 0 and "2 samples made" in out, err
+    status, _, err = medusa("distill", own / "text", "--data", "self", "-o", tmp_path / "own")
+    assert status == 1 and "needs a chat template" in err and not (tmp_path / "own").exists()
 
 
 # Never slow without a word.
