@@ -49,13 +49,11 @@ class RowsWithHiddenStates:
 
 
 def save_hidden_states(
-    model: MedusaModel, rows: Rows, folder: str | Path, batch_size: int | None = None, shard_tokens: int = SHARD_TOKENS
+    model: MedusaModel, rows: Rows, folder: str | Path, shard_tokens: int = SHARD_TOKENS
 ) -> RowsWithHiddenStates:
     """Save the hidden states of all rows, 2 d bytes per token in bfloat16. Existing shards are kept; those of other data or
-    another backbone are refused. A forward pass takes `batch_size` rows (default: 8, or 64 on a GPU), a shard at least
-    `shard_tokens` tokens."""
+    another backbone are refused. A shard holds at least `shard_tokens` tokens."""
     folder = Path(folder)
-    batch_size = batch_size or (64 if model.device.type == "cuda" else 8)
     made_of = {"data": rows.fingerprint(), "backbone": fingerprint(model.backbone), "shard_tokens": shard_tokens}
     claim(folder / CLAIM, made_of)
     shards, first, tokens = [], 0, 0
@@ -68,14 +66,15 @@ def save_hidden_states(
         for shard, (first, last) in enumerate(shards):
             part = rows.rows[first:last]
             if not _is_whole(_shard(folder, shard), sum(map(len, part))):
-                write_tensors({"hidden_states": _compute(model, part, batch_size)}, _shard(folder, shard))
+                write_tensors({"hidden_states": _compute(model, part)}, _shard(folder, shard))
             bar.update(sum(map(len, part)))
     return RowsWithHiddenStates(rows, folder, shards)
 
 
 @torch.inference_mode()
-def _compute(model: MedusaModel, rows: list[Row], batch_size: int) -> torch.Tensor:  # (tokens, d)
+def _compute(model: MedusaModel, rows: list[Row]) -> torch.Tensor:  # (tokens, d)
     """The hidden states of rows, concatenated; rows of similar length share a batch, which needs little padding."""
+    batch_size = 64 if model.device.type == "cuda" else 8
     hidden: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(order), batch_size):
