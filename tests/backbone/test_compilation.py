@@ -14,6 +14,7 @@ from medusa.backbone.compilation import _check
 from medusa.backbone.lm import TreeLM
 from medusa.decoding import prefill, step
 from medusa.kernels import graphs
+from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.preparation import options_of_rows
 from medusa.rows import DecodingOptions
 from medusa.trees.files import Tree
@@ -150,6 +151,24 @@ def test_cuda_graphs_give_the_same_output(tree):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", RuntimeWarning)
                 assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True, **sampling), wanted)
+
+
+@pytest.mark.gpu
+def test_a_request_on_a_gpu_replays_the_graphs_of_one_that_has_ended(monkeypatch):
+    recorded = []
+
+    class Counted(CudaGraph):
+        def __init__(self, *args):
+            recorded.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(compilation, "CudaGraph", Counted)
+    model = model_on_gpu(TREES[1])
+    for seed in range(3):
+        prompt = random_prompt(9, seed=seed).cuda()
+        wanted = model.generate(prompt, max_new_tokens=40)
+        assert torch.equal(model.generate(prompt, max_new_tokens=40, compile=True), wanted)
+    assert len(recorded) == 1
 
 
 def wrong(graph):

@@ -82,7 +82,7 @@ class Loading(Locating):
     heads: str | None = option(None, "Folder or hub id of the heads (default: the model's own folder).")
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(metavar="DTYPE", help="bfloat16, float16 or float32 (default: the backbone's own)."),
+        typer.Option("--dtype", metavar="DTYPE", help="bfloat16, float16 or float32 (default: the backbone's own)."),
     ] = None
     device: DeviceOption = None
 
