@@ -92,7 +92,9 @@ def test_commands_that_documents_show_have_those_options(document):
         assert all(option in help_of(line.split()[0]) for option in options), line
 
 
-@pytest.mark.parametrize("script", ["decode", "step_cost", "train", "recipes", "code_model", "grammar", "serve", "soak"])
+@pytest.mark.parametrize(
+    "script", ["decode", "step_cost", "train", "recipes", "code_model", "grammar", "medusa_2", "serve", "soak"]
+)
 def test_benchmark_scripts_start(script):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

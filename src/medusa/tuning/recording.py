@@ -97,31 +97,41 @@ def record(
 def _record(
     model: MedusaModel, prompts: Sequence[Tensor], max_new_tokens: int, ranks: int, temperature: float, seed: int
 ) -> Iterator[Recorded]:
-    assert model.heads is not None
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids, mask = left_padded(prompts)
-    beyond = model.num_heads + 1
     output = model.generate(
         ids, mask, max_new_tokens=max_new_tokens + model.num_heads, seed=seed, return_dict_in_generate=True, **sampling
     )
     assert isinstance(output, MedusaGenerateOutput)
     for row, prompt in enumerate(prompts):
-        new = output.new_tokens(row).to(model.device)
-        text = torch.cat([prompt.to(new), new])
-        start = len(prompt) - 1
-        places = len(text) - start - beyond
-        if places < 1:
-            continue
-        hidden = model.hidden_states(text[None])[0, start : start + places]
-        tokens, log_p = [], []
-        roots = text[start + 1 : start + 1 + places]
-        for part, root in zip(hidden.split(256), roots.split(256), strict=True):  # logits of a chunk at a time
-            top = model.heads(part, root=root).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
-            tokens.append(model.heads.tokens(top.indices).transpose(0, 1).int().cpu())
-            log_p.append(top.values.transpose(0, 1).cpu())
-        reads_paths = model.heads.kind == "path"
-        along = (hidden.cpu(), model.heads) if reads_paths else (None, None)
-        yield Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p), *along)
+        text = torch.cat([prompt, output.new_tokens(row).to(prompt)])
+        found = guesses_along(model, text, len(prompt) - 1, ranks)
+        if found is not None:
+            yield found
+
+
+@torch.inference_mode()
+def guesses_along(
+    model: MedusaModel,
+    text: Tensor,  # (P + N,) long: a prompt and its continuation
+    start: int,  # index of the last token of the prompt
+    ranks: int,
+) -> Recorded | None:
+    """The guesses of the heads along a text; None if it is too short for all heads to guess even once."""
+    assert model.heads is not None
+    text = text.to(model.device)
+    places = len(text) - start - model.num_heads - 1
+    if places < 1:
+        return None
+    hidden = model.hidden_states(text[None])[0, start : start + places]
+    tokens, log_p = [], []
+    roots = text[start + 1 : start + 1 + places]
+    for part, root in zip(hidden.split(256), roots.split(256), strict=True):  # logits of a chunk at a time
+        top = model.heads(part, root=root).float().log_softmax(-1).topk(ranks, dim=-1)  # (K, chunk, R)
+        tokens.append(model.heads.tokens(top.indices).transpose(0, 1).int().cpu())
+        log_p.append(top.values.transpose(0, 1).cpu())
+    along = (hidden.cpu(), model.heads) if model.heads.kind == "path" else (None, None)
+    return Recorded(text.cpu(), start, torch.cat(tokens), torch.cat(log_p), *along)
 
 
 def _save(texts: Sequence[Recorded], path: Path) -> None:
