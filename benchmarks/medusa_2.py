@@ -7,7 +7,8 @@ The first run is the control: heads of the original backbone, trained on as many
 and its heads' tokens per step on its own answers are replayed with a dynamic tree, temperatures fitted, beside those of the
 control on the original's answers; 95 % intervals by bootstrap over prompts. The distance is the perplexity of the original's
 answers under the adapted model, relative to the original's, and the KL divergence from the original there, in nats per token.
-Likelihood (under the original) and variety of every run's answers are given too. A run already in DIR is not measured again.
+Every run's answers are also given their log-likelihood per token under the original (nats) and the share of different 2-grams.
+A run already in DIR is not measured again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -143,9 +145,8 @@ def scores(model: MedusaModel, original: MedusaModel, texts: list[Text]) -> list
 
 
 def show(found: dict[str, Any], temperature: str, nodes: int) -> None:
-    table = Table(
-        "run", "tokens per step", "x control", "on the original's", "perplexity ratio", "KL", "own, nats", "distinct-2"
-    )
+    columns = ("tokens\nper step", "x control", "on the\noriginal's", "perplexity", "KL", "nats", "2-grams")
+    table = Table("run", *columns, box=SIMPLE_HEAD, pad_edge=False, padding=0)
     table.title = f"temperature {temperature}, {nodes} nodes"
     control = next(iter(found.values()))[temperature]
     for name, record in found.items():
@@ -157,8 +158,8 @@ def show(found: dict[str, Any], temperature: str, nodes: int) -> None:
             f"{rate(run['own']):.3f}",
             ratio_with_interval(run["own"], control["own"]),
             ratio_with_interval(run["original"], control["own"]),
-            f"{perplexity_ratio(run):.4f}",
-            f"{kl / tokens:.4f}",
+            f"{perplexity_ratio(run):.3f}",
+            f"{kl / tokens:.3f}",
             f"{-likelihood / own_tokens:.3f}",
             f"{run['distinct'][1]:.3f}",
         )
@@ -183,7 +184,7 @@ def ratio_with_interval(run: list, control: list) -> str:
     sums = torch.cat([pairs.sum(0)[None], pairs[drawn].sum(1)])
     ratios = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
     low, high = torch.quantile(ratios[1:], torch.tensor([0.025, 0.975]).double()).tolist()
-    return f"{ratios[0]:.3f} ({low:.3f}-{high:.3f})"
+    return f"{ratios[0]:.3f}\n{low:.3f}-{high:.3f}"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

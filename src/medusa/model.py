@@ -20,6 +20,7 @@ from medusa.checkpoints.adapter import has_adapter, load_adapter
 from medusa.checkpoints.hub import HUB_KEYWORDS, Source, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone
 from medusa.checkpoints.publish import push_to_hub
+from medusa.checkpoints.quantization import unpack_in_order
 from medusa.checkpoints.reader import load_heads
 from medusa.checkpoints.writer import save_heads
 from medusa.config import TREE_FILE
@@ -58,6 +59,7 @@ class MedusaModel(MedusaGenerationMixin):
                 f"backbone is a {type(backbone).__name__}, expected a transformers causal LM; "
                 "pass a folder or hub id to MedusaModel.from_pretrained"
             )
+        unpack_in_order(backbone)
         self.lm = TreeLM(backbone)
         self.backbone = backbone
         self.num_heads = len(heads) if heads is not None else 0

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer
 
 from medusa import EMBEDDED, MedusaModel, load_tree
 from medusa.checkpoints.loading import load_backbone
+from medusa.checkpoints.quantization import make_differentiable, quantized
 from medusa.checkpoints.reader import load_heads
 from medusa.errors import InvalidInput, MedusaError
+from medusa.runs.provenance import fingerprint
 from medusa.training.config import TrainingConfig, read_options, recipe_names, resolve
 from medusa.training.data import Row, Rows, load_rows
 from medusa.training.hidden_states import save_hidden_states
@@ -266,7 +268,6 @@ def test_heads_train_and_decode_on_a_quantised_backbone(data, kind):
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_medusa_2_trains_on_a_quantised_backbone_and_its_adapter_loads_on_it(data, kind):
     pytest.importorskip("bitsandbytes")
-    from medusa.checkpoints.quantization import make_differentiable, quantized
 
     tiny_backbone(gain=1.0, intermediate_size=128).save_pretrained(data / "backbone")
     how = dict(device_map="cpu", **quantized(kind, torch.float32))
@@ -285,9 +286,22 @@ def test_medusa_2_trains_on_a_quantised_backbone_and_its_adapter_loads_on_it(dat
     assert loaded.generate(ids, max_new_tokens=20)[0, 20:].tolist() == plain_greedy(loaded.backbone, ids, 20)
 
 
+@pytest.mark.parametrize("unpack", [fingerprint, make_differentiable])
+def test_a_used_4_bit_backbone_computes_the_same_after_it_is_unpacked(data, unpack):
+    pytest.importorskip("bitsandbytes")
+    tiny_backbone(hidden_size=192, intermediate_size=256).save_pretrained(data / "backbone")  # several scales in a row
+    backbone = load_backbone(data / "backbone", device_map="cpu", **quantized("nf4", torch.bfloat16))
+    MedusaModel(backbone)  # its probe packs the weights, where the CPU can use that
+    ids = random_prompt(20)
+    with torch.no_grad():
+        before = backbone(ids).logits.float()
+        unpack(backbone)
+        after = backbone(ids).logits.float()
+    assert (after - before).norm() < 0.05 * before.norm()
+
+
 def test_gradients_through_a_4_bit_backbone_are_right(data):
     pytest.importorskip("bitsandbytes")
-    from medusa.checkpoints.quantization import make_differentiable, quantized
 
     tiny_backbone(gain=1.0, intermediate_size=128).save_pretrained(data / "backbone")
     backbone = load_backbone(data / "backbone", device_map="cpu", **quantized("nf4", torch.float32))

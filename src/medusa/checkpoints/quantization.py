@@ -36,6 +36,24 @@ def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     return {"quantization_config": four_bit}
 
 
+def unpack_in_order(backbone: nn.Module) -> None:
+    """Have the weights of a 4-bit backbone on a CPU stay the same when their `state_dict` is made.
+
+    On CPUs with AVX-512, bitsandbytes packs 4-bit weights when they are first used. `state_dict` unpacks them, but leaves their
+    scales transposed (seen with 0.50): the backbone would compute something else from then on.
+    """
+    for module in backbone.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.register_state_dict_post_hook(_restore_scales)
+
+
+def _restore_scales(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    state = getattr(module.weight, "quant_state", None)
+    if state is not None and state.absmax.ndim == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
+        state_dict[prefix + "weight.absmax"] = state.absmax
+
+
 def make_differentiable(backbone: nn.Module) -> None:
     """Make gradients flow through a 4-bit backbone on a CPU.
 
