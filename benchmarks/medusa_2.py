@@ -30,7 +30,8 @@ from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
-from medusa.evaluation.quality import distinct_ngrams
+from medusa.evaluation.measurement import resamples
+from medusa.evaluation.quality import distinct_ngrams, log_likelihood
 from medusa.pool import left_padded
 from medusa.runs.files import write_json
 from medusa.runs.plotting import new_figure, save_plot
@@ -38,7 +39,7 @@ from medusa.trees.dynamic import DynamicTree
 from medusa.tuning.recording import guesses_along
 from medusa.tuning.replay import fit_temperatures, replay_texts
 
-NEW_TOKENS, RANKS, DRAWS = 133, 64, 2000
+NEW_TOKENS, RANKS = 133, 64
 Text = tuple[Tensor, int]  # (P + N,) long, and the index of the prompt's last token
 
 
@@ -59,41 +60,33 @@ def main() -> None:
     quiet_transformers()
     args.work.mkdir(parents=True, exist_ok=True)
     runs = dict(run.split("=", 1) for run in args.runs)
-    found: dict[str, Any] = {}
-    originals: dict[str, list[Text]] = {}
-    for name, folder in runs.items():
-        path = args.work / f"{name}.json"
-        if not path.is_file():
-            write_json(path, measure(args, folder, originals or first_texts(args, next(iter(runs.values())), originals)))
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
+    files = {name: args.work / f"{name}.json" for name in runs}
+    if left := [name for name, file in files.items() if not file.is_file()]:
+        original = MedusaModel.from_pretrained(args.model, dtype=dtype_named(args.dtype))
+        theirs = {temperature: answers(args, original, temperature) for temperature in args.temperatures}
+        for name in left:
+            write_json(files[name], measure(args, runs[name], original, theirs))
+    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     for temperature in map(str, args.temperatures):
         show(found, temperature, args.nodes)
     if args.plot:
         plot(found, args.plot)
 
 
-def first_texts(args: argparse.Namespace, folder: str, originals: dict[str, list[Text]]) -> dict[str, list[Text]]:
-    """The original model's answers, by temperature."""
-    model = MedusaModel.from_pretrained(args.model, folder, dtype=dtype_named(args.dtype))
-    for temperature in args.temperatures:
-        originals[str(temperature)] = answers(args, model, temperature)
-    return originals
-
-
-def measure(args: argparse.Namespace, folder: str, originals: dict[str, list[Text]]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: str, original: MedusaModel, originals: dict[float, list[Text]]) -> dict[str, Any]:
     """All figures of one run, by temperature."""
-    dtype = dtype_named(args.dtype)
-    model = MedusaModel.from_pretrained(args.model, folder, dtype=dtype)
-    original = MedusaModel.from_pretrained(args.model, dtype=dtype)
+    model = MedusaModel.from_pretrained(args.model, folder, dtype=dtype_named(args.dtype))
     record = {}
-    for temperature in args.temperatures:
-        own, theirs = answers(args, model, temperature), originals[str(temperature)]
+    for temperature, theirs in originals.items():
+        own = answers(args, model, temperature)
+        said = [(text[: start + 1].tolist(), text[start + 1 :].tolist()) for text, start in own]
+        tokens = sum(len(answer) for _, answer in said)
         record[str(temperature)] = {
             "own": accepted(model, own, args.nodes),  # on the adapted model's answers
             "original": accepted(model, theirs, args.nodes),  # on the original's, whatever they are worth to the adapted model
             "scores": scores(model, original, theirs),
-            "own_scores": scores(model, original, own),
-            "distinct": [distinct_ngrams([text[start + 1 :].tolist() for text, start in own], n) for n in (1, 2, 3)],
+            "likelihood": sum(log_likelihood(original, prompt, answer) for prompt, answer in said) / tokens,
+            "distinct_2": distinct_ngrams([answer for _, answer in said], 2),
         }
     return record
 
@@ -152,7 +145,6 @@ def show(found: dict[str, Any], temperature: str, nodes: int) -> None:
     for name, record in found.items():
         run = record[temperature]
         _, _, kl, tokens = map(sum, zip(*run["scores"], strict=True))
-        _, likelihood, _, own_tokens = map(sum, zip(*run["own_scores"], strict=True))
         table.add_row(
             name,
             f"{rate(run['own']):.3f}",
@@ -160,8 +152,8 @@ def show(found: dict[str, Any], temperature: str, nodes: int) -> None:
             ratio_with_interval(run["original"], control["own"]),
             f"{perplexity_ratio(run):.3f}",
             f"{kl / tokens:.3f}",
-            f"{-likelihood / own_tokens:.3f}",
-            f"{run['distinct'][1]:.3f}",
+            f"{run['likelihood']:.3f}",
+            f"{run['distinct_2']:.3f}",
         )
     Console().print(table)
 
@@ -180,8 +172,7 @@ def perplexity_ratio(run: dict[str, Any]) -> float:
 def ratio_with_interval(run: list, control: list) -> str:
     """The ratio of two rates over the same prompts, with its 95 % interval by bootstrap over them."""
     pairs = torch.tensor([[*a, *b] for a, b in zip(run, control, strict=True) if a is not None and b is not None]).double()
-    drawn = torch.randint(len(pairs), (DRAWS, len(pairs)), generator=torch.Generator().manual_seed(0))
-    sums = torch.cat([pairs.sum(0)[None], pairs[drawn].sum(1)])
+    sums = torch.cat([pairs.sum(0)[None], resamples(len(pairs)) @ pairs])
     ratios = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
     low, high = torch.quantile(ratios[1:], torch.tensor([0.025, 0.975]).double()).tolist()
     return f"{ratios[0]:.3f}\n{low:.3f}-{high:.3f}"
