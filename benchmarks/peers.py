@@ -4,10 +4,10 @@
     python benchmarks/peers.py smollm2 --prompts mt_bench.jsonl --limit 8 -t 0 0.7 --llama-cpp integration/peers
 
 Decoders take turns on every prompt. transformers' generate and prompt lookup, our plain loop and Medusa run in bfloat16, ours
-also compiled, and compiled on int8 weights (int8-dynamic); llama.cpp reads the GGUF file as it is (its quantisation is
-printed), plainly and with its own prompt lookup. Texts of different quantisations differ, so tokens/s are compared, and the
-number of tokens is printed. Ratios to llama.cpp's plain loop and to ours have 95 % bootstrap intervals over prompts. Each
-process has the same number of threads.
+also compiled, and compiled on int8 and int4 weights (int8-dynamic, int4-dynamic); llama.cpp reads the GGUF file as it is (its
+quantisation is printed), plainly and with its own prompt lookup. Texts of different quantisations differ, so tokens/s are
+compared, and the number of tokens is printed. Ratios to llama.cpp's plain loop and to ours have 95 % bootstrap intervals over
+prompts. Each process has the same number of threads.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def main() -> None:
     source = find_model(args.model)
     file = source.folder / source.gguf_file if source.gguf_file is not None else None
     models = {
-        "bfloat16": MedusaModel.from_pretrained(args.model, args.heads, dtype=torch.bfloat16),
-        "int8": MedusaModel.from_pretrained(args.model, args.heads, dtype=torch.bfloat16, **quantized("int8-dynamic")),
+        name: MedusaModel.from_pretrained(args.model, args.heads, dtype=torch.bfloat16, **quantized(kind))
+        for name, kind in (("bfloat16", "none"), ("int8", "int8-dynamic"), ("int4", "int4-dynamic"))
     }
     prompter = Prompter(load_tokenizer(source), models["bfloat16"].eos_token_ids)
     questions = [question for path in args.prompts for question in read_questions(path)][: args.limit]

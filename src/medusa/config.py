@@ -26,6 +26,7 @@ HEADS_FILES = (HEADS_FILE, HEADS_FILE + INDEX, OLD_HEADS_FILE)
 MODEL_FILES = (SAFETENSORS, SAFETENSORS + INDEX, PICKLE, PICKLE + INDEX)
 TREE_FILE = "medusa_tree.json"
 HeadsKind = Literal["medusa", "root", "path"]
+Quantization = Literal["none", "nf4", "int8", "int8-dynamic", "int4-dynamic"]  # of the backbone: see `quantized`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from medusa.backbone.cache import TreeCache
 from medusa.backbone.probe import hidden_states_of, probe
 from medusa.backbone.ranks import ranks_of, repeated
 from medusa.errors import UnsupportedBackbone, one_line
+from medusa.kernels.quantized import shared_map
 from medusa.placement import device_of, linear_sizes
 from medusa.trees.tensors import Frame, TreeTensors
 
@@ -47,7 +48,8 @@ class TreeLM:
         lm_head = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
         if lm_head is None:
             raise UnsupportedBackbone(f"{name} has no LM head; load it with AutoModelForCausalLM")
-        self.lm_head: nn.Module = lm_head
+        self.lm_head: nn.Module = shared_map(lm_head)
+        self._scores: nn.Module = lm_head
         decoder = backbone.get_decoder()
         self.decoder: nn.Module = getattr(backbone, "model", backbone) if decoder is backbone else decoder  # Llama 4
         if self.decoder is backbone:
@@ -125,7 +127,7 @@ class TreeLM:
         lm_head: nn.Module | None = None,  # a part of the model's LM head; None: all of it
     ) -> Tensor:  # (..., V)
         """The model's logits, with the cap or scale that its own forward applies after the LM head."""
-        logits = (lm_head or self.lm_head)(hidden)
+        logits = (lm_head or self._scores)(hidden)
         for rule, value in self._rules:
             logits = rule(logits, value)
         return logits
@@ -133,7 +135,7 @@ class TreeLM:
     @property
     def logits_of(self) -> Callable[[Tensor], Tensor]:
         """What makes logits of hidden states: the LM head itself, unless a cap or scale follows it."""
-        return self.logits if self._rules else self.lm_head
+        return self.logits if self._rules else self._scores
 
     @repeated
     def hidden_states(

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from medusa.checkpoints.gguf import reading_once
 from medusa.checkpoints.hub import Source
 from medusa.checkpoints.names import belongs_to_heads
-from medusa.checkpoints.quantization import INT8_DYNAMIC
+from medusa.checkpoints.quantization import BITS
 from medusa.checkpoints.tensors import check_tensors
 from medusa.config import CONFIG_FILE, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
-from medusa.kernels.int8 import quantize_int8
+from medusa.kernels.quantized import quantize_maps
 from medusa.runs.extras import require
 from medusa.runs.files import read_json, read_text
 
@@ -38,8 +38,8 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     Args:
         source: result of `find_model`, or a folder.
         dtype: dtype of the weights; default: the backbone's own, or bfloat16 for a GGUF file.
-        kwargs: further options of transformers' `from_pretrained`. The `quantization_config` "int8-dynamic" is ours: the
-            loaded model's linear maps are replaced (`Int8Linear`).
+        kwargs: further options of transformers' `from_pretrained`. The `quantization_config` "int8-dynamic" or "int4-dynamic"
+            is ours: the loaded model's linear maps are replaced (`quantize_maps`).
 
     Raises:
         CheckpointError: there is no model, a file is broken, or tensors are missing or of the wrong shape, which transformers
@@ -48,7 +48,8 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     folder = source.folder
-    if int8 := kwargs.get("quantization_config") == INT8_DYNAMIC:
+    ours = kwargs.get("quantization_config")
+    if isinstance(ours, str):
         kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"}
     if source.gguf_file is not None:
         if "quantization_config" in kwargs:
@@ -74,13 +75,12 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     if source.name is not None or source.gguf_file is not None:
         backbone.config._name_or_path = str(source)  # transformers sets the model that a GGUF file was made from
     _account_for(info, folder)
-    if int8:
+    if isinstance(ours, str):
         if backbone.device.type != "cpu" or backbone.dtype not in (torch.bfloat16, torch.float32):
             raise InvalidInput(
-                f"int8-dynamic is for bfloat16 or float32 models on a CPU, got {backbone.dtype} on {backbone.device.type}; "
-                "use nf4"
+                f"{ours} is for bfloat16 or float32 models on a CPU, got {backbone.dtype} on {backbone.device.type}; use nf4"
             )
-        quantize_int8(backbone)
+        quantize_maps(backbone, BITS[ours])
     return backbone
 
 

@@ -37,7 +37,7 @@ def load_model(
     dtype: str | None = None,  # bfloat16, float16 or float32; None: the backbone's own
     device: str | None = None,  # None: a GPU if there is one, else the CPU
     trust_remote_code: bool = False,
-    quantization: str = "none",  # none, nf4 or int8
+    quantization: str = "none",  # see `quantized`
     heads_wanted: bool = True,  # whether a model without heads is refused; otherwise it decodes plainly
     tp: int = 1,  # number of processes that hold a part of the model each (tensor parallel); this must be one of them
 ) -> MedusaModel:

@@ -1,32 +1,32 @@
-"""Quantised backbones: in 4 or 8 bits through bitsandbytes, and in 8 bits with our own kernel on a CPU."""
+"""Quantised backbones: in 4 or 8 bits, through bitsandbytes or with our own kernels on a CPU."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from medusa.config import Quantization
 from medusa.errors import InvalidInput
 from medusa.runs.extras import require
 
-INT8_DYNAMIC = "int8-dynamic"
-KINDS = ("none", "nf4", "int8", INT8_DYNAMIC)
+BITS: dict[str, Literal[4, 8]] = {"int4-dynamic": 4, "int8-dynamic": 8}  # of weights that our own kernels read
 
 
 def quantized(kind: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a backbone quantised in this way; InvalidInput if it cannot be.
 
     nf4 decodes exactly: its weights are unpacked before use, to `dtype` (default: bfloat16). int8 chooses its outlier features
-    by everything in the pass, so a tree may differ from its paths by a rounding error. int8-dynamic rounds every token by
-    itself (`Int8Linear`); it is the fastest on a CPU.
+    by everything in the pass, so a tree may differ from its paths by a rounding error. int8-dynamic and int4-dynamic round
+    every token by itself (`QuantizedLinear`); they are the fastest on a CPU.
     """
-    if kind not in KINDS:
-        raise InvalidInput(f"quantization is {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind not in get_args(Quantization):
+        raise InvalidInput(f"quantization is {kind!r}, expected one of {', '.join(get_args(Quantization))}")
     if kind == "none":
         return {}
-    if kind == INT8_DYNAMIC:
-        return {"quantization_config": INT8_DYNAMIC}
+    if kind in BITS:
+        return {"quantization_config": kind}
     require("bitsandbytes", "quantized", f"{kind} quantization")
     from transformers import BitsAndBytesConfig
 

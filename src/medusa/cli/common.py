@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from medusa.config import check_options, from_mapping, option
+from medusa.config import Quantization, check_options, from_mapping, option
 from medusa.errors import InvalidInput
 
 T = TypeVar("T")
@@ -41,8 +41,8 @@ TreeOption = Annotated[
     str | None, typer.Option(help="A tree file, a preset, or `root` for plain decoding (default: the tree beside the heads).")
 ]
 QuantizationOption = Annotated[
-    Literal["none", "nf4", "int8", "int8-dynamic"],
-    typer.Option(help="Quantize the backbone: nf4 and int8 (bitsandbytes), int8-dynamic (fastest on a CPU)."),
+    Quantization,
+    typer.Option(help="Quantize the backbone: nf4, int8 (bitsandbytes), or int8-dynamic, int4-dynamic (fastest on a CPU)."),
 ]
 TpOption = Annotated[
     int, typer.Option(min=1, help="Number of GPUs that share every layer (tensor parallel), or of processes on a CPU.")

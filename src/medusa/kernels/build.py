@@ -46,7 +46,7 @@ def load_kernels() -> bool:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
         return _without(next((line for line in lines if "error:" in line), lines[0])[:200])
     torch.library.register_fake("medusa::linear", _fake)
-    torch.library.register_fake("medusa::linear_int8", _fake_int8)
+    torch.library.register_fake("medusa::linear_rounded", _fake_rounded)
     torch.library.register_fake("medusa::linear_rows", _fake_rows)
     torch.library.register_fake("medusa::attention", _fake_attention)
     torch.library.register_fake("medusa::computed", torch.empty_like)
@@ -54,7 +54,7 @@ def load_kernels() -> bool:
 
 
 def are_loaded() -> bool:
-    """Whether `load_kernels` has loaded them. It takes time, so that only compiled steps and int8 maps ask for it."""
+    """Whether `load_kernels` has loaded them. It takes time, so that only compiled steps and quantised maps ask for it."""
     return load_kernels.cache_info().currsize > 0 and load_kernels()
 
 
@@ -105,17 +105,19 @@ def cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _fake(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], gated: bool = False, added: Tensor | None = None, *_: Any, **__: Any
+def _fake(x: Tensor, weights: list[Tensor], biases: list[Tensor], *rest: Any, **around: Any) -> list[Tensor]:
+    return _outputs(x, [weight.shape[0] for weight in weights], *rest, **around)
+
+
+def _fake_rounded(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor], sizes: list[int], biases: list[Tensor], *rest: Any, **around: Any
 ) -> list[Tensor]:
-    outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in (weights[:1] if gated else weights)]
+    return _outputs(x, sizes, *rest, **around)
+
+
+def _outputs(x: Tensor, sizes: list[int], gated: bool = False, added: Tensor | None = None, *_: Any, **__: Any) -> list[Tensor]:
+    outputs = [x.new_empty(*x.shape[:-1], size) for size in (sizes[:1] if gated else sizes)]
     return outputs if added is None else [*outputs, x.new_empty(x.shape)]
-
-
-def _fake_int8(
-    x: Tensor, weights: list[Tensor], scales: list[Tensor], offsets: list[Tensor], *rest: Any, **around: Any
-) -> list[Tensor]:
-    return _fake(x, weights, *rest, **around)
 
 
 def _fake_rows(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -30,8 +31,8 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// A dot product of each kind: `step` elements are multiplied and added to a group of lanes (`Sum`) at a time, and sixteen groups
-// are reduced to sixteen results at once, each by the same tree of additions.
+// A dot product: `step` elements are multiplied and added to a group of lanes (`Sum`) at a time, and sixteen groups are reduced to
+// sixteen results at once, each by the same tree of additions.
 
 #if defined(__AVX512F__)
 __m512 pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
@@ -40,28 +41,20 @@ __m512 fours(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
 }
 __m512 quarters(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
-__m512i pairs(__m512i a, __m512i b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); }
-__m512i fours(__m512i a, __m512i b) { return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)); }
-__m512i quarters(__m512i a, __m512i b) {
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-}
 #endif
 
-struct Bf16 {
-  using Input = BFloat16;
-  using Weight = BFloat16;
-  using Result = float;
+struct Dot {
 #if defined(__AVX512BF16__)
   using Sum = __m512;
   static constexpr int step = 32;
   static Sum zero() { return _mm512_setzero_ps(); }
   static __m512bh load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static __m512bh load(const BFloat16* p, int left) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << left) - 1, p); }
+  static __m512bh load(const BFloat16* p, int count) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p); }
   static Sum add(Sum sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
   static void reduce(const Sum (&s)[16], float* to) {
-    __m512 four[4];
-    for (int i = 0; i < 4; ++i) four[i] = fours(pairs(s[4 * i], s[4 * i + 1]), pairs(s[4 * i + 2], s[4 * i + 3]));
-    _mm512_storeu_ps(to, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
+    const __m512 a = fours(pairs(s[0], s[1]), pairs(s[2], s[3])), b = fours(pairs(s[4], s[5]), pairs(s[6], s[7]));
+    const __m512 c = fours(pairs(s[8], s[9]), pairs(s[10], s[11])), d = fours(pairs(s[12], s[13]), pairs(s[14], s[15]));
+    _mm512_storeu_ps(to, quarters(quarters(a, b), quarters(c, d)));
   }
 #else
   struct Sum {
@@ -70,9 +63,9 @@ struct Bf16 {
   using Part = Sum;
   static constexpr int step = 16;
   static Sum zero() { return {}; }
-  static Part load(const BFloat16* p, int left = step) {
+  static Part load(const BFloat16* p, int count = step) {
     Part part{};
-    for (int i = 0; i < left; ++i) part.lane[i] = float(p[i]);
+    for (int i = 0; i < count; ++i) part.lane[i] = float(p[i]);
     return part;
   }
   static Sum add(Sum sum, const Part& x, const Part& w) {
@@ -88,134 +81,113 @@ struct Bf16 {
 #endif
 };
 
-// Inputs are unsigned (128 is zero), as the instruction wants them; the sum of a row's weights corrects for it.
-struct Int8 {
-  using Input = uint8_t;
-  using Weight = int8_t;
-  using Result = int32_t;
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-  using Sum = __m512i;
-  static constexpr int step = 64;
-  static Sum zero() { return _mm512_setzero_si512(); }
-  static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
-  static __m512i load(const void* p, int left) { return _mm512_maskz_loadu_epi8((1ull << left) - 1, p); }
-  static Sum add(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
-  static void reduce(const Sum (&s)[16], int32_t* to) {
-    __m512i four[4];
-    for (int i = 0; i < 4; ++i) four[i] = fours(pairs(s[4 * i], s[4 * i + 1]), pairs(s[4 * i + 2], s[4 * i + 3]));
-    _mm512_storeu_si512(to, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
-  }
-#else
-  using Sum = int32_t;
-  struct Part {
-    int16_t lane[32];
-  };
-  static constexpr int step = 32;
-  static Sum zero() { return 0; }
-  template <typename T>
-  static Part load(const T* p, int left = step) {
-    Part part{};
-    for (int i = 0; i < left; ++i) part.lane[i] = p[i];
-    return part;
-  }
-  static Sum add(Sum sum, const Part& x, const Part& w) {
-    for (int i = 0; i < step; ++i) sum += int32_t(x.lane[i]) * w.lane[i];
-    return sum;
-  }
-  static void reduce(const Sum (&s)[16], int32_t* to) { std::copy(s, s + 16, to); }
-#endif
-};
+// Has memory brought to the second cache: the first is too small for what is read now and what is read next.
+template <typename Value>
+void fetch(const Value* from) {
+  __builtin_prefetch(from, 0, 2);
+}
 
 // The rows of a matrix; a slice of a wider one has them further apart than they are long.
-template <typename Value>
 struct Rows {
-  const Value* first;
+  const BFloat16* first;
   int64_t apart;
-  const Value* at(int64_t n) const { return first + n * apart; }
-  Rows from(int64_t n) const { return {at(n), apart}; }
+  const BFloat16* at(int64_t n) const { return first + n * apart; }
 };
 
-template <typename Value>
-Rows<Value> rows_of(const Tensor& matrix) {
-  return {matrix.const_data_ptr<Value>(), matrix.stride(0)};
-}
+Rows rows_of(const Tensor& matrix) { return {matrix.const_data_ptr<BFloat16>(), matrix.stride(0)}; }
 
-// The dot products of M inputs with 16 / M rows of weights: sixteen groups of lanes fit the registers, beside what is loaded.
-// Beyond the last input or weight (`inputs`, `rows` left), the last is computed again and not stored. Of the weights that come
-// sixteen rows later, `ahead` rows are fetched, from row `skipped` on: rows are too short for the hardware to see a stream.
-template <typename Dot, int M, int ahead, typename Store>
-void tile(
-    const typename Dot::Input* x, const Rows<typename Dot::Weight>& w, int64_t K, int64_t inputs, int64_t rows, int64_t skipped,
-    const Store& store) {
-  constexpr int N = 16 / M;
-  const typename Dot::Weight* later = w.at(16 + skipped);
-  const typename Dot::Input* from[M];
-  const typename Dot::Weight* row[N];
-  for (int m = 0; m < M; ++m) from[m] = x + std::min<int64_t>(m, inputs - 1) * K;
-  for (int n = 0; n < N; ++n) row[n] = w.at(std::min<int64_t>(n, rows - 1));
-  typename Dot::Sum sums[16];
-  for (auto& sum : sums) sum = Dot::zero();
-  int64_t k = 0;
-  for (; k + Dot::step <= K; k += Dot::step) {
-    decltype(Dot::load(w.first)) parts[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) parts[n] = Dot::load(row[n] + k);
-#pragma GCC unroll 16
-    for (int n = 0; n < ahead; ++n) __builtin_prefetch(later + n * w.apart + k);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const auto input = Dot::load(from[m] + k);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) sums[m * N + n] = Dot::add(sums[m * N + n], input, parts[n]);
-    }
-  }
-  if (const int left = int(K - k))
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n)
-        sums[m * N + n] = Dot::add(sums[m * N + n], Dot::load(from[m] + k, left), Dot::load(row[n] + k, left));
-  typename Dot::Result results[16];
-  Dot::reduce(sums, results);
-  for (int m = 0; m < std::min<int64_t>(M, inputs); ++m) {
-    if (rows >= N) store(m, std::integral_constant<int, N>(), results + m * N);
-    else store(m, int(rows), results + m * N);
-  }
-}
+using Sixteen = std::integral_constant<int, 16>;
 
-// Up to M inputs with up to 16 rows of the weights.
-template <typename Dot, int M, int ahead, typename Store>
-void block(
-    const typename Dot::Input* x, const Rows<typename Dot::Weight>& w, int64_t K, int64_t inputs, int64_t rows, int64_t skipped,
-    const Store& store) {
-  constexpr int N = 16 / M;
-  for (int64_t n = 0; n < rows; n += N)
-    tile<Dot, M, ahead>(x, w.from(n), K, inputs, rows - n, skipped, [&](int m, auto count, const auto* results) {
-      store(m, n, count, results);
-    });
-}
-
-// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in the nearest cache for all inputs. Every group
-// of four inputs fetches a part of the next sixteen, so that memory is read throughout, not only while the first group runs.
-template <typename Dot, typename Store>
-void range(
-    const typename Dot::Input* x, const Rows<typename Dot::Weight>& w, int64_t M, int64_t K, int64_t begin, int64_t end,
-    const Store& store) {
-  const int64_t share = M <= 4 ? 4 : M <= 12 ? 2 : 1;
+// M inputs with rows [begin, end) of the weights, one row after the other: memory is read from its start to its end. Reading two rows
+// at a time takes twice as long on some machines.
+template <int M, typename Store>
+void in_order(const BFloat16* x, const Rows& w, int64_t K, int64_t begin, int64_t end, const Store& store) {
+  const int first = int(K % Dot::step);  // elements that do not fill a group of lanes
   for (int64_t from = begin; from < end; from += 16) {
     const int64_t rows = std::min<int64_t>(end - from, 16);
+    Dot::Sum sums[M][16];
+    for (int64_t n = 0; n < 16; ++n) {
+      const BFloat16* row = w.at(from + std::min(n, rows - 1));
+      Dot::Sum own[M];
+      for (auto& sum : own) sum = Dot::zero();
+      if (first)
+        for (int m = 0; m < M; ++m) own[m] = Dot::add(own[m], Dot::load(x + m * K, first), Dot::load(row, first));
+      for (int64_t k = first; k < K; k += Dot::step) {
+        const auto part = Dot::load(row + k);
+        fetch(row + k + 16 * w.apart);
+        for (int m = 0; m < M; ++m) own[m] = Dot::add(own[m], Dot::load(x + m * K + k), part);
+      }
+      for (int m = 0; m < M; ++m) sums[m][n] = own[m];
+    }
+    for (int m = 0; m < M; ++m) {
+      float results[16];
+      Dot::reduce(sums[m], results);
+      if (rows == 16) store(m, from, Sixteen(), results);
+      else store(m, from, int(rows), results);
+    }
+  }
+}
+
+// Four inputs with four rows of weights: sixteen groups of lanes fit the registers, beside what is loaded. Beyond the last input or
+// row (`inputs`, `rows` left), the last is computed again. Each step fetches `ahead` lines from `next` on. `odd`: K does not fill the
+// groups of lanes. It is known when compiled, and the function inlined, so that the groups stay in registers.
+template <int ahead, bool odd>
+[[gnu::always_inline]] inline void tile(
+    const BFloat16* x, const Rows& w, int64_t K, int64_t inputs, int64_t rows, const BFloat16* next, float (&to)[4][16],
+    int64_t at) {
+  constexpr int64_t line = 64 / sizeof(BFloat16);
+  const BFloat16 *from[4], *row[4];
+  for (int m = 0; m < 4; ++m) from[m] = x + std::min<int64_t>(m, inputs - 1) * K;
+  for (int n = 0; n < 4; ++n) row[n] = w.at(std::min<int64_t>(n, rows - 1));
+  Dot::Sum sums[16];
+  for (auto& sum : sums) sum = Dot::zero();
+  const int first = odd ? int(K % Dot::step) : 0;
+  if constexpr (odd)
+    for (int i = 0; i < 16; ++i) sums[i] = Dot::add(sums[i], Dot::load(from[i / 4], first), Dot::load(row[i % 4], first));
+  for (int64_t k = first; k < K; k += Dot::step) {
+    decltype(Dot::load(x)) parts[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) parts[n] = Dot::load(row[n] + k);
+#pragma GCC unroll 4
+    for (int n = 0; n < ahead; ++n) fetch(next + n * line);
+    next += ahead * line;
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+      const auto input = Dot::load(from[m] + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) sums[m * 4 + n] = Dot::add(sums[m * 4 + n], input, parts[n]);
+    }
+  }
+  float results[16];
+  Dot::reduce(sums, results);
+  for (int m = 0; m < 4; ++m) std::copy(results + 4 * m, results + 4 * m + 4, to[m] + at);
+}
+
+// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in a cache for all inputs. Meanwhile the next sixteen
+// are fetched, in the order of memory, each group of four inputs a part, so that memory is read throughout.
+template <typename Store>
+void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin, int64_t end, const Store& store) {
+  if (M == 1) return in_order<1>(x, w, K, begin, end, store);
+  if (M == 2) return in_order<2>(x, w, K, begin, end, store);
+  const int64_t share = M <= 8 ? 4 : M <= 12 ? 2 : 1;
+  for (int64_t from = begin; from < end; from += 16) {
+    const int64_t rows = std::min<int64_t>(end - from, 16);
+    const BFloat16* next = w.at(from + 16);
     for (int64_t m = 0; m < M; m += 4) {
-      const auto at = [&](int i, int64_t n, auto count, const auto* results) { store(m + i, from + n, count, results); };
-      const int64_t left = M - m, skipped = m / 4 * share;
-      const auto run = [&](auto inputs, auto ahead) {
-        constexpr int many = decltype(inputs)::value, fetched = decltype(ahead)::value;
-        block<Dot, many, fetched>(x + m * K, w.from(from), K, left, rows, skipped, at);
+      float results[4][16];
+      const auto run = [&]<int ahead, bool odd = false>() {
+        for (int64_t n = 0; n < rows; n += 4, next += ahead * K)
+          tile<ahead, odd>(x + m * K, {w.at(from + n), w.apart}, K, M - m, rows - n, next, results, n);
       };
-      using std::integral_constant;
-      if (M == 1) run(integral_constant<int, 1>(), integral_constant<int, 16>());
-      else if (M == 2) run(integral_constant<int, 2>(), integral_constant<int, 8>());
-      else if (skipped >= 4) run(integral_constant<int, 4>(), integral_constant<int, 0>());
-      else if (share == 4) run(integral_constant<int, 4>(), integral_constant<int, 4>());
-      else if (share == 2) run(integral_constant<int, 4>(), integral_constant<int, 2>());
-      else run(integral_constant<int, 4>(), integral_constant<int, 1>());
+      if (K % Dot::step) run.template operator()<0, true>();
+      else if (m / 4 * share >= 4 || w.apart != K) run.template operator()<0>();
+      else if (share == 4) run.template operator()<4>();
+      else if (share == 2) run.template operator()<2>();
+      else run.template operator()<1>();
+      for (int64_t i = 0; i < std::min<int64_t>(4, M - m); ++i) {
+        if (rows == 16) store(m + i, from, Sixteen(), results[i]);
+        else store(m + i, from, int(rows), results[i]);
+      }
     }
   }
 }
@@ -224,17 +196,7 @@ void range(
 template <typename Count>
 void narrow(const float* from, Count count, BFloat16* to) {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-  if constexpr (std::is_same_v<Count, std::integral_constant<int, 4>>) {
-    const __m128bh four = _mm_cvtneps_pbh(_mm_loadu_ps(from));
-    std::memcpy(to, &four, 8);
-    return;
-  }
-  if constexpr (std::is_same_v<Count, std::integral_constant<int, 8>>) {
-    const __m128bh eight = _mm256_cvtneps_pbh(_mm256_loadu_ps(from));
-    std::memcpy(to, &eight, 16);
-    return;
-  }
-  if constexpr (std::is_same_v<Count, std::integral_constant<int, 16>>) {
+  if constexpr (std::is_same_v<Count, Sixteen>) {
     const __m256bh sixteen = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
     std::memcpy(to, &sixteen, 32);
     return;
@@ -290,7 +252,7 @@ Lanes exponential(Lanes x) {
 void narrow(Lanes value, int64_t count, BFloat16* to) {
   float from[lanes];
   std::memcpy(from, &value, sizeof from);
-  if (count >= lanes) narrow(from, std::integral_constant<int, lanes>(), to);
+  if (count >= lanes) narrow(from, Sixteen(), to);
   else narrow(from, count, to);
 }
 
@@ -342,17 +304,16 @@ void gate(BFloat16* y, int64_t apart, const BFloat16* up, int64_t M, int64_t wid
     }
 }
 
-// The rows of several matrices, end to end, are divided among the threads.
+// The rows of several matrices, sixteen at a time, are divided among the threads.
 template <typename Work>
-void divide(at::TensorList weights, const Work& work) {
+void divide(at::IntArrayRef sizes, const Work& work) {
+  constexpr int64_t chunk = 16;
   std::vector<int64_t> starts{0};
-  for (const Tensor& weight : weights) starts.push_back(starts.back() + weight.size(0));
-  const int64_t chunk = 16, chunks = (starts.back() + chunk - 1) / chunk;
-  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    const int64_t from = first * chunk, to = std::min(last * chunk, starts.back());
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const int64_t begin = std::max(from, starts[i]), end = std::min(to, starts[i + 1]);
-      if (begin < end) work(i, begin - starts[i], end - starts[i]);
+  for (int64_t size : sizes) starts.push_back(starts.back() + (size + chunk - 1) / chunk);
+  at::parallel_for(0, starts.back(), 1, [&](int64_t first, int64_t last) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      const int64_t begin = std::max(first, starts[i]) - starts[i], end = std::min(last, starts[i + 1]) - starts[i];
+      if (begin < end) work(i, begin * chunk, std::min(end * chunk, sizes[i]));
     }
   });
 }
@@ -367,15 +328,18 @@ struct Around {
 // The inputs of maps and where their outputs go: one tensor for each map, or for both of a gated one, then the sum of the inputs.
 template <typename Value>
 struct Maps {
+  const at::IntArrayRef sizes;
   const int64_t K, M;
   std::vector<Tensor> outputs;
   Tensor input;
 
-  Maps(const Tensor& x, at::TensorList weights, const Around& around) : K(x.size(-1)), M(x.numel() / K), input(x.contiguous()) {
-    for (const Tensor& weight : around.gated ? weights.slice(0, 1) : weights) {
-      auto sizes = x.sizes().vec();
-      sizes.back() = weight.size(0);
-      outputs.push_back(at::empty(sizes, x.options()));
+  // `sizes` are the maps' numbers of rows; both maps of a gated one have as many.
+  Maps(const Tensor& x, at::IntArrayRef sizes, const Around& around)
+      : sizes(around.gated ? sizes.slice(0, 1) : sizes), K(x.size(-1)), M(x.numel() / K), input(x.contiguous()) {
+    for (int64_t size : this->sizes) {
+      auto shape = x.sizes().vec();
+      shape.back() = size;
+      outputs.push_back(at::empty(shape, x.options()));
     }
     if constexpr (std::is_same_v<Value, BFloat16>) {
       if (!around.scale) return;
@@ -395,9 +359,9 @@ struct Maps {
 
   // Runs `map(number of the map, begin, end, y, distance of the rows of y)` for all rows of the weights, and what comes after.
   template <typename Map>
-  std::vector<Tensor> run(at::TensorList weights, bool gated, const Map& map) {
-    divide(gated ? weights.slice(0, 1) : weights, [&](size_t i, int64_t begin, int64_t end) {
-      const int64_t N = weights[i].size(0);
+  std::vector<Tensor> run(bool gated, const Map& map) {
+    divide(sizes, [&](size_t i, int64_t begin, int64_t end) {
+      const int64_t N = sizes[i];
       Value* y = outputs[i].template mutable_data_ptr<Value>() + begin;
       map(i, begin, end, y, N);
       if constexpr (std::is_same_v<Value, BFloat16>) {
@@ -420,12 +384,14 @@ const Value* bias_of(at::TensorList biases, size_t i) {
 std::vector<Tensor> linear(
     const Tensor& x, at::TensorList weights, at::TensorList biases, bool gated, const std::optional<Tensor>& added,
     const std::optional<Tensor>& scale, double eps) {
-  Maps<BFloat16> maps(x, weights, {gated, added, scale, eps});
+  std::vector<int64_t> sizes;
+  for (const Tensor& weight : weights) sizes.push_back(weight.size(0));
+  Maps<BFloat16> maps(x, sizes, {gated, added, scale, eps});
   const auto* input = maps.input.const_data_ptr<BFloat16>();
-  return maps.run(weights, gated, [&](size_t i, int64_t begin, int64_t end, BFloat16* y, int64_t apart) {
+  return maps.run(gated, [&](size_t i, int64_t begin, int64_t end, BFloat16* y, int64_t apart) {
     const BFloat16* bias = bias_of<BFloat16>(biases, i);
-    range<Bf16>(
-        input, rows_of<BFloat16>(weights[i]), maps.M, maps.K, begin, end,
+    range(
+        input, rows_of(weights[i]), maps.M, maps.K, begin, end,
         [&](int64_t m, int64_t n, auto count, const float* sums) {
           float results[16];
           for (int j = 0; j < count; ++j) results[j] = bias ? sums[j] + float(bias[n + j]) : sums[j];
@@ -439,7 +405,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const Tensor& rows) {
   const Tensor input = x.contiguous(), chosen = rows.contiguous();
   const int64_t B = x.size(0), M = x.size(1), K = x.size(2), R = rows.size(1), chunks = (R + 15) / 16;
   Tensor output = at::empty({B, M, R}, x.options());
-  const Rows<BFloat16> all = rows_of<BFloat16>(weight);
+  const Rows all = rows_of(weight);
   at::parallel_for(0, B * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<BFloat16> held(16 * K);  // one behind the other
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -447,7 +413,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const Tensor& rows) {
       const int64_t* row = chosen.const_data_ptr<int64_t>() + b * R + first;
       for (int64_t n = 0; n < count; ++n) std::memcpy(held.data() + n * K, all.at(row[n]), K * sizeof(BFloat16));
       BFloat16* y = output.mutable_data_ptr<BFloat16>() + b * M * R + first;
-      range<Bf16>(
+      range(
           input.const_data_ptr<BFloat16>() + b * M * K, {held.data(), K}, M, K, 0, count,
           [&](int64_t m, int64_t n, auto many, const float* sums) { narrow(sums, many, y + m * R + n); });
     }
@@ -459,50 +425,145 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const Tensor& rows) {
 uint32_t magnitude(BFloat16 value) { return uint32_t(value.x & 0x7fff) << 16; }
 uint32_t magnitude(float value) { return std::bit_cast<uint32_t>(value) & 0x7fffffff; }
 
-// Each input row scaled to its own largest value: it depends on that row alone.
-template <typename Value>
-void quantize(const Value* x, int64_t M, int64_t K, uint8_t* to, float* scales) {
-  for (int64_t m = 0; m < M; ++m) {
-    const Value* row = x + m * K;
-    uint32_t bits = 0;
-    for (int64_t k = 0; k < K; ++k) bits = std::max(bits, magnitude(row[k]));
-    const float most = std::bit_cast<float>(bits), inverse = most > 0 ? 127.f / most : 0.f;
-    for (int64_t k = 0; k < K; ++k) to[m * K + k] = uint8_t(int(std::nearbyint(float(row[k]) * inverse)) + 128);
-    scales[m] = most / 127.f;
+constexpr int64_t group = 32;  // inputs with a scale of their own
+
+// Inputs rounded to int8. Every group of a row is scaled to its own largest value, which depends on that row alone, as do the sums
+// of the groups. Rows are filled up with zeros.
+struct Rounded {
+  int64_t groups;
+  std::vector<int8_t> values;
+  std::vector<float> scales, sums;
+
+  template <typename Value>
+  Rounded(const Value* x, int64_t M, int64_t K) : groups((K + group - 1) / group) {
+    values.resize(M * groups * group);
+    scales.resize(M * groups);
+    sums.resize(M * groups);
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t g = 0; g < groups; ++g) {
+        const Value* from = x + m * K + g * group;
+        const int64_t width = std::min(K - g * group, group), at = m * groups + g;
+        uint32_t bits = 0;
+        for (int64_t k = 0; k < width; ++k) bits = std::max(bits, magnitude(from[k]));
+        const float most = std::bit_cast<float>(bits), inverse = most > 0 ? 127.f / most : 0.f;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < width; ++k) {
+          const int8_t value = int8_t(std::nearbyint(float(from[k]) * inverse));
+          values[at * group + k] = value;
+          sum += value;
+        }
+        scales[at] = most / 127.f;
+        sums[at] = float(sum);
+      }
+  }
+};
+
+Lanes widened(const at::Half* p) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  Lanes found;
+  for (int i = 0; i < lanes; ++i) found[i] = float(p[i]);
+  return found;
+#endif
+}
+
+// Weights are numbers of 8 or 4 bits, from 0 on, times a scale plus a minimum of each row and group. They are laid out for sixteen
+// rows of a group at a time, in the order in which they are read: 64 bytes are four numbers of each row. Of 4 bits, the upper
+// halves of the bytes are numbers for the inputs that come sixteen later.
+using Bytes = uint8_t __attribute__((vector_size(4 * lanes)));
+
+template <int bits>
+void unpack(const uint8_t* from, int64_t ahead, Bytes (&to)[8]) {
+  for (int j = 0; j < bits; ++j) {
+    const Bytes both = vector_at<Bytes>(from + j * sizeof(Bytes));
+    fetch(from + j * sizeof(Bytes) + ahead);
+    to[j] = bits == 8 ? both : both & 15;
+    if constexpr (bits == 4) to[j + 4] = both >> 4;
   }
 }
 
-template <typename Value>
-std::vector<Tensor> quantized_linear(
-    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases,
+// The sums and, for each of sixteen rows, the products of four numbers with four inputs.
+Whole with_products(Whole sums, Bytes numbers, const int8_t* inputs) {
+#if defined(__AVX512VNNI__)
+  int32_t four;
+  std::memcpy(&four, inputs, sizeof four);
+  return (Whole)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)numbers, _mm512_set1_epi32(four));
+#else
+  for (int n = 0; n < lanes; ++n)
+    for (int i = 0; i < 4; ++i) sums[n] += int32_t(numbers[4 * n + i]) * inputs[i];
+  return sums;
+#endif
+}
+
+// Sixteen rows of weights times up to M inputs from the first on; beyond the last of all, that one is computed again.
+template <int bits, int M>
+std::array<Lanes, M> sixteen_rows(
+    const Rounded& inputs, int64_t first, int64_t all, const uint8_t* weights, const at::Half* scales) {
+  constexpr int64_t size = bits * sizeof(Bytes);
+  const int64_t next = first ? 0 : inputs.groups * size;  // the next sixteen rows are fetched while the first inputs run
+  std::array<Lanes, M> totals{};
+  for (int64_t g = 0; g < inputs.groups; ++g, weights += size, scales += 2 * lanes) {
+    Bytes numbers[8];
+    unpack<bits>(weights, next, numbers);
+    const Lanes scale = widened(scales), minimum = widened(scales + lanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const int64_t at = std::min(first + m, all - 1) * inputs.groups + g;
+      Whole sum{};
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) sum = with_products(sum, numbers[j], inputs.values.data() + at * group + 4 * j);
+      const Lanes products = fused(__builtin_convertvector(sum, Lanes), scale, every(inputs.sums[at]) * minimum);
+      totals[m] = fused(products, every(inputs.scales[at]), totals[m]);
+    }
+  }
+  return totals;
+}
+
+template <int bits, typename Value>
+std::vector<Tensor> rounded_linear(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::IntArrayRef sizes, at::TensorList biases,
     const Around& around) {
-  Maps<Value> maps(x, weights, around);
-  std::vector<uint8_t> quantized(maps.M * maps.K);
-  std::vector<float> sizes(maps.M);
-  quantize(maps.input.template const_data_ptr<Value>(), maps.M, maps.K, quantized.data(), sizes.data());
-  return maps.run(weights, around.gated, [&](size_t i, int64_t begin, int64_t end, Value* y, int64_t apart) {
-    const float* scale = scales[i].const_data_ptr<float>();
-    const int32_t* offset = offsets[i].const_data_ptr<int32_t>();
+  Maps<Value> maps(x, sizes, around);
+  const Rounded inputs(maps.input.template const_data_ptr<Value>(), maps.M, maps.K);
+  return maps.run(around.gated, [&](size_t i, int64_t begin, int64_t end, Value* y, int64_t apart) {
     const float* bias = bias_of<float>(biases, i);
-    range<Int8>(
-        quantized.data(), rows_of<int8_t>(weights[i]), maps.M, maps.K, begin, end,
-        [&](int64_t m, int64_t n, auto count, const int32_t* sums) {
-          float results[16];
-          for (int j = 0; j < count; ++j) {
-            results[j] = float(sums[j] - offset[n + j]) * scale[n + j] * sizes[m];
-            if (bias) results[j] += bias[n + j];
+    for (int64_t n = begin; n < end; n += lanes) {
+      const auto store = [&](int64_t m, Lanes total, auto count) {
+        float results[lanes];
+        std::memcpy(results, &total, sizeof results);
+        if (bias)
+          for (int j = 0; j < count; ++j) results[j] += bias[n + j];
+        narrow(results, count, y + m * apart + n - begin);
+      };
+      const uint8_t* rows = weights[i].const_data_ptr<uint8_t>() + n * inputs.groups * group * bits / 8;
+      const at::Half* own = scales[i].const_data_ptr<at::Half>() + n * inputs.groups * 2;
+      for (int64_t m = 0, many; m < maps.M; m += many) {
+        const auto run = [&]<int M>() {
+          many = M;
+          const auto totals = sixteen_rows<bits, M>(inputs, m, maps.M, rows, own);
+          for (int j = 0; j < M && m + j < maps.M; ++j) {
+            if (end - n >= lanes) store(m + j, totals[j], Sixteen());
+            else store(m + j, totals[j], int(end - n));
           }
-          narrow(results, count, y + m * apart + n - begin);
-        });
+        };
+        if (maps.M - m == 1) run.template operator()<1>();
+        else if (maps.M - m <= 4) run.template operator()<4>();
+        else run.template operator()<8>();
+      }
+    }
   });
 }
 
-// Weights are int8 with a scale for each row; `offsets` are 128 times the sum of each row. Biases are float32.
-std::vector<Tensor> linear_int8(
-    const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList offsets, at::TensorList biases, bool gated,
+// `sizes` are the maps' numbers of rows, N. Of each, the weights are bytes (N / 16, K / 32, 512 or, in 4 bits, 256) and the scales
+// float16 (N / 16, K / 32, 2, 16), scales and minima, N and K rounded up. Biases are float32.
+std::vector<Tensor> linear_rounded(
+    const Tensor& x, at::TensorList weights, at::TensorList scales, at::IntArrayRef sizes, at::TensorList biases, bool gated,
     const std::optional<Tensor>& added, const std::optional<Tensor>& scale, double eps) {
-  const auto map = x.scalar_type() == at::kFloat ? quantized_linear<float> : quantized_linear<BFloat16>;
-  return map(x, weights, scales, offsets, biases, {gated, added, scale, eps});
+  const auto run = [&](auto map) { return map(x, weights, scales, sizes, biases, {gated, added, scale, eps}); };
+  const bool wide = x.scalar_type() == at::kFloat;
+  if (weights[0].size(-1) == 256) return run(wide ? rounded_linear<4, float> : rounded_linear<4, BFloat16>);
+  return run(wide ? rounded_linear<8, float> : rounded_linear<8, BFloat16>);
 }
 
 // The same bits, in memory: see `fusion.compute_once`.
@@ -608,7 +669,7 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
       const int64_t seen = slots_seen(added, mask.stride(2), M, S), width = (seen + lanes - 1) / lanes * lanes;
       const BFloat16* own = q.const_data_ptr<BFloat16>() + b * q.stride(0) + h * q.stride(1);
       for (int64_t m = 0; m < M; ++m) std::memcpy(asked.data() + m * D, own + m * q.stride(2), D * sizeof(BFloat16));
-      range<Bf16>(asked.data(), {k, D}, M, D, 0, seen, [&](int64_t m, int64_t n, auto count, const float* sums) {
+      range(asked.data(), {k, D}, M, D, 0, seen, [&](int64_t m, int64_t n, auto count, const float* sums) {
         for (int j = 0; j < count; ++j) scores[m * width + n + j] = sums[j] * float(scale);
       });
       for (int64_t m = 0; m < M; ++m) {
@@ -697,7 +758,7 @@ void extend_history(
 TORCH_LIBRARY(medusa, library) {
   const std::string around = "bool gated=False, Tensor? added=None, Tensor? scale=None, float eps=0.0) -> Tensor[]";
   library.def(("linear(Tensor x, Tensor[] weights, Tensor[] biases, " + around).c_str());
-  library.def(("linear_int8(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor[] biases, " + around).c_str());
+  library.def(("linear_rounded(Tensor x, Tensor[] weights, Tensor[] scales, int[] sizes, Tensor[] biases, " + around).c_str());
   library.def("linear_rows(Tensor x, Tensor weight, Tensor rows) -> Tensor");
   library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
@@ -709,7 +770,7 @@ TORCH_LIBRARY(medusa, library) {
 
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear", linear);
-  library.impl("linear_int8", linear_int8);
+  library.impl("linear_rounded", linear_rounded);
   library.impl("linear_rows", linear_rows);
   library.impl("computed", computed);
   library.impl("attention", attention);

@@ -151,7 +151,7 @@ def replace_attention(graph: fx.GraphModule) -> None:
 
 
 def _calls(graph: fx.GraphModule) -> list[Any]:
-    kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_int8.default
+    kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_rounded.default
     return [node for node in graph.graph.nodes if node.target in kernels]
 
 
@@ -256,9 +256,9 @@ def _map(node: fx.Node) -> tuple[Any, Any, list[list[Any]]] | None:
         return None
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         call = node.args[0]
-        if call.target in (torch.ops.medusa.linear_int8, torch.ops.medusa.linear_int8.default):
+        if call.target in (torch.ops.medusa.linear_rounded, torch.ops.medusa.linear_rounded.default):
             x, *operands = call.args
-            return x, torch.ops.medusa.linear_int8.default, [list(operand) for operand in operands]  # type: ignore[arg-type]
+            return x, torch.ops.medusa.linear_rounded.default, [list(operand) for operand in operands]  # type: ignore[arg-type]
     if node.target is torch._C._nn.linear and _fits(node):
         bias = _bias(node)
         return node.args[0], torch.ops.medusa.linear.default, [[node.args[1]], [] if bias is None else [bias]]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from medusa.config import check_options, from_mapping, option
+from medusa.config import Quantization, check_options, from_mapping, option
 from medusa.errors import ConfigError, InvalidInput
 
 MOST_SLOTS = 16  # if memory decides
@@ -26,7 +26,7 @@ class Launch:
     device: str | None = None
     trust_remote_code: bool = False
     tree: str | None = None
-    quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = "none"
+    quantization: Quantization = "none"
     tp: int = 1
     slots: int | None = None
     capacity: int | None = None

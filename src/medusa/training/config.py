@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from medusa.config import HeadsKind, check_options, from_mapping, option
+from medusa.config import HeadsKind, Quantization, check_options, from_mapping, option
 from medusa.errors import ConfigError, InvalidInput
 from medusa.runs.files import read_yaml
 
@@ -34,9 +34,7 @@ class TrainingConfig:
     soft_top: int = option(32, "number of tokens of the backbone's distribution that soft targets keep", above=0)
     # The backbone.
     backbone: Literal["frozen", "lora", "full"] = option("frozen", "how the backbone is trained; frozen is Medusa-1")
-    quantization: Literal["none", "nf4", "int8", "int8-dynamic"] = option(
-        "none", "how the backbone's weights are stored (nf4, int8: bitsandbytes)"
-    )
+    quantization: Quantization = option("none", "how the backbone's weights are stored (nf4, int8: bitsandbytes)")
     lm_loss: Literal["labels", "distill"] = option(
         "labels", "loss L_LM: on the text, or KL to the backbone without its adapter"
     )

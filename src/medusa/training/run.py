@@ -28,6 +28,7 @@ from medusa.checkpoints.writer import save_heads
 from medusa.config import HEADS_FILE, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
 from medusa.heads import MedusaHeads
+from medusa.kernels.quantized import shared_map
 from medusa.model import MedusaModel
 from medusa.runs.console import note
 from medusa.runs.files import write_json
@@ -129,7 +130,7 @@ def _train(
     set_seed(config.seed)  # of a new adapter; transformers' Trainer does it later
     model = _trainable(model, config)
     # Including a new adapter.
-    heads.share(model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
+    heads.share(shared_map(model.backbone.get_output_embeddings()), model.backbone.get_input_embeddings())
     objective = Objective(model, heads, config)
     trainer = MedusaTrainer(
         model=objective, args=arguments, train_dataset=data["train"], eval_dataset=data["eval"], data_collator=collate
@@ -234,7 +235,7 @@ def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
 
 def _new_heads(model: MedusaModel, config: TrainingConfig, rows: Rows) -> MedusaHeads:
     """Heads in float32, ready to be trained: those the model has, or new ones."""
-    lm_head = model.backbone.get_output_embeddings()
+    lm_head = shared_map(model.backbone.get_output_embeddings())
     tokens = draft_vocabulary(rows, config.draft_vocabulary, model.vocab_size)
     if model.heads is not None and model.heads.config.medusa_draft_vocabulary is not None:
         tokens = model.heads.token_map  # those that the heads score
