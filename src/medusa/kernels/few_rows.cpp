@@ -98,8 +98,8 @@ Rows rows_of(const Tensor& matrix) { return {matrix.const_data_ptr<BFloat16>(), 
 
 using Sixteen = std::integral_constant<int, 16>;
 
-// M inputs with rows [begin, end) of the weights, one row after the other: memory is read from its start to its end. Reading two rows
-// at a time takes twice as long on some machines.
+// M inputs with rows [begin, end) of the weights, one row after the other, so that memory is read from its start to its end. Two
+// rows at a time take twice as long on some machines.
 template <int M, typename Store>
 void in_order(const BFloat16* x, const Rows& w, int64_t K, int64_t begin, int64_t end, const Store& store) {
   const int first = int(K % Dot::step);  // elements that do not fill a group of lanes
@@ -128,9 +128,9 @@ void in_order(const BFloat16* x, const Rows& w, int64_t K, int64_t begin, int64_
   }
 }
 
-// Four inputs with four rows of weights: sixteen groups of lanes fit the registers, beside what is loaded. Beyond the last input or
-// row (`inputs`, `rows` left), the last is computed again. Each step fetches `ahead` lines from `next` on. `odd`: K does not fill the
-// groups of lanes. It is known when compiled, and the function inlined, so that the groups stay in registers.
+// Four inputs with four rows of weights: sixteen groups of lanes fit the registers, beside what is loaded. Beyond the last input
+// or row (`inputs`, `rows` left), the last is computed again. Each step fetches `ahead` lines from `next` on. `odd`: K does not fill
+// the groups of lanes. It is known when compiled, and the function inlined, so that the groups stay in registers.
 template <int ahead, bool odd>
 [[gnu::always_inline]] inline void tile(
     const BFloat16* x, const Rows& w, int64_t K, int64_t inputs, int64_t rows, const BFloat16* next, float (&to)[4][16],
@@ -163,8 +163,8 @@ template <int ahead, bool odd>
   for (int m = 0; m < 4; ++m) std::copy(results + 4 * m, results + 4 * m + 4, to[m] + at);
 }
 
-// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in a cache for all inputs. Meanwhile the next sixteen
-// are fetched, in the order of memory, each group of four inputs a part, so that memory is read throughout.
+// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in a cache for all inputs. Meanwhile the next
+// sixteen are fetched, in the order of memory, each group of four inputs a part, so that memory is read throughout.
 template <typename Store>
 void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin, int64_t end, const Store& store) {
   if (M == 1) return in_order<1>(x, w, K, begin, end, store);
