@@ -48,8 +48,9 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     folder = source.folder
-    ours = kwargs.get("quantization_config")
-    if isinstance(ours, str):
+    kind = kwargs.get("quantization_config")
+    bits = BITS.get(kind) if isinstance(kind, str) else None  # configs of transformers have no hash
+    if bits is not None:
         kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"}
     if source.gguf_file is not None:
         if "quantization_config" in kwargs:
@@ -75,12 +76,12 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     if source.name is not None or source.gguf_file is not None:
         backbone.config._name_or_path = str(source)  # transformers sets the model that a GGUF file was made from
     _account_for(info, folder)
-    if isinstance(ours, str):
+    if bits is not None:
         if backbone.device.type != "cpu" or backbone.dtype not in (torch.bfloat16, torch.float32):
             raise InvalidInput(
-                f"{ours} is for bfloat16 or float32 models on a CPU, got {backbone.dtype} on {backbone.device.type}; use nf4"
+                f"{kind} is for bfloat16 or float32 models on a CPU, got {backbone.dtype} on {backbone.device.type}; use nf4"
             )
-        quantize_maps(backbone, BITS[ours])
+        quantize_maps(backbone, bits)
     return backbone
 
 

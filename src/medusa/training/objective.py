@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medusa.checkpoints.adapter import without_adapter
 from medusa.heads import MedusaHeads, tokens_read
+from medusa.kernels.quantized import shared_map
 from medusa.metrics import predicted
 from medusa.model import MedusaModel
 from medusa.runs.files import digest
@@ -181,7 +182,7 @@ class Objective(nn.Module):
         heads, model = self.heads, self._model[0]
         logits_of: Callable[[Tensor], Tensor] = model.logits
         if heads.config.medusa_draft_vocabulary is not None:
-            lm_head = self.backbone.get_output_embeddings()
+            lm_head = shared_map(self.backbone.get_output_embeddings())
             if distill:  # not its adapter, so that only these rows are computed
                 rows = heads.rows_of(getattr(lm_head, "base_layer", lm_head))
             else:
