@@ -11,6 +11,7 @@ from medusa.kernels.build import load_kernels
 
 GROUP = 32  # inputs that share a scale
 BLOCK = 16  # outputs that the kernel computes at a time
+ROWS = 256 * BLOCK  # outputs that are rounded at a time: an LM head in float32 would need several times the model's memory
 LEAST = 2.0**-24  # the smallest number of float16
 
 
@@ -30,18 +31,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self._kernel = load_kernels()
         self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
-        weight = linear.weight.detach().float()
-        weight = nn.functional.pad(weight[None], (0, -self.in_features % GROUP), mode="replicate")[0]
-        weight = nn.functional.pad(weight, (0, 0, 0, -self.out_features % BLOCK))
-        groups = weight.view(-1, BLOCK, weight.shape[1] // GROUP, GROUP)
-        low, most = groups.amin(-1).half(), 2**bits - 1
-        step = ((groups.amax(-1) - low.float()) / most).clamp(min=LEAST).half()
-        numbers = ((groups - low.float()[..., None]) / step.float()[..., None]).round().clamp(0, most).to(torch.uint8)
-        fours = numbers.unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)  # (block, group, four, output, input)
-        if bits == 4:
-            fours = fours[:, :, :4] | fours[:, :, 4:] << 4
-        self.register_buffer("weight", fours.flatten(2))
-        self.register_buffer("scale", torch.stack([step, low], 2).permute(0, 3, 2, 1).contiguous())
+        parts = [_packed(rows, bits) for rows in linear.weight.detach().split(ROWS)]
+        weight, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) bfloat16 or float32 to (..., N)
@@ -72,6 +65,20 @@ class QuantizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}"
         )
+
+
+def _packed(rows: Tensor, bits: Literal[4, 8]) -> tuple[Tensor, Tensor]:
+    """The `weight` and `scale` of a `QuantizedLinear` for some of its outputs (n, K)."""
+    weight = nn.functional.pad(rows.float()[None], (0, -rows.shape[1] % GROUP), mode="replicate")[0]
+    weight = nn.functional.pad(weight, (0, 0, 0, -len(rows) % BLOCK))
+    groups = weight.view(-1, BLOCK, weight.shape[1] // GROUP, GROUP)
+    low, most = groups.amin(-1).half(), 2**bits - 1
+    step = ((groups.amax(-1) - low.float()) / most).clamp(min=LEAST).half()
+    numbers = ((groups - low.float()[..., None]) / step.float()[..., None]).round().clamp(0, most).to(torch.uint8)
+    fours = numbers.unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)  # (block, group, four, output, input)
+    if bits == 4:
+        fours = fours[:, :, :4] | fours[:, :, 4:] << 4
+    return fours.flatten(2), torch.stack([step, low], 2).permute(0, 3, 2, 1).contiguous()
 
 
 class QuantizedHead(nn.Module):
