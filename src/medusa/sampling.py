@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from medusa.kernels.build import are_loaded
 from medusa.trees.guidance import Outlook
 from medusa.trees.tensors import TreeTensors
 from medusa.warpers import RowWarpers, Warpers
@@ -262,6 +263,8 @@ def draw(
     keeps the backbone's distribution; and the token at a position is a function of seed and context alone, whatever the
     tree: sampled Medusa output equals sampled plain output.
     """
+    if scores.device.type == "cpu" and are_loaded():
+        return torch.ops.medusa.draw(scores.flatten(0, 1), uniform.flatten()).view_as(uniform)
     p = scores.softmax(-1)
     # In two levels, over blocks and then within one: a double-precision cumulative sum over the whole vocabulary is slow.
     blocks = _in_blocks(p, 0.0)

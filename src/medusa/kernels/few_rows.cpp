@@ -17,6 +17,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -51,7 +52,7 @@ struct Dot {
   static __m512bh load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static __m512bh load(const BFloat16* p, int count) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p); }
   static Sum add(Sum sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
-  static void reduce(const Sum (&s)[16], float* to) {
+  [[gnu::always_inline]] static void reduce(const Sum (&s)[16], float* to) {
     const __m512 a = fours(pairs(s[0], s[1]), pairs(s[2], s[3])), b = fours(pairs(s[4], s[5]), pairs(s[6], s[7]));
     const __m512 c = fours(pairs(s[8], s[9]), pairs(s[10], s[11])), d = fours(pairs(s[12], s[13]), pairs(s[14], s[15]));
     _mm512_storeu_ps(to, quarters(quarters(a, b), quarters(c, d)));
@@ -112,9 +113,10 @@ void in_order(const BFloat16* x, const Rows& w, int64_t K, int64_t begin, int64_
       for (auto& sum : own) sum = Dot::zero();
       if (first)
         for (int m = 0; m < M; ++m) own[m] = Dot::add(own[m], Dot::load(x + m * K, first), Dot::load(row, first));
+#pragma GCC unroll 2
       for (int64_t k = first; k < K; k += Dot::step) {
         const auto part = Dot::load(row + k);
-        fetch(row + k + 16 * w.apart);
+        fetch(row + k + (M == 1 ? 2 : 8) * w.apart);
         for (int m = 0; m < M; ++m) own[m] = Dot::add(own[m], Dot::load(x + m * K + k), part);
       }
       for (int m = 0; m < M; ++m) sums[m][n] = own[m];
@@ -132,14 +134,17 @@ void in_order(const BFloat16* x, const Rows& w, int64_t K, int64_t begin, int64_
 // or row (`inputs`, `rows` left), the last is computed again. Each step fetches `ahead` lines from `next` on. `odd`: K does not fill
 // the groups of lanes. It is known when compiled, and the function inlined, so that the groups stay in registers.
 template <int ahead, bool odd>
-[[gnu::always_inline]] inline void tile(
-    const BFloat16* x, const Rows& w, int64_t K, int64_t inputs, int64_t rows, const BFloat16* next, float (&to)[4][16],
+[[gnu::noinline]] void tile(
+    const BFloat16* x, const Rows& w, int64_t K, int64_t inputs, int64_t rows, const BFloat16* next, float (*to)[16],
     int64_t at) {
   constexpr int64_t line = 64 / sizeof(BFloat16);
-  const BFloat16 *from[4], *row[4];
-  for (int m = 0; m < 4; ++m) from[m] = x + std::min<int64_t>(m, inputs - 1) * K;
-  for (int n = 0; n < 4; ++n) row[n] = w.at(std::min<int64_t>(n, rows - 1));
+  const BFloat16 *from[4] = {x}, *row[4] = {w.first};
+  for (int i = 1; i < 4; ++i) {
+    from[i] = from[i - 1] + (i < inputs ? K : 0);
+    row[i] = row[i - 1] + (i < rows ? w.apart : 0);
+  }
   Dot::Sum sums[16];
+#pragma GCC unroll 16
   for (auto& sum : sums) sum = Dot::zero();
   const int first = odd ? int(K % Dot::step) : 0;
   if constexpr (odd)
@@ -163,30 +168,38 @@ template <int ahead, bool odd>
   for (int m = 0; m < 4; ++m) std::copy(results + 4 * m, results + 4 * m + 4, to[m] + at);
 }
 
-// M inputs with rows [begin, end) of the weights, sixteen at a time, which stay in a cache for all inputs. Meanwhile the next
-// sixteen are fetched, in the order of memory, each group of four inputs a part, so that memory is read throughout.
+// M inputs with rows [begin, end) of the weights. Four rows stay in the first cache while as many inputs as fit beside them pass.
+// Meanwhile the rows that come eight later are fetched in the order of memory, each four inputs a part, so that memory is read
+// throughout. `store` takes the results of up to sixteen rows for an input.
 template <typename Store>
 void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin, int64_t end, const Store& store) {
   if (M == 1) return in_order<1>(x, w, K, begin, end, store);
   if (M == 2) return in_order<2>(x, w, K, begin, end, store);
-  const int64_t share = M <= 8 ? 4 : M <= 12 ? 2 : 1;
+  if (M == 3) return in_order<3>(x, w, K, begin, end, store);
+  if (M == 4) return in_order<4>(x, w, K, begin, end, store);
+  constexpr int64_t cache = 24 << 10;
+  const int64_t fit = cache / (4 * K * sizeof(BFloat16)) - 1, block = 4 * std::clamp<int64_t>(fit, 1, 4);
+  const int64_t share = M <= 4 ? 4 : M <= 12 ? 2 : 1;
   for (int64_t from = begin; from < end; from += 16) {
     const int64_t rows = std::min<int64_t>(end - from, 16);
-    const BFloat16* next = w.at(from + 16);
-    for (int64_t m = 0; m < M; m += 4) {
-      float results[4][16];
-      const auto run = [&]<int ahead, bool odd = false>() {
-        for (int64_t n = 0; n < rows; n += 4, next += ahead * K)
-          tile<ahead, odd>(x + m * K, {w.at(from + n), w.apart}, K, M - m, rows - n, next, results, n);
-      };
-      if (K % Dot::step) run.template operator()<0, true>();
-      else if (m / 4 * share >= 4 || w.apart != K) run.template operator()<0>();
-      else if (share == 4) run.template operator()<4>();
-      else if (share == 2) run.template operator()<2>();
-      else run.template operator()<1>();
-      for (int64_t i = 0; i < std::min<int64_t>(4, M - m); ++i) {
-        if (rows == 16) store(m + i, from, Sixteen(), results[i]);
-        else store(m + i, from, int(rows), results[i]);
+    for (int64_t first = 0; first < M; first += block) {
+      float results[16][16];
+      const int64_t inputs = std::min(M - first, block);
+      for (int64_t n = 0; n < rows; n += 4)
+        for (int64_t m = first; m < first + inputs; m += 4) {
+          const auto run = [&]<int ahead, bool odd = false>() {
+            const BFloat16* next = w.at(from + n + 16) + m / 4 * ahead * K;
+            tile<ahead, odd>(x + m * K, {w.at(from + n), w.apart}, K, M - m, rows - n, next, results + m - first, n);
+          };
+          if (K % Dot::step) run.template operator()<0, true>();
+          else if (m / 4 * share >= 4 || w.apart != K) run.template operator()<0>();
+          else if (share == 4) run.template operator()<4>();
+          else if (share == 2) run.template operator()<2>();
+          else run.template operator()<1>();
+        }
+      for (int64_t m = 0; m < inputs; ++m) {
+        if (rows == 16) store(first + m, from, Sixteen(), results[m]);
+        else store(first + m, from, int(rows), results[m]);
       }
     }
   }
@@ -569,72 +582,175 @@ std::vector<Tensor> linear_rounded(
 // The same bits, in memory: see `fusion.compute_once`.
 Tensor computed(const Tensor& x) { return x.clone(); }
 
-// Softmax of a row of scores, whose width is a multiple of the lanes. The sum is in double precision: a node of a tree has its
-// path in other slots, hence other lanes, than the same tokens have in plain decoding, and must get the same sum.
-void softmax(float* row, int64_t width) {
+// Two neighbouring elements of bfloat16, as they lie in memory.
+using Pair = int32_t;
+
+// Lanes of two vectors in turn, `unit` at a time: within each quarter those of its lower or upper half, or whole quarters, even or
+// odd ones.
+template <int unit, bool upper>
+Whole mixed(Whole a, Whole b) {
+  Whole from;
+  for (int j = 0; j < lanes; ++j) {
+    if (unit == 4) from[j] = j / 8 * lanes + (j / 4 % 2 * 2 + upper) * 4 + j % 4;
+    else from[j] = j / unit % 2 * lanes + j / 4 * 4 + upper * 2 + (unit == 1 ? j % 4 / 2 : j % 2);
+  }
+  return __builtin_shuffle(a, b, from);
+}
+
+// Rows become columns.
+void transpose(Whole (&rows)[lanes], Whole* to) {
+  Whole twos[lanes], fours[lanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; i += 2) {
+    twos[i] = mixed<1, false>(rows[i], rows[i + 1]);
+    twos[i + 1] = mixed<1, true>(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    const Whole a = twos[i / 4 * 4 + i % 4 / 2], b = twos[i / 4 * 4 + i % 4 / 2 + 2];
+    fours[i] = i % 2 ? mixed<2, true>(a, b) : mixed<2, false>(a, b);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Whole a = mixed<4, false>(fours[i], fours[4 + i]), b = mixed<4, true>(fours[i], fours[4 + i]);
+    const Whole c = mixed<4, false>(fours[8 + i], fours[12 + i]), d = mixed<4, true>(fours[8 + i], fours[12 + i]);
+    to[i] = mixed<4, false>(a, c);
+    to[4 + i] = mixed<4, false>(b, d);
+    to[8 + i] = mixed<4, true>(a, c);
+    to[12 + i] = mixed<4, true>(b, d);
+  }
+}
+
+// Sixteen keys, of which `count` exist, pair by pair: to[p] are the keys' pairs p.
+[[gnu::noinline]] void columns(const BFloat16* keys, int64_t count, int64_t D, Whole* to) {
+  for (int64_t d = 0; d < D; d += 2 * lanes, to += lanes) {
+    Whole rows[lanes] = {};
+    const int64_t width = std::min<int64_t>(D - d, 2 * lanes);
+    if (count == lanes && width == 2 * lanes) {
+#pragma GCC unroll 16
+      for (int s = 0; s < lanes; ++s) rows[s] = vector_at<Whole>(keys + s * D + d);
+    } else {
+      for (int64_t s = 0; s < count; ++s) std::memcpy(&rows[s], keys + s * D + d, width * sizeof(BFloat16));
+    }
+    transpose(rows, to);
+  }
+}
+
+// The sums and the products of sixteen keys' pairs with a query's.
+Lanes with_pairs(Lanes sums, Whole keys, Pair query) {
+#if defined(__AVX512BF16__)
+  return (Lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)keys, (__m512bh)_mm512_set1_epi32(query));
+#else
+  const auto first = [](auto pairs) { return pairs << 16; };
+  const auto second = [](auto pairs) { return pairs & ~0xffff; };
+  sums = fused((Lanes)first(keys), every(std::bit_cast<float>(first(query))), sums);
+  return fused((Lanes)second(keys), every(std::bit_cast<float>(second(query))), sums);
+#endif
+}
+
+constexpr int blocks = 4;  // of sixteen keys, at a time
+
+// The scores of R queries for the keys of four blocks. The products of a query and a key are summed from the first to the last.
+template <int R>
+[[gnu::noinline]] void scores(const Pair* queries, const Whole* keys, int64_t pairs, float scale, float* to, int64_t width) {
+  Lanes sums[R][blocks] = {};
+  for (int64_t p = 0; p < pairs; ++p)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < blocks; ++c) sums[r][c] = with_pairs(sums[r][c], keys[c * pairs + p], queries[r * pairs + p]);
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < blocks; ++c) {
+      const Lanes scaled = sums[r][c] * scale;
+      std::memcpy(to + r * width + c * lanes, &scaled, sizeof scaled);
+    }
+}
+
+// e to the power of scores plus an additive mask, less the largest of them: in place, for `seen` slots. Returns the inverse of
+// their sum. The sum is in double precision: a node of a tree has its path in other slots, hence other lanes, than the same tokens
+// have in plain decoding, and must get the same sum.
+[[gnu::noinline]] float softmax(float* row, const BFloat16* mask, int64_t seen) {
   Lanes most = every(-INFINITY);
-  Doubles sum{};
-  for (int64_t s = 0; s < width; s += lanes) {
-    const Lanes here = vector_at<Lanes>(row + s);
-    most = most > here ? most : here;
+  std::fill(row + seen, row + (seen + lanes - 1) / lanes * lanes, -INFINITY);
+  for (int64_t s = 0; s < seen; s += lanes) {
+    const Lanes score = vector_at<Lanes>(row + s) + widened(mask + s, seen - s);
+    most = most > score ? most : score;
+    std::memcpy(row + s, &score, sizeof score);
   }
   float top = most[0];
   for (int i = 1; i < lanes; ++i) top = std::max(top, most[i]);
-  for (int64_t s = 0; s < width; s += lanes) {
+  Doubles sum{};
+  for (int64_t s = 0; s < seen; s += lanes) {
     const Lanes weight = exponential(vector_at<Lanes>(row + s) - top);
     sum += __builtin_convertvector(weight, Doubles);
     std::memcpy(row + s, &weight, sizeof weight);
   }
   double total = 0;
   for (int i = 0; i < lanes; ++i) total += sum[i];
-  for (int64_t s = 0; s < width; s += lanes) {
-    const Lanes share = vector_at<Lanes>(row + s) / float(total);
-    std::memcpy(row + s, &share, sizeof share);
-  }
+  return float(1 / total);
 }
 
-// R rows of probabilities, `width` apart, times C lanes of columns of the values, (S, D); the rows of `y` are `apart`.
-template <int R, int C>
-void weigh(const float* p, int64_t width, const BFloat16* values, int64_t S, int64_t D, BFloat16* y, int64_t apart) {
-  Lanes sum[R][C] = {};
+// R rows of weights, `width` apart, times C groups of `size` columns of the values, (S, D), from one on, and each row's factor.
+template <int R, int C, int size>
+[[gnu::noinline]] void weigh(
+    const float* weights, int64_t width, const float* factors, const BFloat16* values, int64_t S, int64_t D, BFloat16* const* to,
+    int64_t from) {
+  Lanes first[R][C] = {}, second[R][C] = {};  // of neighbouring columns: they widen with one operation each
   for (int64_t s = 0; s < S; ++s) {
-    Lanes value[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) value[c] = widened(values + s * D + c * lanes);
+    Lanes even[C], odd[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      Whole columns{};
+      std::memcpy(&columns, values + s * D + from + c * size, size * sizeof(BFloat16));
+      even[c] = (Lanes)(columns << 16);
+      odd[c] = (Lanes)(columns & ~0xffff);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Lanes weight = every(p[r * width + s]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] = fused(weight, value[c], sum[r][c]);
+      const Lanes weight = every(weights[r * width + s]);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        first[r][c] = fused(weight, even[c], first[r][c]);
+        second[r][c] = fused(weight, odd[c], second[r][c]);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) narrow(sum[r][c], lanes, y + r * apart + c * lanes);
+    for (int c = 0; c < C; ++c) {
+      const Whole low = (Whole)rounded(first[r][c] * factors[r]) >> 16, high = (Whole)rounded(second[r][c] * factors[r]);
+      const Whole both = (low & 0xffff) | high;
+      std::memcpy(to[r] + from + c * size, &both, size * sizeof(BFloat16));
+    }
 }
 
-// Probabilities (M, S) times values (S, D), up to eight rows and two groups of lanes at a time.
+template <int R>
 void weigh(
-    const float* p, int64_t width, const BFloat16* values, int64_t M, int64_t S, int64_t D, BFloat16* y, int64_t apart) {
-  for (int64_t m = 0, rows; m < M; m += rows) {
-    rows = M - m >= 8 ? 8 : M - m >= 2 ? 2 : 1;
-    const float* from = p + m * width;
-    BFloat16* to = y + m * apart;
-    const auto run = [&](auto R) {
-      constexpr int many = decltype(R)::value;
-      int64_t d = 0;
-      for (; d + 2 * lanes <= D; d += 2 * lanes) weigh<many, 2>(from, width, values + d, S, D, to + d, apart);
-      for (; d + lanes <= D; d += lanes) weigh<many, 1>(from, width, values + d, S, D, to + d, apart);
-      for (; d < D; ++d)
-        for (int r = 0; r < many; ++r) {
-          float sum = 0;
-          for (int64_t s = 0; s < S; ++s) sum += from[r * width + s] * float(values[s * D + d]);
-          to[r * apart + d] = BFloat16(sum);
-        }
-    };
-    if (rows == 8) run(std::integral_constant<int, 8>());
-    else if (rows == 2) run(std::integral_constant<int, 2>());
-    else run(std::integral_constant<int, 1>());
-  }
+    const float* weights, int64_t width, const float* factors, const BFloat16* values, int64_t S, int64_t D,
+    BFloat16* const* to) {
+  int64_t d = 0;
+  if constexpr (R <= 4)
+    for (; d + 64 <= D; d += 64) weigh<R, 2, 32>(weights, width, factors, values, S, D, to, d);
+  for (; d + 32 <= D; d += 32) weigh<R, 1, 32>(weights, width, factors, values, S, D, to, d);
+  for (; d + 16 <= D; d += 16) weigh<R, 1, 16>(weights, width, factors, values, S, D, to, d);
+  for (; d < D; ++d)
+    for (int r = 0; r < R; ++r) {
+      float sum = 0;
+      for (int64_t s = 0; s < S; ++s) sum += weights[r * width + s] * float(values[s * D + d]);
+      to[r][d] = BFloat16(sum * factors[r]);
+    }
+}
+
+// Calls `run` with R, 8, 4, 2 or 1 but at most `most`, and with the first of R rows, until all rows are done.
+template <int most, typename Run>
+void by_rows(int64_t rows, const Run& run) {
+  int64_t row = 0;
+  const auto all = [&]<int R>() {
+    for (; rows - row >= R; row += R) run.template operator()<R>(row);
+  };
+  if constexpr (most >= 8) all.template operator()<8>();
+  all.template operator()<4>();
+  all.template operator()<2>();
+  all.template operator()<1>();
 }
 
 // The number of slots up to the last that any of M rows of an additive mask allows, rounded up to the lanes: a cache has room for
@@ -655,38 +771,116 @@ int64_t slots_seen(const BFloat16* mask, int64_t apart, int64_t M, int64_t S) {
 // Keys and values are read in place; heads that share them need no copies. The result is laid out as (B, M, H, D), as it is read.
 Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& mask, double scale) {
   const int64_t B = queries.size(0), H = queries.size(1), M = queries.size(2), D = queries.size(3), S = keys.size(2);
-  const int64_t share = H / keys.size(1), most = (S + lanes - 1) / lanes * lanes;
+  const int64_t G = keys.size(1), rows = H / G * M, pairs = (D + 2 * lanes - 1) / (2 * lanes) * lanes;
+  const int64_t threads = at::get_num_threads(), parts = std::min(rows, threads / std::gcd(B * G, threads));
   const Tensor q = queries.stride(3) == 1 ? queries : queries.contiguous();
   Tensor output = at::empty({B, M, H, D}, q.options());
-  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(M * most);
-    std::vector<BFloat16> asked(M * D);  // a head's queries, end to end
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / H, h = unit % H, g = h / share;
+  const auto mask_of = [&](int64_t b, int64_t h) {
+    return mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + (mask.size(1) > 1 ? h * mask.stride(1) : 0);
+  };
+  std::vector<int64_t> seen(B);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < mask.size(1); ++h)
+      seen[b] = std::max(seen[b], slots_seen(mask_of(b, h), mask.stride(2), M, S));
+  // The queries that share keys and values are one group, or divided so that all threads have as many.
+  at::parallel_for(0, B * G * parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t unit = from; unit < to; ++unit) {
+      const int64_t b = unit / (G * parts), g = unit / parts % G, part = unit % parts;
+      const int64_t begin = rows * part / parts, count = rows * (part + 1) / parts - begin;
+      const int64_t slots = seen[b], width = (slots + blocks * lanes - 1) / (blocks * lanes) * blocks * lanes;
       const BFloat16* k = keys.const_data_ptr<BFloat16>() + b * keys.stride(0) + g * keys.stride(1);
       const BFloat16* v = values.const_data_ptr<BFloat16>() + b * values.stride(0) + g * values.stride(1);
-      const BFloat16* added = mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + (mask.size(1) > 1 ? h * mask.stride(1) : 0);
-      const int64_t seen = slots_seen(added, mask.stride(2), M, S), width = (seen + lanes - 1) / lanes * lanes;
-      const BFloat16* own = q.const_data_ptr<BFloat16>() + b * q.stride(0) + h * q.stride(1);
-      for (int64_t m = 0; m < M; ++m) std::memcpy(asked.data() + m * D, own + m * q.stride(2), D * sizeof(BFloat16));
-      range(asked.data(), {k, D}, M, D, 0, seen, [&](int64_t m, int64_t n, auto count, const float* sums) {
-        for (int j = 0; j < count; ++j) scores[m * width + n + j] = sums[j] * float(scale);
-      });
-      for (int64_t m = 0; m < M; ++m) {
-        float* row = scores.data() + m * width;
-        const BFloat16* add = added + m * mask.stride(2);
-        for (int64_t s = 0; s < seen; s += lanes) {
-          const Lanes sum = vector_at<Lanes>(row + s) + widened(add + s, seen - s);
-          std::memcpy(row + s, &sum, sizeof sum);
-        }
-        std::fill(row + seen, row + width, -INFINITY);
-        softmax(row, width);
+      std::vector<Pair> asked(count * pairs);
+      std::vector<BFloat16*> results(count);
+      std::vector<float> weights(count * width), factors(count);
+      std::vector<Whole> held(blocks * pairs);
+      for (int64_t row = 0; row < count; ++row) {
+        const int64_t h = g * (H / G) + (begin + row) / M, m = (begin + row) % M;
+        const BFloat16* own = q.const_data_ptr<BFloat16>() + b * q.stride(0) + h * q.stride(1) + m * q.stride(2);
+        std::memcpy(&asked[row * pairs], own, D * sizeof(BFloat16));
+        results[row] = output.mutable_data_ptr<BFloat16>() + ((b * M + m) * H + h) * D;
       }
-      BFloat16* y = output.mutable_data_ptr<BFloat16>() + (b * M * H + h) * D;
-      weigh(scores.data(), width, v, M, seen, D, y, H * D);
+      for (int64_t s = 0; s < slots; s += blocks * lanes) {
+        for (int64_t c = 0; c < blocks; ++c) {
+          const int64_t first = std::min(s + c * lanes, slots);
+          columns(k + first * D, std::min<int64_t>(slots - first, lanes), D, &held[c * pairs]);
+        }
+        by_rows<4>(count, [&]<int R>(int64_t row) {
+          scores<R>(&asked[row * pairs], held.data(), pairs, float(scale), &weights[row * width + s], width);
+        });
+      }
+      for (int64_t row = 0; row < count; ++row) {
+        const int64_t h = g * (H / G) + (begin + row) / M, m = (begin + row) % M;
+        factors[row] = softmax(&weights[row * width], mask_of(b, h) + m * mask.stride(2), slots);
+      }
+      by_rows<8>(count, [&]<int R>(int64_t row) {
+        weigh<R>(&weights[row * width], width, &factors[row], v, slots, D, &results[row]);
+      });
     }
   });
   return output.transpose(1, 2);
+}
+
+// `medusa.sampling.draw` for rows of scores (R, V) and numbers in [0, 1) (R,): tokens (R,). A row's blocks are divided among the
+// threads, and everything else follows from their sums.
+Tensor draw(const Tensor& scores, const Tensor& uniform) {
+  constexpr int64_t block = 512;
+  const int64_t R = scores.size(0), V = scores.size(1), count = (V + block - 1) / block;
+  const Tensor held = scores.contiguous(), numbers = uniform.contiguous();
+  Tensor tokens = at::empty({R}, scores.options().dtype(at::kLong));
+  std::vector<float> most(count);
+  std::vector<double> sums(count);
+  for (int64_t r = 0; r < R; ++r) {
+    const float* row = held.const_data_ptr<float>() + r * V;
+    const auto lanes_at = [&](int64_t v) {
+      if (v + lanes <= V) return vector_at<Lanes>(row + v);
+      Lanes last = every(-INFINITY);
+      std::memcpy(&last, row + v, (V - v) * sizeof(float));
+      return last;
+    };
+    const auto each_block = [&](const auto& work) {
+      at::parallel_for(0, count, 8, [&](int64_t from, int64_t to) {
+        for (int64_t n = from; n < to; ++n) work(n, n * block, std::min(V, (n + 1) * block));
+      });
+    };
+    each_block([&](int64_t n, int64_t from, int64_t to) {
+      Lanes greatest = every(-INFINITY);
+      for (int64_t v = from; v < to; v += lanes) {
+        const Lanes here = lanes_at(v);
+        greatest = greatest > here ? greatest : here;
+      }
+      most[n] = greatest[0];
+      for (int i = 1; i < lanes; ++i) most[n] = std::max(most[n], greatest[i]);
+    });
+    const float top = *std::max_element(most.begin(), most.end());
+    each_block([&](int64_t n, int64_t from, int64_t to) {
+      Lanes sum{};
+      for (int64_t v = from; v < to; v += lanes) sum += exponential(lanes_at(v) - top);
+      sums[n] = 0;
+      for (int i = 0; i < lanes; ++i) sums[n] += sum[i];
+    });
+    double total = 0;
+    for (double sum : sums) total += sum;
+    double left = numbers.const_data_ptr<double>()[r] * total;
+    int64_t chosen = 0;
+    for (int64_t n = 0; n < count; ++n) {  // the first block whose sum exceeds what is left, or the last that has any
+      if (sums[n] > 0) chosen = n;
+      if (sums[n] > left) break;
+      left -= sums[n];
+    }
+    int64_t token = chosen * block;
+    bool found = false;
+    for (int64_t v = chosen * block; v < std::min(V, (chosen + 1) * block) && !found; v += lanes) {
+      const Lanes p = exponential(lanes_at(v) - top);
+      for (int i = 0; i < lanes && !found; ++i) {
+        if (p[i] > 0) token = v + i;
+        found = p[i] > left;
+        left -= p[i];
+      }
+    }
+    tokens.mutable_data_ptr<int64_t>()[r] = token;
+  }
+  return tokens;
 }
 
 // Within every row of each (B, H, S, D), slots `source` (B, n) go to slots `target` (B, n), all read before any is written.
@@ -762,6 +956,7 @@ TORCH_LIBRARY(medusa, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor rows) -> Tensor");
   library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
+  library.def("draw(Tensor scores, Tensor uniform) -> Tensor");
   library.def("move_slots(Tensor(a!)[] states, Tensor source, Tensor target) -> ()");
   library.def(
       "extend_history(Tensor(a!) table, Tensor(b!) tokens, Tensor(c!) length, Tensor(d!) last, Tensor(e!) after, Tensor path, "
@@ -774,6 +969,7 @@ TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear_rows", linear_rows);
   library.impl("computed", computed);
   library.impl("attention", attention);
+  library.impl("draw", draw);
   library.impl("move_slots", move_slots);
   library.impl("extend_history", extend_history);
 }
