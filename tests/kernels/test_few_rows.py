@@ -1,6 +1,7 @@
 """Kernels: a token's linear maps do not depend on the tokens beside it, in compiled steps as out of them."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from medusa.decoding import prefill, step
 from medusa.errors import InvalidInput
 from medusa.kernels.build import load_kernels
 from medusa.kernels.fusion import fuse, fuse_linear_maps, replace_attention
+from medusa.kernels.pages import use_large_pages
 from medusa.kernels.quantized import QuantizedLinear, quantize_maps
 from medusa.rows import DecodingOptions
 from medusa.sampling import Processors
@@ -21,7 +23,7 @@ from medusa.trees.tensors import Frame
 from medusa.warpers import Warpers
 
 needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
-SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (64, 31, 5)]
+SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (18, 1536, 20), (64, 31, 5)]
 
 
 def recorded(change):
@@ -149,6 +151,43 @@ def test_attention_is_torchs_and_each_query_is_the_same_alone(rows, slots, width
     torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-2)
     alone = [torch.ops.medusa.attention(q[:, :, n : n + 1], k, v, mask[:, :, n : n + 1], width**-0.5) for n in range(rows)]
     assert torch.equal(torch.cat(alone, 2), got)
+
+
+@needs_compiler
+def test_attention_does_not_depend_on_where_the_slots_of_a_path_are():
+    torch.manual_seed(0)
+    q = torch.randn(1, 6, 1, 64, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 3, 90, 64, dtype=torch.bfloat16) for _ in range(2))
+    seen = torch.cat([torch.arange(50), torch.arange(50, 90, 3)])  # of a tree of 40 nodes, every third
+    mask = torch.full((1, 1, 1, 90), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16)
+    mask[..., seen] = 0
+    together = torch.ops.medusa.attention(q, k[:, :, seen], v[:, :, seen], mask[..., seen], 0.125)
+    assert torch.equal(torch.ops.medusa.attention(q, k, v, mask, 0.125), together)
+
+
+@needs_compiler
+@pytest.mark.parametrize("vocabulary", [7, 513, 5000])
+def test_a_draw_is_the_first_token_whose_cumulative_probability_exceeds_the_number(vocabulary):
+    torch.manual_seed(0)
+    scores = 3 * torch.randn(vocabulary, 60).T  # not contiguous, as the numbers
+    scores = scores.masked_fill(torch.rand(scores.shape) < 0.3, -torch.inf)
+    scores[:, 2] = 1.0
+    numbers = torch.rand(60, 2, dtype=torch.float64)[:, 0]
+    numbers[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    got = torch.ops.medusa.draw(scores, numbers)
+    assert (scores.gather(1, got[:, None]) > -torch.inf).all()
+    before = torch.cat([torch.zeros(60, 1), cumulative], 1).gather(1, got[:, None])[:, 0]
+    assert (before <= numbers + 1e-6).all() and (numbers < cumulative.gather(1, got[:, None])[:, 0] + 1e-6).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems choose the size of pages themselves")
+def test_large_pages_keep_what_they_hold():
+    held = [torch.randn(1 << 20) for _ in range(3)]
+    wanted, addresses = [tensor.clone() for tensor in held], [tensor.data_ptr() for tensor in held]
+    use_large_pages([*held, torch.empty(0), torch.empty(3, device="meta")])
+    assert addresses == [tensor.data_ptr() for tensor in held]
+    assert all(map(torch.equal, held, wanted))
 
 
 @needs_compiler

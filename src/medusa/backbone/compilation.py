@@ -24,6 +24,7 @@ from medusa.kernels.build import load_kernels
 from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.kernels.fusion import few_rows_backend
 from medusa.kernels.graphs import Graph, compile_graph, graph_name, load_graph, save_graph
+from medusa.kernels.pages import use_large_pages
 from medusa.runs.files import digest
 from medusa.trees.history import History
 from medusa.trees.tensors import Drafted, Drafter, Frame
@@ -101,7 +102,7 @@ class Compiled:
         try:
             if device == "cuda":
                 return right(CudaGraph(function, self._model, *args))
-            few_rows = device == "cpu" and load_kernels()
+            few_rows = device == "cpu" and self._prepared
             name = graph_name(self._identity, repr(shapes), few_rows)
             with suppress(Exception):  # there is none, it is damaged, or it was made of something else
                 return right(load_graph(name, function))
@@ -117,10 +118,20 @@ class Compiled:
             return None
 
     @functools.cached_property
+    def _prepared(self) -> bool:
+        """Prepare a CPU, once: load the kernels, and move the weights to large pages. False if there are no kernels."""
+        use_large_pages(tensor for part in self._parts for tensor in (*part.parameters(), *part.buffers()))
+        return load_kernels()
+
+    @property
+    def _parts(self) -> list[nn.Module]:
+        model = self._model
+        return [model.backbone] if model.heads is None else [model.backbone, model.heads]
+
+    @functools.cached_property
     def _identity(self) -> list[str]:
         """What a graph depends on besides the shapes of its arguments: this package, and the model without its weights."""
-        model = self._model
-        parts: list[nn.Module] = [model.backbone] if model.heads is None else [model.backbone, model.heads]
+        model, parts = self._model, self._parts
         held = [(n, t.shape, t.stride(), t.dtype) for part in parts for n, t in part.state_dict(keep_vars=True).items()]
         config = model.backbone.config.to_dict() | {"_name_or_path": None}
         sources = [inspect.getsourcefile(type(model.lm.decoder)), *sorted(Path(medusa.__file__).parent.rglob("*.py"))]

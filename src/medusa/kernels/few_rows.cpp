@@ -862,12 +862,9 @@ Tensor draw(const Tensor& scores, const Tensor& uniform) {
     double total = 0;
     for (double sum : sums) total += sum;
     double left = numbers.const_data_ptr<double>()[r] * total;
-    int64_t chosen = 0;
-    for (int64_t n = 0; n < count; ++n) {  // the first block whose sum exceeds what is left, or the last that has any
-      if (sums[n] > 0) chosen = n;
-      if (sums[n] > left) break;
-      left -= sums[n];
-    }
+    int64_t chosen = 0, last = count - 1;
+    while (last > 0 && sums[last] == 0) --last;
+    for (; chosen < last && sums[chosen] <= left; ++chosen) left -= sums[chosen];
     int64_t token = chosen * block;
     bool found = false;
     for (int64_t v = chosen * block; v < std::min(V, (chosen + 1) * block) && !found; v += lanes) {
