@@ -113,11 +113,13 @@ def fuse_norms(graph: fx.GraphModule) -> None:
 
 
 def compute_once(graph: fx.GraphModule) -> None:
-    """Keep what every layer reads in memory: inductor computes it again in each, such as the sines of rotated positions."""
+    """Keep what every layer reads in memory: inductor computes it again in each, such as the mask and the sines of positions."""
     for node in list(graph.graph.nodes):
         value = node.meta.get("example_value")
-        if node.op not in ("call_function", "call_method") or node.target is operator.getitem or len(node.users) <= MANY:
+        if node.op not in ("call_function", "call_method") or len(node.users) <= MANY:
             continue
+        if node.target is operator.getitem and (_is_slice(node) or "example_value" not in cast(Any, node.args[0]).meta):
+            continue  # of an input, or of what a kernel returns
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.device.type == "cpu":
             with graph.graph.inserting_after(node):
                 kept = graph.graph.call_function(torch.ops.medusa.computed.default, (node,))
