@@ -14,7 +14,7 @@ from medusa.checkpoints.quantization import quantized
 from medusa.decoding import prefill, step
 from medusa.errors import InvalidInput
 from medusa.kernels.build import load_kernels
-from medusa.kernels.fusion import fuse, fuse_linear_maps, replace_attention
+from medusa.kernels.fusion import compute_once, fuse, fuse_linear_maps, replace_attention
 from medusa.kernels.pages import use_large_pages
 from medusa.kernels.quantized import QuantizedLinear, quantize_maps
 from medusa.rows import DecodingOptions
@@ -36,6 +36,22 @@ def recorded(change):
 
     graphs: list = []
     return backend, graphs
+
+
+@needs_compiler
+def test_what_every_layer_reads_is_computed_once():
+    def layers(x, slots, weights):
+        mask = torch.where(slots <= slots[:, None], 0.0, -torch.inf)[:, None]  # a view of what is computed
+        scale = weights[1:]  # of an input, which is in memory
+        for _ in range(9):
+            x = (x * scale + mask).softmax(-1)
+        return x
+
+    backend, graphs = recorded(compute_once)
+    args = torch.rand(5, 1, 5), torch.arange(5), torch.rand(6)
+    torch.testing.assert_close(torch.compile(layers, backend=backend)(*args), layers(*args))
+    (kept,) = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.computed.default]
+    assert len(kept.users) == 9
 
 
 @needs_compiler

@@ -21,6 +21,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -169,7 +170,7 @@ template <int ahead, bool odd>
 }
 
 // M inputs with rows [begin, end) of the weights. Four rows stay in the first cache while as many inputs as fit beside them pass.
-// Meanwhile the rows that come eight later are fetched in the order of memory, each four inputs a part, so that memory is read
+// Meanwhile the rows that come sixteen later are fetched in the order of memory, each four inputs a part, so that memory is read
 // throughout. `store` takes the results of up to sixteen rows for an input.
 template <typename Store>
 void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin, int64_t end, const Store& store) {
@@ -179,7 +180,7 @@ void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin
   if (M == 4) return in_order<4>(x, w, K, begin, end, store);
   constexpr int64_t cache = 24 << 10;
   const int64_t fit = cache / (4 * K * sizeof(BFloat16)) - 1, block = 4 * std::clamp<int64_t>(fit, 1, 4);
-  const int64_t share = M <= 4 ? 4 : M <= 12 ? 2 : 1;
+  const int64_t share = M <= 12 ? 2 : 1;
   for (int64_t from = begin; from < end; from += 16) {
     const int64_t rows = std::min<int64_t>(end - from, 16);
     for (int64_t first = 0; first < M; first += block) {
@@ -193,7 +194,6 @@ void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin
           };
           if (K % Dot::step) run.template operator()<0, true>();
           else if (m / 4 * share >= 4 || w.apart != K) run.template operator()<0>();
-          else if (share == 4) run.template operator()<4>();
           else if (share == 2) run.template operator()<2>();
           else run.template operator()<1>();
         }
@@ -585,16 +585,22 @@ Tensor computed(const Tensor& x) { return x.clone(); }
 // Two neighbouring elements of bfloat16, as they lie in memory.
 using Pair = int32_t;
 
-// Lanes of two vectors in turn, `unit` at a time: within each quarter those of its lower or upper half, or whole quarters, even or
-// odd ones.
+// Which lanes of two vectors `mixed` takes, in turn, `unit` at a time: within each quarter those of its lower or upper half, or
+// whole quarters, even or odd ones.
+constexpr int mixed_from(int unit, bool upper, int j) {
+  if (unit == 4) return j / 8 * lanes + (j / 4 % 2 * 2 + upper) * 4 + j % 4;
+  return j / unit % 2 * lanes + j / 4 * 4 + upper * 2 + (unit == 1 ? j % 4 / 2 : j % 2);
+}
+
 template <int unit, bool upper>
 Whole mixed(Whole a, Whole b) {
-  Whole from;
-  for (int j = 0; j < lanes; ++j) {
-    if (unit == 4) from[j] = j / 8 * lanes + (j / 4 % 2 * 2 + upper) * 4 + j % 4;
-    else from[j] = j / unit % 2 * lanes + j / 4 * 4 + upper * 2 + (unit == 1 ? j % 4 / 2 : j % 2);
-  }
-  return __builtin_shuffle(a, b, from);
+  return [&]<int... j>(std::integer_sequence<int, j...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, mixed_from(unit, upper, j)...);
+#else
+    return __builtin_shuffle(a, b, Whole{mixed_from(unit, upper, j)...});
+#endif
+  }(std::make_integer_sequence<int, lanes>());
 }
 
 // Rows become columns.

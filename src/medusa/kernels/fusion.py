@@ -113,7 +113,7 @@ def fuse_norms(graph: fx.GraphModule) -> None:
 
 
 def compute_once(graph: fx.GraphModule) -> None:
-    """Keep what every layer reads in memory: inductor computes it again in each, such as the mask and the sines of positions."""
+    """Keep what every layer reads in memory: inductor computes it again in each, such as the mask and rotations."""
     for node in list(graph.graph.nodes):
         value = node.meta.get("example_value")
         if node.op not in ("call_function", "call_method") or len(node.users) <= MANY:
