@@ -23,7 +23,7 @@ from medusa.trees.tensors import Frame
 from medusa.warpers import Warpers
 
 needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
-SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (18, 1536, 20), (64, 31, 5)]
+SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (18, 1536, 20), (4, 2048, 40), (64, 31, 5)]
 
 
 def recorded(change):

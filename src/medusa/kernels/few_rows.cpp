@@ -176,11 +176,12 @@ template <typename Store>
 void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin, int64_t end, const Store& store) {
   if (M == 1) return in_order<1>(x, w, K, begin, end, store);
   if (M == 2) return in_order<2>(x, w, K, begin, end, store);
-  if (M == 3) return in_order<3>(x, w, K, begin, end, store);
-  if (M == 4) return in_order<4>(x, w, K, begin, end, store);
+  const bool near = M * K * sizeof(BFloat16) <= 12 << 10;  // if not, four rows share the inputs, read from the second cache
+  if (M == 3 && near) return in_order<3>(x, w, K, begin, end, store);
+  if (M == 4 && near) return in_order<4>(x, w, K, begin, end, store);
   constexpr int64_t cache = 24 << 10;
   const int64_t fit = cache / (4 * K * sizeof(BFloat16)) - 1, block = 4 * std::clamp<int64_t>(fit, 1, 4);
-  const int64_t share = M <= 12 ? 2 : 1;
+  const int64_t share = M <= 4 ? 4 : M <= 12 ? 2 : 1;
   for (int64_t from = begin; from < end; from += 16) {
     const int64_t rows = std::min<int64_t>(end - from, 16);
     for (int64_t first = 0; first < M; first += block) {
@@ -194,6 +195,7 @@ void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin
           };
           if (K % Dot::step) run.template operator()<0, true>();
           else if (m / 4 * share >= 4 || w.apart != K) run.template operator()<0>();
+          else if (share == 4) run.template operator()<4>();
           else if (share == 2) run.template operator()<2>();
           else run.template operator()<1>();
         }
