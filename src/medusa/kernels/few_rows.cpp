@@ -100,6 +100,13 @@ Rows rows_of(const Tensor& matrix) { return {matrix.const_data_ptr<BFloat16>(), 
 
 using Sixteen = std::integral_constant<int, 16>;
 
+// Calls `use` with a number of results, which is known when compiled if there are sixteen.
+template <typename Use>
+void counted(int64_t count, const Use& use) {
+  if (count >= 16) use(Sixteen());
+  else use(int(count));
+}
+
 // M inputs with rows [begin, end) of the weights, one row after the other, so that memory is read from its start to its end. Two
 // rows at a time take twice as long on some machines. How far ahead rows are fetched was measured.
 template <int M, typename Store>
@@ -125,8 +132,7 @@ void in_order(const BFloat16* x, const Rows& w, int64_t K, int64_t begin, int64_
     for (int m = 0; m < M; ++m) {
       float results[16];
       Dot::reduce(sums[m], results);
-      if (rows == 16) store(m, from, Sixteen(), results);
-      else store(m, from, int(rows), results);
+      counted(rows, [&](auto count) { store(m, from, count, results); });
     }
   }
 }
@@ -199,10 +205,8 @@ void range(const BFloat16* x, const Rows& w, int64_t M, int64_t K, int64_t begin
           else if (share == 2) run.template operator()<2>();
           else run.template operator()<1>();
         }
-      for (int64_t m = 0; m < inputs; ++m) {
-        if (rows == 16) store(first + m, from, Sixteen(), results[m]);
-        else store(first + m, from, int(rows), results[m]);
-      }
+      for (int64_t m = 0; m < inputs; ++m)
+        counted(rows, [&](auto count) { store(first + m, from, count, results[m]); });
     }
   }
 }
@@ -241,6 +245,20 @@ To vector_at(const From* p) {
 
 Lanes widened(const BFloat16* p) { return (Lanes)(__builtin_convertvector(vector_at<Half>(p), Whole) << 16); }
 
+// The sum of the lanes, from the first to the last.
+template <typename Sum, typename Vector>
+Sum summed(const Vector& vector) {
+  Sum sum = 0;
+  for (int i = 0; i < lanes; ++i) sum += vector[i];
+  return sum;
+}
+
+float greatest(Lanes vector) {
+  float most = vector[0];
+  for (int i = 1; i < lanes; ++i) most = std::max(most, vector[i]);
+  return most;
+}
+
 // Minus zero changes nothing, not even the sign of a zero.
 Lanes every(float value) { return value - Lanes{}; }
 
@@ -267,8 +285,7 @@ Lanes exponential(Lanes x) {
 void narrow(Lanes value, int64_t count, BFloat16* to) {
   float from[lanes];
   std::memcpy(from, &value, sizeof from);
-  if (count >= lanes) narrow(from, Sixteen(), to);
-  else narrow(from, count, to);
+  counted(count, [&](auto known) { narrow(from, known, to); });
 }
 
 Lanes rounded(Lanes value) {
@@ -300,9 +317,7 @@ void normalize(
       }
       squares = fused(value, value, squares);
     }
-    float total = 0;
-    for (int i = 0; i < lanes; ++i) total += squares[i];
-    const Lanes inverse = every(1.f / std::sqrt(total / float(K) + eps));
+    const Lanes inverse = every(1.f / std::sqrt(summed<float>(squares) / float(K) + eps));
     const BFloat16* whole = added ? sum + m * K : x;
     for (int64_t k = 0; k < K; k += lanes)
       narrow(rounded(widened(whole + k, K - k) * inverse) * widened(scale + k, K - k), K - k, to + k);
@@ -557,10 +572,8 @@ std::vector<Tensor> rounded_linear(
         const auto run = [&]<int M>() {
           many = M;
           const auto totals = sixteen_rows<bits, M>(inputs, m, maps.M, rows, own);
-          for (int j = 0; j < M && m + j < maps.M; ++j) {
-            if (end - n >= lanes) store(m + j, totals[j], Sixteen());
-            else store(m + j, totals[j], int(end - n));
-          }
+          for (int j = 0; j < M && m + j < maps.M; ++j)
+            counted(end - n, [&](auto count) { store(m + j, totals[j], count); });
         };
         if (maps.M - m == 1) run.template operator()<1>();
         else if (maps.M - m <= 4) run.template operator()<4>();
@@ -586,6 +599,16 @@ Tensor computed(const Tensor& x) { return x.clone(); }
 
 // Two neighbouring elements of bfloat16, as they lie in memory.
 using Pair = int32_t;
+
+// The first and the second of each pair, as the bits of float32.
+template <typename Pairs>
+Pairs first_of(Pairs pairs) {
+  return pairs << 16;
+}
+template <typename Pairs>
+Pairs second_of(Pairs pairs) {
+  return pairs & ~0xffff;
+}
 
 // Which lanes of two vectors `mixed` takes, in turn, `unit` at a time: within each quarter those of its lower or upper half, or
 // whole quarters, even or odd ones.
@@ -649,10 +672,8 @@ Lanes with_pairs(Lanes sums, Whole keys, Pair query) {
 #if defined(__AVX512BF16__)
   return (Lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)keys, (__m512bh)_mm512_set1_epi32(query));
 #else
-  const auto first = [](auto pairs) { return pairs << 16; };
-  const auto second = [](auto pairs) { return pairs & ~0xffff; };
-  sums = fused((Lanes)first(keys), every(std::bit_cast<float>(first(query))), sums);
-  return fused((Lanes)second(keys), every(std::bit_cast<float>(second(query))), sums);
+  sums = fused((Lanes)first_of(keys), every(std::bit_cast<float>(first_of(query))), sums);
+  return fused((Lanes)second_of(keys), every(std::bit_cast<float>(second_of(query))), sums);
 #endif
 }
 
@@ -685,17 +706,14 @@ template <int R>
     most = most > score ? most : score;
     std::memcpy(row + s, &score, sizeof score);
   }
-  float top = most[0];
-  for (int i = 1; i < lanes; ++i) top = std::max(top, most[i]);
+  const float top = greatest(most);
   Doubles sum{};
   for (int64_t s = 0; s < seen; s += lanes) {
     const Lanes weight = exponential(vector_at<Lanes>(row + s) - top);
     sum += __builtin_convertvector(weight, Doubles);
     std::memcpy(row + s, &weight, sizeof weight);
   }
-  double total = 0;
-  for (int i = 0; i < lanes; ++i) total += sum[i];
-  return float(1 / total);
+  return float(1 / summed<double>(sum));
 }
 
 // R rows of weights, `width` apart, times C groups of `size` columns of the values, (S, D), from one on, and each row's factor.
@@ -710,8 +728,8 @@ template <int R, int C, int size>
     for (int c = 0; c < C; ++c) {
       Whole columns{};
       std::memcpy(&columns, values + s * D + from + c * size, size * sizeof(BFloat16));
-      even[c] = (Lanes)(columns << 16);
-      odd[c] = (Lanes)(columns & ~0xffff);
+      even[c] = (Lanes)first_of(columns);
+      odd[c] = (Lanes)second_of(columns);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -802,8 +820,9 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
       std::vector<BFloat16*> results(count);
       std::vector<float> weights(count * width), factors(count);
       std::vector<Whole> held(blocks * pairs);
+      const auto place = [&](int64_t row) { return std::pair(g * (H / G) + (begin + row) / M, (begin + row) % M); };
       for (int64_t row = 0; row < count; ++row) {
-        const int64_t h = g * (H / G) + (begin + row) / M, m = (begin + row) % M;
+        const auto [h, m] = place(row);
         const BFloat16* own = q.const_data_ptr<BFloat16>() + b * q.stride(0) + h * q.stride(1) + m * q.stride(2);
         std::memcpy(&asked[row * pairs], own, D * sizeof(BFloat16));
         results[row] = output.mutable_data_ptr<BFloat16>() + ((b * M + m) * H + h) * D;
@@ -818,7 +837,7 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
         });
       }
       for (int64_t row = 0; row < count; ++row) {
-        const int64_t h = g * (H / G) + (begin + row) / M, m = (begin + row) % M;
+        const auto [h, m] = place(row);
         factors[row] = softmax(&weights[row * width], mask_of(b, h) + m * mask.stride(2), slots);
       }
       by_rows<8>(count, [&]<int R>(int64_t row) {
@@ -852,20 +871,18 @@ Tensor draw(const Tensor& scores, const Tensor& uniform) {
       });
     };
     each_block([&](int64_t n, int64_t from, int64_t to) {
-      Lanes greatest = every(-INFINITY);
+      Lanes here = every(-INFINITY);
       for (int64_t v = from; v < to; v += lanes) {
-        const Lanes here = lanes_at(v);
-        greatest = greatest > here ? greatest : here;
+        const Lanes next = lanes_at(v);
+        here = here > next ? here : next;
       }
-      most[n] = greatest[0];
-      for (int i = 1; i < lanes; ++i) most[n] = std::max(most[n], greatest[i]);
+      most[n] = greatest(here);
     });
     const float top = *std::max_element(most.begin(), most.end());
     each_block([&](int64_t n, int64_t from, int64_t to) {
       Lanes sum{};
       for (int64_t v = from; v < to; v += lanes) sum += exponential(lanes_at(v) - top);
-      sums[n] = 0;
-      for (int i = 0; i < lanes; ++i) sums[n] += sum[i];
+      sums[n] = summed<double>(sum);
     });
     double total = 0;
     for (double sum : sums) total += sum;
