@@ -16,7 +16,7 @@ from medusa.backbone.cache import TreeCache
 from medusa.backbone.compilation import Compiled
 from medusa.backbone.lm import TreeLM
 from medusa.backbone.ranks import Ranks
-from medusa.checkpoints.adapter import has_adapter, load_adapter
+from medusa.checkpoints.adapter import has_adapter
 from medusa.checkpoints.hub import HUB_KEYWORDS, Source, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone
 from medusa.checkpoints.publish import push_to_hub
@@ -134,9 +134,8 @@ class MedusaModel(MedusaGenerationMixin):
         elif tree is None and (heads_folder / TREE_FILE).is_file():
             tree = load_tree(heads_folder / TREE_FILE)
         loaded = load_heads(heads_folder, backbone=source.folder)
-        module = load_backbone(source, dtype=dtype, device_map=device_map, **kwargs)
-        if heads is not None and has_adapter(heads_folder):
-            load_adapter(module, heads_folder)
+        adapters = [heads_folder] if heads is not None and has_adapter(heads_folder) else []
+        module = load_backbone(source, dtype, adapters, device_map=device_map, **kwargs)
         try:
             return cls(module, loaded, tree)
         except UnsupportedBackbone:

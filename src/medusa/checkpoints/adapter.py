@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from medusa.backbone.ranks import parts_of
+from medusa.checkpoints.quantization import DynamicQuantizer
 from medusa.config import CONFIG_FILE, read_json_object
 from medusa.errors import CheckpointError, InvalidInput
 from medusa.placement import device_of, is_offloaded, is_plain
@@ -61,6 +62,11 @@ def load_adapter(backbone: PreTrainedModel, folder: Path) -> None:
         raise CheckpointError(
             f"the adapter in {folder} cannot be merged into a tensor-parallel model; merge it first: "
             "medusa convert HEADS OUT --to merged"
+        )
+    if isinstance(getattr(backbone, "hf_quantizer", None), DynamicQuantizer):
+        raise CheckpointError(
+            f"the adapter in {folder} cannot be used: no adapter can be added to weights that are quantised; give the original "
+            "backbone with --quantization, which merges the adapter first"
         )
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))

@@ -9,26 +9,38 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from medusa.checkpoints.adapter import ADAPTER_FILES, adapted_model, has_adapter, load_adapter
+from medusa.checkpoints.adapter import ADAPTER_FILES, adapted_model, has_adapter
 from medusa.checkpoints.hub import SMOLLM2_HEADS, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.checkpoints.publish import CARD_FILE
+from medusa.checkpoints.quantization import quantized
 from medusa.checkpoints.reader import Checkpoint, load_heads, open_checkpoint
 from medusa.checkpoints.writer import check_request, copy_beside, wants_lm_head, write_checkpoint
 from medusa.config import CONFIG_FILE, INDEX, MODEL_FILES, SAFETENSORS, TREE_FILE, read_json_object
 from medusa.errors import InvalidInput
 
 
-def convert(source: str | Path, output: str | Path, to: str, backbone: str | None = None, **kwargs: Any) -> Checkpoint:
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    backbone: str | None = None,
+    quantization: str = "none",
+    **kwargs: Any,
+) -> Checkpoint:
     """Convert the heads of a folder, file or hub id to another format in a new folder, together with their tree.
 
     Args:
         to: one of `writer.FORMATS`; `merged` is the whole model, with the adapter of Medusa-2 added to its weights.
         backbone: folder or hub id; default: the source if it holds a backbone, otherwise the one its configuration names.
+        quantization: of the backbone in a merged model; see `quantized`.
         kwargs: options for loading the backbone, if it has to be loaded (`trust_remote_code`).
     """
     output = Path(output)
     check_request(output, to)
+    if quantization != "none" and to != "merged":
+        raise InvalidInput(f"{to} holds no backbone to quantise; write --to merged, or leave --quantization out")
+    how = quantized(quantization)
     path = Path(source) if Path(source).is_file() else find_heads(source)
     folder = path.parent if path.is_file() else path
     checkpoint = open_checkpoint(path)
@@ -42,7 +54,7 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
     if needs_lm_head or checkpoint.vocab_size is None or to == "merged":
         if base_model is None:
             raise InvalidInput(f"{to} needs the backbone of these heads, and {folder} does not name it; pass --backbone")
-        here = backbone is None and str(source) in SMOLLM2_HEADS  # the heads of the installed model
+        here = backbone is None and str(source) in ("smollm2", *SMOLLM2_HEADS)  # the heads of the installed model
         base = find_model("smollm2" if here else base_model, code=bool(kwargs.get("trust_remote_code")))
     heads = load_heads(path, backbone=base.folder if base is not None else None)
     adapter = has_adapter(folder) and alone
@@ -57,15 +69,11 @@ def convert(source: str | Path, output: str | Path, to: str, backbone: str | Non
         under = find_model(name, code=bool(kwargs.get("trust_remote_code")))
 
     def loaded() -> PreTrainedModel:
-        module = load_backbone(under or base, **kwargs)  # type: ignore[arg-type]
-        if under is not None:
-            load_adapter(module, base.folder)  # type: ignore[union-attr]
-        if adapter:
-            load_adapter(module, folder)
-        return module
+        adapters = [*([base.folder] if under is not None else []), *([folder] if adapter else [])]  # type: ignore[union-attr]
+        return load_backbone(under or base, adapters=adapters, **how, **kwargs)  # type: ignore[arg-type]
 
     whole = base is not None and any((base.folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX))
-    as_it_is = whole and not adapter
+    as_it_is = whole and not adapter and quantization == "none"
     if to == "merged" and base is not None and not as_it_is:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=output.parent) as changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from medusa.checkpoints.adapter import load_adapter
 from medusa.checkpoints.gguf import reading_once
 from medusa.checkpoints.hub import Source
 from medusa.checkpoints.names import belongs_to_heads
-from medusa.checkpoints.quantization import BITS
+from medusa.checkpoints.quantization import BITS, quantize_dynamic
 from medusa.checkpoints.tensors import check_tensors
 from medusa.config import CONFIG_FILE, MODEL_FILES, read_json_object
 from medusa.errors import CheckpointError, InvalidInput, one_line
-from medusa.kernels.quantized import quantize_maps
 from medusa.runs.extras import require
 from medusa.runs.files import read_json, read_text
 
@@ -32,19 +32,22 @@ TOKENIZER_FILES = (
 )
 
 
-def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_backbone(
+    source: Source | str | Path, dtype: torch.dtype | str | None = None, adapters: Sequence[Path] = (), **kwargs: Any
+) -> PreTrainedModel:
     """Load a causal LM from a folder, whose tensors may include heads, or from a GGUF file, whose weights are unpacked.
 
     Args:
         source: result of `find_model`, or a folder.
         dtype: dtype of the weights; default: the backbone's own, or bfloat16 for a GGUF file.
+        adapters: folders of adapters to load, one after the other (`load_adapter`).
         kwargs: further options of transformers' `from_pretrained`. The `quantization_config` "int8-dynamic" or "int4-dynamic"
-            is ours: the loaded model's linear maps are replaced (`quantize_maps`).
+            is ours: the loaded model is quantised after the adapters are merged into it (`quantize_dynamic`).
 
     Raises:
         CheckpointError: there is no model, a file is broken, or tensors are missing or of the wrong shape, which transformers
             would initialise at random.
-        InvalidInput: a GGUF file while the package that reads it is missing, or to be quantised again.
+        InvalidInput: a GGUF file while the package that reads it is missing, or a model to be quantised again.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     folder = source.folder
@@ -59,9 +62,9 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
                 "first (medusa convert HEADS OUT --to merged --backbone FILE.gguf) and quantise that"
             )
         dtype, kwargs = dtype or torch.bfloat16, _gguf_options(source) | kwargs
-    for name in (CONFIG_FILE, GENERATION_CONFIG):  # transformers would ignore a broken generation config
-        if (folder / name).exists():
-            read_json_object(folder / name)
+    configs = [read_json_object(folder / name) for name in (CONFIG_FILE, GENERATION_CONFIG) if (folder / name).exists()]
+    if bits is not None and any("quantization_config" in config for config in configs):
+        raise InvalidInput(f"{source} is quantised already and cannot be {kind} as well; leave --quantization out")
     options = {**kwargs, "ignore_mismatched_sizes": True}  # reported below, by name
     try:
         with _without_report(), _reading(source):
@@ -76,12 +79,10 @@ def load_backbone(source: Source | str | Path, dtype: torch.dtype | str | None =
     if source.name is not None or source.gguf_file is not None:
         backbone.config._name_or_path = str(source)  # transformers sets the model that a GGUF file was made from
     _account_for(info, folder)
+    for adapter in adapters:
+        load_adapter(backbone, adapter)
     if bits is not None:
-        if backbone.device.type != "cpu" or backbone.dtype not in (torch.bfloat16, torch.float32):
-            raise InvalidInput(
-                f"{kind} is for bfloat16 or float32 models on a CPU, got {backbone.dtype} on {backbone.device.type}; use nf4"
-            )
-        quantize_maps(backbone, bits)
+        quantize_dynamic(backbone, bits)
     return backbone
 
 

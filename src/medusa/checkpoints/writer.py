@@ -25,7 +25,7 @@ from medusa.runs.files import whole, write_json
 FORMATS = ("medusa", "v0.1", "v2", "vllm", "merged")
 # Files of a backbone's folder that a merged model gets besides the weights.
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-NOT_BESIDE = ("*" + INDEX, TREE_FILE, "adapter_config.json", "training.json", "run.json")
+NOT_BESIDE = ("*" + INDEX, TREE_FILE, "adapter_config.json", "training.json", "run.json", "__init__.py")
 
 
 def save_heads(heads: MedusaHeads, folder: str | Path, base_model: str | None = None, config: bool = True) -> None:

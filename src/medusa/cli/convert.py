@@ -28,6 +28,7 @@ def convert_command(
     backbone: Annotated[
         str | None, typer.Option(help="Folder or hub id of the backbone (default: the one in IN, or the one that IN names).")
     ] = None,
+    quantization: common.QuantizationOption = "none",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Publish OUT on the hub as this repository, with a model card.")
     ] = None,
@@ -46,7 +47,7 @@ def convert_command(
     quiet_transformers()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        written = convert(at(source, revision), output, to, backbone, trust_remote_code=trust_remote_code)
+        written = convert(at(source, revision), output, to, backbone, quantization, trust_remote_code=trust_remote_code)
     for warning in caught:
         if warning.category is UserWarning:  # ours; deprecations of libraries have other categories
             note(f"medusa: {warning.message}")

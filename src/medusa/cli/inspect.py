@@ -119,6 +119,7 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     from medusa.backbone.lm import max_length_of
     from medusa.checkpoints.loading import load_config
     from medusa.checkpoints.names import belongs_to_heads
+    from medusa.checkpoints.quantization import quantization_of
     from medusa.config import CONFIG_FILE, read_json_object
     from medusa.errors import CheckpointError
 
@@ -133,12 +134,15 @@ def backbone_facts(source: Source) -> dict[str, Any] | None:
     tokenizer = source.folder / "tokenizer_config.json"
     fields = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "attention_heads": "num_attention_heads"}
     fields |= {"key_value_heads": "num_key_value_heads", "vocab_size": "vocab_size"}
+    quantization = quantization_of(config)
+    parameters = sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights)
     return {
         "model": str(source),
         "architecture": kind,
         **{name: getattr(config, field, None) for name, field in fields.items()},
         "context": max_length_of(config),
-        "parameters": sum(_sizes(file, lambda name: not belongs_to_heads(name)) for file in weights) or None,
+        "parameters": parameters or None if quantization is None else None,  # several may be packed into one number
+        "quantization": quantization,
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "chat_template": (source.folder / "chat_template.jinja").is_file()
         or (tokenizer.is_file() and "chat_template" in read_json_object(tokenizer)),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from medusa.kernels.build import load_kernels
 
@@ -81,13 +82,12 @@ def _packed(rows: Tensor, bits: Literal[4, 8]) -> tuple[Tensor, Tensor]:
     return fours.flatten(2), torch.stack([step, low], 2).permute(0, 3, 2, 1).contiguous()
 
 
-class QuantizedHead(nn.Module):
-    """An LM head that makes its scores in int8, beside the map that it was made from, which heads and the embedding share."""
+class QuantizedHead(nn.Linear):
+    """An LM head that makes its scores in int8. Its weight stays as it was, for heads and an embedding that share it."""
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features = linear.in_features
-        self.shared, self.rounded = linear, QuantizedLinear(linear, 8)
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias, self.rounded = linear.weight, linear.bias, QuantizedLinear(linear, 8)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d) to (..., V)
         return self.rounded(x)
@@ -95,15 +95,28 @@ class QuantizedHead(nn.Module):
 
 def shared_map(lm_head: nn.Module) -> nn.Module:
     """What heads share of an LM head: all of it, or the map that a quantised one was made from."""
-    return lm_head.shared if isinstance(lm_head, QuantizedHead) else lm_head
+    return _linear(lm_head.weight, lm_head.bias) if isinstance(lm_head, QuantizedHead) else lm_head
 
 
 def quantize_maps(model: nn.Module, bits: Literal[4, 8]) -> None:
-    """Replace the linear maps of a model by `QuantizedLinear`, in place; the LM head is in 8 bits."""
+    """Replace the linear maps of a model by `QuantizedLinear`, in place; the LM head is in 8 bits. Maps on the meta device
+    become empty ones, to load quantised weights into."""
     lm_head = model.get_output_embeddings()  # type: ignore[operator]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child is not lm_head:
+            if child is lm_head:
+                continue
+            if type(child) is nn.Linear:
                 setattr(module, name, QuantizedLinear(child, bits))
+            elif type(child) is Conv1D:  # GPT-2's
+                linear = _linear(child.weight.T, child.bias)  # type: ignore[operator, arg-type]
+                setattr(module, name, QuantizedLinear(linear, bits))
     if type(lm_head) is nn.Linear:
         model.set_output_embeddings(QuantizedHead(lm_head))  # type: ignore[operator]
+
+
+def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:  # (N, K), (N,)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
+    return linear

@@ -277,6 +277,9 @@ def _start_from(heads: MedusaHeads, given: MedusaHeads) -> None:
 def _trainable(model: MedusaModel, config: TrainingConfig) -> MedusaModel:
     """The model, in which only the trained part of the backbone requires a gradient."""
     backbone = model.backbone.requires_grad_(False)
+    quantizer = getattr(backbone, "hf_quantizer", None)
+    if config.joint and quantizer is not None and not quantizer.is_trainable:
+        raise InvalidInput("this backbone's quantised weights have no gradients; train on the original, or nf4, with a LoRA")
     if config.backbone == "lora":
         make_differentiable(backbone)
         attach_adapter(backbone, config.lora_rank, config.lora_alpha, config.lora_dropout)
