@@ -80,6 +80,26 @@ def test_each_size_is_timed_at_one_depth_once_a_few_told_what_heads_cost(trees):
     assert [tree.depth for tree in depths[1:]] == list(trees.depths("dynamic", len(tuned.chosen[1].tree)))
 
 
+def test_where_timing_is_dear_sizes_far_from_the_fastest_are_left_out_and_the_choice_is_the_same(trees):
+    kinds, sizes = ("static", "dynamic"), (2, 4, 8, 16, 32)
+    every = choose_trees(trees, machine(0.1), kinds, sizes)
+    near = choose_trees(trees, machine(0.1), kinds, sizes, slower=1.15)
+    assert {option.tree for option in near.options} < {option.tree for option in every.options}
+    assert near.chosen[1].tree == every.chosen[1].tree
+
+
+def test_a_tree_has_one_time(trees):
+    jitter = iter(range(10**6))
+
+    def measure(tried, batch):
+        return [seconds * (1 + 0.01 * (next(jitter) % 7)) for seconds in machine(0.01)(tried, batch)]
+
+    tuned = choose_trees(trees, measure, ("dynamic",), SIZES)
+    times = {}
+    for option in [*tuned.options, *tuned.by_depth, *tuned.chosen.values()]:
+        assert times.setdefault(option.tree, option.step_seconds[1]) == option.step_seconds[1]
+
+
 def test_larger_batches_get_smaller_trees(trees):
     tuned = choose_trees(trees, machine(0.001, per_row=0.02), sizes=SIZES, batches=(1, 64))
     assert len(tuned.chosen[64].tree) < len(tuned.chosen[1].tree)

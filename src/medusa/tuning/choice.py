@@ -4,13 +4,16 @@ Tokens per step come from replaying trees on recorded texts, seconds per step fr
 off, plain decoding (a tree of the root alone) is chosen.
 
 Replay is cheap, timing is not. So trees of every kind, size and depth are replayed, but only a few are timed: three sizes of
-each kind, each with one head and with all heads. The time of a step is nearly linear in nodes and heads, so a plane fitted to
+one kind, each with one head and with all heads. The time of a step is nearly linear in nodes and heads, so a plane fitted to
 these times predicts the best depth of every kind and size. That tree is then timed, and so is the fastest one at all depths.
+Where every tree has to be compiled first, for half a minute, only sizes that are predicted to come near the fastest are timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from medusa.tuning.config import SIZES, USUAL_KINDS
 from medusa.tuning.options import PLAIN, Option, Trees, different
 
 LEAST_SPEEDUP = 1.02  # below this, a tree is not worth the risk that the prediction is wrong
+NEAR = 1.15  # a size predicted to be slower than the fastest by more than this factor is not worth compiling
 
 # Seconds of a step with each tree, for a batch size.
 StepTimer = Callable[[Sequence[MedusaTree | DynamicTree], int], list[float]]
@@ -78,10 +82,10 @@ def choose_trees(
     sizes: Sequence[int] = SIZES,
     batches: Sequence[int] = (1,),
     always: bool = False,  # choose a tree even if plain decoding is faster
+    slower: float = math.inf,  # leave out sizes predicted to be slower than the fastest by more than this factor
 ) -> Choices:
     """Time every kind and size at its most promising depth, then the best at all depths; choose for each batch size."""
-    options = different([each for kind in kinds for each in promising(trees, timer, kind, sizes, batches)])
-    plain, *options = _timed([PLAIN, *options], timer, batches)
+    plain, *options = _timed([PLAIN, *promising(trees, timer, kinds, sizes, batches, slower)], timer, batches)
     chosen = {batch: choose(options, plain, batch, always) for batch in batches}
     smallest = min(batches)
     first, by_depth = chosen[smallest], []
@@ -92,6 +96,9 @@ def choose_trees(
         for option in by_depth:  # timed in another run: rescaled so that its plain step takes as long
             option.step_seconds[smallest] *= plain.step_seconds[smallest] / again.step_seconds[smallest]
         chosen[smallest] = choose(by_depth, plain, smallest, always)
+        latest = {option.tree: option.step_seconds[smallest] for option in by_depth}
+        for option in options:
+            option.step_seconds[smallest] = latest.get(option.tree, option.step_seconds[smallest])
     return Choices(plain, options, by_depth, chosen)
 
 
@@ -109,31 +116,37 @@ def choose(options: Sequence[Option], plain: Option, batch: int, always: bool = 
     return best if always or best.speedup(plain, batch) >= LEAST_SPEEDUP else plain
 
 
-def promising(trees: Trees, timer: StepTimer, kind: str, sizes: Sequence[int], batches: Sequence[int]) -> list[Option]:
-    """For every size of this kind, the depth with the most tokens per second according to a plane of step times.
+def promising(
+    trees: Trees, timer: StepTimer, kinds: Sequence[str], sizes: Sequence[int], batches: Sequence[int], slower: float
+) -> list[Option]:
+    """For every kind and size, the depth with the most tokens per second according to a plane of step times.
 
-    The plane is fitted to the smallest, the middle and the largest size, each with one head and with all. The best
-    depth may differ between batch sizes; a size then has several options.
+    The plane is fitted to the smallest, the middle and the largest size of the first kind, each with one head and with all.
+    The best depth may differ between batch sizes; a size then has several options.
     """
     ordered = sorted(sizes)
     corners = [
-        trees.option(kind, size, depth)
+        trees.option(kinds[0], size, depth)
         for size in dict.fromkeys((ordered[0], ordered[len(ordered) // 2], ordered[-1]))
-        for depth in dict.fromkeys((1, trees.depths(kind, size)[-1]))
+        for depth in dict.fromkeys((1, trees.depths(kinds[0], size)[-1]))
     ]
     timed = _timed([PLAIN, *different(corners)], timer, batches)
     found = []
     for batch in batches:
         predict = step_plane(timed, batch)
-        for size in ordered:
+        best = []  # (speed, option) of every kind and size, the shallowest of equals
+        for kind, size in itertools.product(kinds, ordered):
             tried = [trees.option(kind, size, depth) for depth in trees.depths(kind, size)]
-            found.append(max(tried, key=lambda option: option.acceleration_rate / predict(option.tree)))  # shallowest if equal
+            speeds = [option.acceleration_rate / predict(option.tree) for option in tried]
+            best.append((max(speeds), tried[speeds.index(max(speeds))]))
+        fastest = max(speed for speed, _ in best)
+        found += [option for speed, option in best if slower * speed >= fastest]
     return different(found)
 
 
 def step_plane(timed: Sequence[Option], batch: int) -> Callable[[MedusaTree | DynamicTree], float]:
-    """Predicted seconds of a step: plain + a nodes + b heads, fitted by least squares to plain decoding, timed first, and trees
-    of one kind."""
+    """Predicted seconds of a step: plain + a nodes + b heads, fitted by least squares to plain decoding, which comes first, and
+    trees."""
 
     def terms(tree: MedusaTree | DynamicTree) -> list[float]:
         return [len(tree) - 1, tree.depth]

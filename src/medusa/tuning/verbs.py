@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from medusa.runs.plotting import can_plot
 from medusa.runs.provenance import made_by
 from medusa.trees.calibration import CALIBRATION_FILE, Calibration
 from medusa.trees.files import Tree, TreeChoice, save_tree
-from medusa.tuning.choice import Choices, choose_trees
+from medusa.tuning.choice import NEAR, Choices, choose_trees
 from medusa.tuning.config import TuningConfig
 from medusa.tuning.options import Trees, copied_nodes
 from medusa.tuning.plots import draw_calibration, draw_choices
@@ -142,7 +143,8 @@ def tune_model(
     if model.max_length is not None:
         usual = max(1, min(usual, model.max_length - room))
     timer = _Timer(model, texts, config, config.contexts or (usual,))
-    choices = choose_trees(trees, timer, config.kinds, config.nodes, sorted(config.batches), config.always)
+    slower = NEAR if config.compile and model.device.type == "cpu" else math.inf
+    choices = choose_trees(trees, timer, config.kinds, config.nodes, sorted(config.batches), config.always, slower)
     picked = {batch: option.tree for batch, option in choices.chosen.items()}
     tree: Tree = picked[min(picked)] if len(set(picked.values())) == 1 else TreeChoice(picked)
     made_with = {"prompts": source, "contexts": list(timer.contexts), "compile": config.compile, **made_by(model)}
