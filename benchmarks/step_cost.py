@@ -3,7 +3,8 @@
     python benchmarks/step_cost.py [--shapes smollm2 1.1b vicuna-7b] [--nodes 1 16 64] [--kind path] [--dynamic] [--compiled]
 
 Random heads are nearly never right, so every step accepts about one token and costs are those of a step alone. Each
-tree is measured in turn within each round; ratios are to the plain step of the same run. Bytes are those of the weights
+tree is measured in turn within each round; ratios are to the plain step of the same run. Drafting is what heads and the tree's
+assembly add to the backbone's pass over the same tree, timed in turn with it, in plain steps. Bytes are those of the weights
 that a step must read (backbone without its embedding table, heads that the tree uses) and of the KV cache. On a GPU, launches
 are what the CPU starts in a step: kernels and graphs. With --hardware (what `medusa simulate --measure --output FILE` measured)
 the prediction of medusa.simulation stands beside.
@@ -16,6 +17,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from medusa import DynamicTree, MedusaHeads, MedusaModel, MedusaTree
+from medusa.backbone.compilation import Compiled
 from medusa.decoding import prefill, step
 from medusa.rows import DecodingOptions
 from medusa.simulation.hardware import Hardware, load_hardware
@@ -33,6 +36,7 @@ from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import shape_of
 from medusa.state import Decodable, DecodingState
 from medusa.trees.files import Tree
+from medusa.trees.tensors import Drafted, Frame
 
 SHAPES: dict[str, dict] = {
     "smollm2": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
@@ -42,7 +46,7 @@ SHAPES: dict[str, dict] = {
     "vicuna-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
 }
 PARTS = ("backbone", "heads", "accept", "keep")
-DRAFT_VOCABULARY = 8192  # of heads that read tokens
+DRAFT_VOCABULARY = 8192  # of heads that share the LM head or read tokens
 
 
 def tree_of(nodes: int, heads: int) -> MedusaTree:
@@ -59,9 +63,9 @@ def tree_of(nodes: int, heads: int) -> MedusaTree:
 
 def build(shape: str, num_heads: int, kind: str, shared: bool, device: str) -> MedusaModel:
     config = LlamaConfig(**{"vocab_size": 32000, "max_position_embeddings": 2048} | SHAPES[shape])
-    reads: dict = {}
+    reads: dict = {"token_map": torch.arange(DRAFT_VOCABULARY)} if shared or kind != "medusa" else {}
     if kind != "medusa":
-        reads = dict(heads_kind=kind, embedding_size=config.hidden_size, token_map=torch.arange(DRAFT_VOCABULARY))
+        reads |= {"heads_kind": kind, "embedding_size": config.hidden_size}
     with torch.device(device):
         torch.manual_seed(0)
         backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -70,6 +74,37 @@ def build(shape: str, num_heads: int, kind: str, shared: bool, device: str) -> M
             if parameter is not backbone.lm_head.weight:
                 torch.nn.init.normal_(parameter, std=0.02)
     return MedusaModel(backbone, heads, tree_of(num_heads + 1, num_heads))
+
+
+class Alone:
+    """A model whose step reads a tree that is already drafted: the backbone's pass alone."""
+
+    def __init__(self, model: MedusaModel):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def draft_and_verify(self, root: Any, hidden: Any, drafted: Drafted, history: Any, frame: Frame, cache: Any) -> Drafted:
+        states = self._model.lm.verify(drafted.tokens, drafted.tree, frame, cache)
+        return Drafted(drafted.tokens, drafted.tree, states, self._model.logits(states))
+
+
+@torch.inference_mode()
+def drafting(model: Decodable, alone: Decodable, state: DecodingState, args: argparse.Namespace, device: str) -> float:
+    """Seconds that drafting adds to the backbone's pass: the median of differences between two passes in turn."""
+    drafter, frame = state.guided_drafter({}, None), state.frame(model.static_shapes)
+    ahead = (state.root, state.hidden)
+    drafted = model.draft_and_verify(*ahead, drafter, state.history, frame, state.cache)
+    differences = []
+    for round_ in range(args.steps * args.rounds + 2):
+        start = now(device)
+        model.draft_and_verify(*ahead, drafter, state.history, frame, state.cache)
+        between = now(device)
+        alone.draft_and_verify(*ahead, drafted, state.history, frame, state.cache)
+        if round_ >= 2:
+            differences.append(2 * between - start - now(device))
+    return statistics.median(differences)
 
 
 def weight_bytes(model: MedusaModel, tree: MedusaTree) -> int:
@@ -104,6 +139,9 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
                 if round_:  # the first round warms up
                     seconds[nodes].append(now(device) - start)
     bandwidth = copy_bandwidth(device)
+    alone: Any = Alone(model)
+    alone = Compiled(alone, model.lm.probe()) if args.compiled else alone
+    plain = statistics.median(seconds[sizes[0]])
     rows = []
     for nodes, state in states.items():
         median = statistics.median(seconds[nodes])
@@ -112,7 +150,8 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
             {
                 "nodes": nodes,
                 "milliseconds": 1e3 * median,
-                "overhead": median / statistics.median(seconds[sizes[0]]),
+                "overhead": median / plain,
+                "drafting": drafting(decodable, alone, state, args, device) / plain if nodes > 1 else 0.0,
                 "parts": split(decodable, state, args.steps, device),
                 "launches": launches(decodable, state) if device != "cpu" else None,
                 "bytes": moved,
@@ -191,7 +230,7 @@ def main() -> None:
         table = Table(title=f"{shape}, bfloat16, {device}, {args.num_heads} {args.kind} heads ({kind})", title_justify="left")
         predicted = ("predicted ms", "overhead", "error") if hardware else ()
         counted = ("launches",) if cuda else ()
-        for column in ("nodes", "ms", "overhead", *PARTS, "rest", "GB", "of copy bandwidth", *counted, *predicted):
+        for column in ("nodes", "ms", "overhead", "drafting", *PARTS, "rest", "GB", "of copy bandwidth", *counted, *predicted):
             table.add_column(column, justify="right")
         for row in rows:
             shares = (f"{row['parts'][part]:.1%}" for part in (*PARTS, "rest"))
@@ -206,6 +245,7 @@ def main() -> None:
                 str(row["nodes"]),
                 f"{row['milliseconds']:.2f}",
                 f"{row['overhead']:.2f}",
+                f"{row['drafting']:.2f}",
                 *shares,
                 f"{row['bytes'] / 1e9:.2f}",
                 f"{row['bandwidth_share']:.0%}",

@@ -228,7 +228,7 @@ def test_a_compiled_step_reads_shared_keys_in_place():
 
 @needs_compiler
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_norms_and_gates_are_part_of_the_maps_that_they_surround(bits):
+def test_norms_and_gates_are_part_of_the_maps_that_they_surround_and_those_between_attentions_are_one_call(bits, monkeypatch):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 9}
     config = LlamaConfig(**sizes, num_attention_heads=2)
@@ -237,11 +237,18 @@ def test_norms_and_gates_are_part_of_the_maps_that_they_surround(bits):
         norm.weight.copy_(torch.rand(36) + 0.5)
     if bits:
         quantize_maps(backbone, bits)
-    backend, graphs = recorded(fuse)
     ids = torch.arange(7)[None]
+    joined, joined_graphs = recorded(fuse)
     with torch.inference_mode():
+        together = torch.compile(backbone, backend=joined)(ids, use_cache=False).logits
+        torch.compiler.reset()
+        monkeypatch.setattr("medusa.kernels.fusion.join_maps", lambda graph: None)
+        backend, graphs = recorded(fuse)
         got = torch.compile(backbone, backend=backend)(ids, use_cache=False).logits
         wanted = backbone(ids, use_cache=False).logits
+    assert torch.equal(together, got)
+    runs = [node for node in joined_graphs[0].graph.nodes if node.target is torch.ops.medusa.maps.default]
+    assert [len(run.args[1]) for run in runs] == [4] * 8 + [3]  # the last of a run is the next layer's
     kernel = torch.ops.medusa.linear_rounded.default if bits else torch.ops.medusa.linear.default
     calls = [node for node in graphs[0].graph.nodes if node.target is kernel]
     assert sum("scale" in call.kwargs for call in calls) >= 18  # of queries, keys and values, and of the MLP

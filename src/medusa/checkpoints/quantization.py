@@ -66,7 +66,7 @@ class DynamicQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
             raise InvalidInput(
-                "int8-dynamic and int4-dynamic are for bfloat16 or float32 models on a CPU, got "
+                f"int{self.quantization_config.bits}-dynamic is for bfloat16 or float32 models on a CPU, got "
                 f"{model.dtype} on {model.device.type}; choose another --dtype or --device, or nf4"
             )
 

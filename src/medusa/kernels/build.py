@@ -47,6 +47,7 @@ def load_kernels() -> bool:
         return _without(next((line for line in lines if "error:" in line), lines[0])[:200])
     torch.library.register_fake("medusa::linear", _fake)
     torch.library.register_fake("medusa::linear_rounded", _fake_rounded)
+    torch.library.register_fake("medusa::maps", _fake_maps)
     torch.library.register_fake("medusa::linear_rows", _fake_rows)
     torch.library.register_fake("medusa::attention", _fake_attention)
     torch.library.register_fake("medusa::computed", torch.empty_like)
@@ -118,6 +119,22 @@ def _fake_rounded(
 def _outputs(x: Tensor, sizes: list[int], gated: bool = False, added: Tensor | None = None, *_: Any, **__: Any) -> list[Tensor]:
     outputs = [x.new_empty(*x.shape[:-1], size) for size in (sizes[:1] if gated else sizes)]
     return outputs if added is None else [*outputs, x.new_empty(x.shape)]
+
+
+def _fake_maps(given: list[Tensor], eps: list[float], program: list[int]) -> list[Tensor]:
+    tensors: list[Any] = list(given)
+    numbers = iter(program)
+
+    def several() -> list[int]:
+        return [next(numbers) for _ in range(next(numbers))]
+
+    for _ in eps:
+        rounded, x = next(numbers), next(numbers)
+        weights, _scales, sizes, _biases = several(), several(), several(), several()
+        gated, added, _scale = next(numbers), next(numbers), next(numbers)
+        sizes = sizes if rounded else [tensors[weight].shape[0] for weight in weights]
+        tensors += _outputs(tensors[x], sizes, bool(gated), None if added < 0 else tensors[added])
+    return [tensors[number] for number in several()]
 
 
 def _fake_rows(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:

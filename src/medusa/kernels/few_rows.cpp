@@ -594,6 +594,41 @@ std::vector<Tensor> linear_rounded(
   return run(wide ? rounded_linear<8, float> : rounded_linear<8, BFloat16>);
 }
 
+// Calls of `linear` and `linear_rounded`, one after the other, as `fusion.join_maps` writes them. Tensors are those given, then the
+// results of every call, in order, and operands are numbers of tensors: each call is 1 if it is rounded, x, the weights, scales,
+// sizes and biases, each a count and that many numbers, gated, added and scale (-1: none). At the end are the results to return.
+std::vector<Tensor> maps(at::TensorList given, at::ArrayRef<double> eps, at::IntArrayRef program) {
+  std::vector<Tensor> tensors(given.begin(), given.end());
+  const int64_t* at = program.data();
+  const auto numbers = [&] {
+    const int64_t count = *at++;
+    at += count;
+    return at::IntArrayRef(at - count, count);
+  };
+  const auto several = [&] {
+    std::vector<Tensor> found;
+    for (const int64_t number : numbers()) found.push_back(tensors[number]);
+    return found;
+  };
+  const auto perhaps = [&] {
+    const int64_t number = *at++;
+    return number < 0 ? std::nullopt : std::optional<Tensor>(tensors[number]);
+  };
+  for (const double each : eps) {
+    const bool rounded = *at++;
+    const Tensor x = tensors[*at++];
+    const auto weights = several(), scales = several();
+    const auto sizes = numbers();
+    const auto biases = several();
+    const bool gated = *at++;
+    const auto added = perhaps(), scale = perhaps();
+    auto results = rounded ? linear_rounded(x, weights, scales, sizes, biases, gated, added, scale, each)
+                           : linear(x, weights, biases, gated, added, scale, each);
+    std::move(results.begin(), results.end(), std::back_inserter(tensors));
+  }
+  return several();
+}
+
 // The same bits, in memory: see `fusion.compute_once`.
 Tensor computed(const Tensor& x) { return x.clone(); }
 
@@ -975,6 +1010,7 @@ TORCH_LIBRARY(medusa, library) {
   const std::string around = "bool gated=False, Tensor? added=None, Tensor? scale=None, float eps=0.0) -> Tensor[]";
   library.def(("linear(Tensor x, Tensor[] weights, Tensor[] biases, " + around).c_str());
   library.def(("linear_rounded(Tensor x, Tensor[] weights, Tensor[] scales, int[] sizes, Tensor[] biases, " + around).c_str());
+  library.def("maps(Tensor[] given, float[] eps, int[] program) -> Tensor[]");
   library.def("linear_rows(Tensor x, Tensor weight, Tensor rows) -> Tensor");
   library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
@@ -988,6 +1024,7 @@ TORCH_LIBRARY(medusa, library) {
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear", linear);
   library.impl("linear_rounded", linear_rounded);
+  library.impl("maps", maps);
   library.impl("linear_rows", linear_rows);
   library.impl("computed", computed);
   library.impl("attention", attention);

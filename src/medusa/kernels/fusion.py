@@ -41,6 +41,7 @@ def fuse(graph: fx.GraphModule) -> None:
     replace_attention(graph)
     replace_shortlists(graph)
     compute_once(graph)
+    join_maps(graph)
 
 
 def fuse_linear_maps(graph: fx.GraphModule) -> None:
@@ -110,6 +111,54 @@ def fuse_norms(graph: fx.GraphModule) -> None:
         call.update_kwarg("added", added)
         _erase([whole])
     graph.recompile()
+
+
+def join_maps(graph: fx.GraphModule) -> None:
+    """Make one call of maps that follow on one another, as those between two attentions: each call takes Python some 7 us."""
+    place = {node: number for number, node in enumerate(graph.graph.nodes)}
+    runs: list[list[Any]] = []
+    for call in _calls(graph):
+        run = runs[-1] if runs else []
+        made = [node for node in call.all_input_nodes if node.target is operator.getitem and node.args[0] in run]
+        others = [node for node in call.all_input_nodes if node not in made]
+        if any(node.args[0] is run[-1] for node in made) and all(place[node] < place[run[0]] for node in others):
+            run.append(call)
+        else:
+            runs.append([call])
+    for run in runs:
+        if len(run) > 1:
+            _join(graph.graph, run)
+    graph.recompile()
+
+
+def _join(graph: fx.Graph, run: list[Any]) -> None:
+    """Make a call of `medusa::maps` of several calls; the program is described at its definition."""
+    made = {output: None for call in run for output in call.users}
+    given = list(dict.fromkeys(node for call in run for node in call.all_input_nodes if node not in made))
+    number = {None: -1, **{node: n for n, node in enumerate(given)}}
+    program, tensors = [], len(given)
+    for call in run:
+        rounded = call.target is torch.ops.medusa.linear_rounded.default
+        x, weights, *others = call.args
+        scales, sizes, biases = others if rounded else ([], [], *others)
+        gated, added, scale = (call.kwargs.get(name) for name in ("gated", "added", "scale"))
+        program += [int(rounded), number[x]]
+        for each in ([number[node] for node in weights], [number[node] for node in scales], sizes, [number[b] for b in biases]):
+            program += [len(each), *each]
+        program += [int(bool(gated)), number[added], number[scale]]
+        number |= {output: tensors + output.args[1] for output in call.users}
+        tensors += (1 if gated else len(weights)) + (added is not None)
+    wanted = [output for output in made if any(user not in run for user in output.users)]
+    program += [len(wanted), *(number[output] for output in wanted)]
+    eps = [call.kwargs.get("eps", 0.0) for call in run]
+    with graph.inserting_before(run[0]):
+        results = graph.call_function(torch.ops.medusa.maps.default, (given, eps, program))
+        found = [graph.call_function(operator.getitem, (results, n)) for n in range(len(wanted))]
+    for output, result in zip(wanted, found, strict=True):
+        result.meta = dict(output.meta)
+        output.replace_all_uses_with(result, lambda user: user not in run)
+    for call in reversed(run):
+        _erase([*call.users, call])
 
 
 def compute_once(graph: fx.GraphModule) -> None:
