@@ -72,7 +72,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif "/tree/" in self.path:
             sizes = {path.name: path.stat().st_size for path in self.served.iterdir()}
             reply = [{"type": "file", "path": name, "size": size, "oid": "1" * 40} for name, size in sizes.items()]
-        elif "/revision/" in self.path:
+        elif self.path.startswith("/api/models/me/"):
             reply = {
                 "id": "me/heads",
                 "sha": "0" * 40,

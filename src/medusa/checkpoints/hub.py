@@ -152,12 +152,13 @@ def fetch(name: str, gguf_file: str | None = None, subfolder: str = "", code: bo
         if hub.get("local_files_only"):
             return Path(snapshot_download(repository, **here))
         try:
-            listed = HfApi().list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
+            info = HfApi().model_info(repository, revision=hub.get("revision"), token=hub.get("token"))  # fails at once offline
         except Exception as error:  # offline, no such model, no permission to read it
             try:
                 return Path(snapshot_download(repository, **here))
             except Exception:
                 raise error from None
+        listed = [file.rfilename for file in info.siblings or ()]
         held = [file.removeprefix(inside) for file in listed if file.startswith(inside)]
         chosen = files_beside(held, code)
         if gguf_file is not None:
