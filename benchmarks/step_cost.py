@@ -139,8 +139,7 @@ def measure(model: MedusaModel, sizes: list[int], args: argparse.Namespace, devi
                 if round_:  # the first round warms up
                     seconds[nodes].append(now(device) - start)
     bandwidth = copy_bandwidth(device)
-    alone: Any = Alone(model)
-    alone = Compiled(alone, model.lm.probe()) if args.compiled else alone
+    alone: Any = Compiled(Alone(model), noise=model.lm.probe()) if args.compiled else Alone(model)
     plain = statistics.median(seconds[sizes[0]])
     rows = []
     for nodes, state in states.items():

@@ -87,7 +87,7 @@ def quantize_dynamic(backbone: PreTrainedModel, bits: Literal[4, 8]) -> None:
     others = [part for part in (backbone.get_input_embeddings(), backbone.get_output_embeddings()) if part is not None]
     ends = {id(weight) for part in others for weight in part.parameters()}
     left = sum(weight.numel() for weight in backbone.parameters() if weight.ndim > 1 and id(weight) not in ends)
-    maps = sum(map.in_features * map.out_features for map in backbone.modules() if isinstance(map, QuantizedLinear))
+    maps = sum(part.in_features * part.out_features for part in backbone.modules() if isinstance(part, QuantizedLinear))
     if left > maps:
         name = type(backbone).__name__
         warnings.warn(f"most weights of {name} are not in linear layers and stay in {backbone.dtype}", stacklevel=2)

@@ -133,7 +133,7 @@ def join_maps(graph: fx.GraphModule) -> None:
 
 def _join(graph: fx.Graph, run: list[Any]) -> None:
     """Make a call of `medusa::maps` of several calls; the program is described at its definition."""
-    made = {output: None for call in run for output in call.users}
+    made = [output for call in run for output in call.users]
     given = list(dict.fromkeys(node for call in run for node in call.all_input_nodes if node not in made))
     number = {None: -1, **{node: n for n, node in enumerate(given)}}
     program, tensors = [], len(given)
