@@ -14,7 +14,7 @@ from medusa import DynamicTree, MedusaTree
 from medusa.decoding import decode
 from medusa.pool import Request, decode_queue, left_padded
 from medusa.rows import DecodingOptions
-from medusa.sampling import Processors, uniforms
+from medusa.sampling import Processors, ahead, draw, position_keys, row_keys
 from medusa.trees.tensors import Drafted
 
 VOCAB, STATES, HEADS = 11, 47, 3
@@ -102,6 +102,8 @@ class FakeModel:
         guesses = None
         if drafter.num_heads:
             guesses = drafter.guess(self.heads[: drafter.num_heads, hidden.argmax(-1)])
+            if frame.draws is not None:
+                guesses = guesses._replace(noise=ahead(frame.draws, frame.lengths, guesses.tokens))
         tokens, tree = drafter.assemble(root, guesses, history)
         base = int(frame.base)
         assert base + tokens.shape[1] <= frame.visible <= cache.capacity
@@ -120,11 +122,11 @@ class FakeModel:
 
 def plain(model: FakeModel, prompt: list[int], options: DecodingOptions, stream: tuple[int, int]) -> tuple[list[int], str]:
     """The model's own continuation, a token at a time, and why it ends."""
-    numbers = uniforms([stream], options.max_new_tokens, model.device)[0]
+    keys = position_keys(row_keys([stream], model.device), torch.arange(options.max_new_tokens))
     new: list[int] = []
     while True:
-        p = model.table[model.state(prompt + new)].double().softmax(-1)
-        new.append(int((p.cumsum(-1) > numbers[len(new)]).int().argmax() if options.do_sample else p.argmax()))
+        scores, key = model.table[model.state(prompt + new)].float(), keys[len(new)]
+        new.append(int(draw(scores[None, None], key[None, None]) if options.do_sample else scores.argmax()))
         if new[-1] in options.eos_token_ids:
             return new, "eos"
         if len(new) == options.max_new_tokens:

@@ -7,9 +7,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from medusa import MedusaModel, MedusaTree
+import medusa.sampling
+from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.sampling import draw, likeliest, uniforms
+from medusa.kernels.build import load_kernels
+from medusa.sampling import draw, gumbel, likeliest, position_keys, row_keys
+from medusa.state import DecodingState
 from tiny import left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 VOCAB, LENGTH, ROWS = 4, 3, 6000
@@ -59,6 +62,7 @@ TREES = {
     "chain": MedusaTree([(0,), (0, 0)]),
     "wide": MedusaTree([(0,), (1,), (2,), (3,), (0, 0), (3, 2)]),
     "full": MedusaTree.dense([4, 4]),
+    "dynamic": DynamicTree(3, depth=2, ranks=3),  # which reads ahead in the numbers that decide the draws
 }
 
 
@@ -93,6 +97,17 @@ def test_sampled_output_has_the_backbones_distribution(toy, tree, temperature):
     assert len(observed) > 3
     scale = sum(observed) / sum(expected)
     assert stats.chisquare(observed, [value * scale for value in expected]).pvalue > 1e-3
+
+
+def test_a_tree_that_reads_ahead_in_the_draws_accepts_more_of_the_same_text(monkeypatch):
+    model = bigram_toy(right=True)
+    options = {"max_new_tokens": 60, "do_sample": True, "temperature": 3.0, "seed": 1, "tree": DynamicTree(3, 2, ranks=4)}
+    prompts = torch.tensor([[1, 2, 3]]).expand(20, -1)
+    ahead = model.generate(prompts, **options, return_dict_in_generate=True)
+    monkeypatch.setattr(DecodingState, "draws", lambda state, static_shapes: None)
+    blind = model.generate(prompts, **options, return_dict_in_generate=True)
+    assert torch.equal(ahead.sequences, blind.sequences)
+    assert 1.05 * sum(map(len, ahead.acceptance_lengths)) < sum(map(len, blind.acceptance_lengths))
 
 
 def test_sampled_medusa_equals_sampled_plain_decoding_for_one_seed(tiny_model):
@@ -170,15 +185,43 @@ def test_the_likeliest_token_is_the_first_with_the_greatest_score(width, dtype):
 def test_token_without_probability_is_never_drawn():
     scores = torch.full((1, 5, 7), -torch.inf)
     scores[..., [2, 5]] = 0.0
-    numbers = torch.tensor([[0.0, 0.25, 0.4999999, 0.5, 1 - 2**-53]], dtype=torch.float64)
-    assert draw(scores, numbers).tolist() == [[2, 2, 2, 5, 5]]
+    drawn = draw(scores.expand(100, -1, -1), keys_of(100, 5))
+    assert drawn.unique().tolist() == [2, 5]
 
 
 def test_streams_of_near_seeds_and_rows_share_nothing():
     cpu = torch.device("cpu")
-    tables = uniforms([(seed, row) for seed in range(4) for row in range(4)], 50, cpu)
-    assert tables.unique().numel() == tables.numel()
-    assert torch.equal(uniforms([(1, 0), (1, 1)], 50, cpu), tables[4:6])
+    rows = row_keys([(seed, row) for seed in range(4) for row in range(4)], cpu)
+    keys = position_keys(rows[:, None], torch.arange(50))
+    assert keys.unique().numel() == keys.numel() and keys.min() >= 0
+    assert torch.equal(row_keys([(1, 0), (1, 1)], cpu), rows[4:6])
+    numbers = gumbel(keys[..., None], torch.arange(20)).flatten(0, 1)  # (keys, tokens)
+    apart = torch.corrcoef(torch.cat([numbers[:-1], numbers[1:]], 1).T)  # tokens of a position, and of the next one
+    assert (apart - torch.eye(40)).abs().max() < 0.16  # of 780 coefficients with a deviation of 0.035
+
+
+def test_numbers_of_tokens_are_distributed_as_gumbels():
+    across = gumbel(keys_of(1, 30_000)[0], torch.tensor(7)), gumbel(keys_of(30_000, 1)[:, 0], torch.tensor(7))
+    for numbers in (*across, gumbel(keys_of(1, 1)[0], torch.arange(30_000))):
+        assert stats.kstest(numbers.numpy(), "gumbel_r").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_draws_have_the_probabilities_of_the_softmax(loaded, monkeypatch):
+    monkeypatch.setattr(medusa.sampling, "are_loaded", lambda: loaded and load_kernels())
+    scores = 3 * torch.randn(40, generator=torch.Generator().manual_seed(1))
+    drawn = draw(scores.expand(60_000, 1, -1), keys_of(60_000, 1)).flatten()
+    expected = scores.double().softmax(-1) * len(drawn)
+    counted = drawn.bincount(minlength=40)
+    often = expected > 5
+    rest = (counted[~often].sum()[None], expected[~often].sum()[None])
+    observed, wanted = (torch.cat([of[often], other]) for of, other in zip((counted, expected), rest, strict=True))
+    assert stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue > 1e-3
+
+
+def keys_of(rows: int, positions: int) -> Tensor:
+    """Keys of some positions, (rows, positions)."""
+    return position_keys(row_keys([(3, row) for row in range(rows)], torch.device("cpu"))[:, None], torch.arange(positions))
 
 
 @pytest.mark.parametrize(

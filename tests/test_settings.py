@@ -1,6 +1,7 @@
 """Claims about settings: every key of a generation config gives transformers' own tokens, or is refused by its name."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 import medusa.state
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
-from medusa.sampling import draw
+from medusa.sampling import draw, position_keys
 from medusa.settings import FOLLOWED, REFUSED, WITHOUT_EFFECT
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
@@ -109,25 +110,25 @@ def eos(model) -> int:
 
 
 @pytest.fixture
-def numbers(monkeypatch):
-    """The uniform numbers of Medusa's last draws; once there are some, transformers draws by them too, row by row."""
+def row_keys(monkeypatch):
+    """The keys of the rows of Medusa's last requests; transformers can draw by them too."""
     found: list[torch.Tensor] = []
-    uniforms = medusa.state.uniforms
+    row_keys = medusa.state.row_keys
 
     def noted(*args, **kwargs):
-        found.append(uniforms(*args, **kwargs))
+        found.append(row_keys(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(medusa.state, "uniforms", noted)
+    monkeypatch.setattr(medusa.state, "row_keys", noted)
     return found
 
 
-def transformers_draws(monkeypatch, table: torch.Tensor) -> None:
-    """Have transformers draw by these numbers, (rows, length)."""
-    steps = iter(range(table.shape[1]))
+def transformers_draws(monkeypatch, keys: torch.Tensor) -> None:
+    """Have transformers draw by these keys, (rows,)."""
+    steps = itertools.count()
 
     def multinomial(p, num_samples):
-        return draw(p.log()[:, None], table[:, [next(steps)]])
+        return draw(p.log()[:, None], position_keys(keys, torch.tensor(next(steps)))[:, None])
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
 
@@ -141,7 +142,7 @@ def test_every_key_is_followed_or_without_effect_or_refused():
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in REFUSED])
 @pytest.mark.parametrize("rows", ["one", "ragged"])
-def test_setting_gives_transformers_own_tokens(model, eos, embedded_tokenizer, numbers, monkeypatch, key, rows):
+def test_setting_gives_transformers_own_tokens(model, eos, embedded_tokenizer, row_keys, monkeypatch, key, rows):
     ids, mask = RAGGED if rows == "ragged" else (PROMPTS[0], torch.ones_like(PROMPTS[0]))
     extra = {"tokenizer": embedded_tokenizer} if key == "stop_strings" else {}
     for ends, pad in ((None, None), (eos, None), (eos, 0)) if key in FOLLOWED else ((eos, 0),):
@@ -172,13 +173,13 @@ def test_setting_gives_transformers_own_tokens(model, eos, embedded_tokenizer, n
                 # What transformers counts or punishes in a padded batch includes the padding, so there each row is asked alone.
                 if rows == "one" or key in ("max_length", "num_return_sequences"):
                     if sampled:
-                        transformers_draws(patch, numbers[-1])
+                        transformers_draws(patch, row_keys[-1])
                     wanted = model.backbone.generate(ids, attention_mask=mask, generation_config=config, **extra)
                     assert_same_rows(direct, tokens(wanted), ids.shape[1], config)
                     continue
                 for row, prompt in enumerate(PROMPTS):
                     if sampled:
-                        transformers_draws(patch, numbers[-1][row : row + 1])
+                        transformers_draws(patch, row_keys[-1][row : row + 1])
                     alone = model.backbone.generate(
                         prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **extra
                     )

@@ -28,6 +28,7 @@ from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.generation import MedusaGenerationMixin
 from medusa.heads import MedusaHeads
 from medusa.kernels.workers import release_workers
+from medusa.sampling import ahead
 from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree, load_tree, save_tree
@@ -229,7 +230,9 @@ class MedusaModel(MedusaGenerationMixin):
                 along = None
                 if self.heads.kind == "path" and guesses.log_p is not None:
                     along = along_paths(self.heads, hidden, root, states, guesses.tokens, guesses.log_p)
-                guesses = guesses._replace(tokens=self.heads.tokens(guesses.tokens), along=along)
+                tokens = self.heads.tokens(guesses.tokens)
+                noise = ahead(frame.draws, frame.lengths, tokens) if frame.draws is not None else None
+                guesses = guesses._replace(tokens=tokens, along=along, noise=noise)
             tokens, tree = drafter.assemble(root, guesses, history)
         with _span("medusa.backbone"):
             states = self.lm.verify(tokens, tree, frame, cache)

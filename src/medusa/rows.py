@@ -53,7 +53,7 @@ class Row:
     """
 
     options: DecodingOptions = DecodingOptions(max_new_tokens=1)
-    stream: tuple[int, int] = (0, 0)  # of its draws, see `uniforms`
+    stream: tuple[int, int] = (0, 0)  # of its draws, see `row_keys`
     ends: Callable[[int], bool] | None = None  # called with each token in order; True ends the row
     prompt: Tensor | None = None  # (P,) long, padding included
     pads: int = 0
@@ -92,16 +92,24 @@ class RowSettings:
     def choose(
         self,
         scores: Tensor,  # (B, N, V): before the warpers
-        uniform: Tensor | None,  # (B, N)
+        keys: Tensor | None,  # (B, N) long: of positions
     ) -> Tensor:  # (B, N) long
         """The backbone's token after every node: a draw where the row samples, else the likeliest."""
         scores = self.processors.warp(scores)
-        if self.drawing is None or uniform is None:
-            return choose(scores, uniform if self.draws else None)
-        drawn = choose(scores[self.drawing], uniform[self.drawing])
+        if self.drawing is None or keys is None:
+            return choose(scores, keys if self.draws else None)
+        drawn = choose(scores[self.drawing], keys[self.drawing])
         return choose(scores, None).index_copy(0, self.drawing, drawn)
 
 
 def draws(options: DecodingOptions) -> bool:
     """Whether tokens are drawn; typical acceptance takes the likeliest for roots."""
     return options.do_sample and options.typical is None
+
+
+def temperature(options: DecodingOptions) -> float:
+    """The temperature of the draws; 0 if nothing is drawn."""
+    if not draws(options):
+        return 0.0
+    chosen = options.processors.warpers.temperature
+    return 1.0 if chosen is None else chosen

@@ -13,10 +13,11 @@ from torch.nn.functional import pad
 
 from medusa.kernels.build import are_loaded
 from medusa.trees.guidance import Outlook
-from medusa.trees.tensors import TreeTensors
+from medusa.trees.tensors import Draws, TreeTensors
 from medusa.warpers import RowWarpers, Warpers
 
-BLOCK = 256  # tokens per block of a draw's first level
+BLOCK = 256  # tokens per block of the first level of `likeliest`
+WORD = (1 << 32) - 1
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 Levels = list[tuple[Tensor, Tensor]]  # per depth d: nodes (n,) long, their lineages (n, d + 1) long
 # The scores alone; also the row's tokens; also its tokens with padding; or the row's text and tree, all nodes at once.
@@ -214,11 +215,50 @@ def levels_of(tree: TreeTensors) -> list[Levels]:
     ]
 
 
-def uniforms(streams: Sequence[tuple[int, int]], length: int, device: torch.device) -> Tensor:
-    """(rows, length) float64 in [0, 1): one stream (seed, number) per row, the same on every device and in any batch."""
-    generators = [torch.Generator().manual_seed(_mix(seed, number)) for seed, number in streams]
-    table = torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
-    return table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+def row_keys(streams: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """(rows,) long: one key per row from its stream (seed, number), the same on every device and in any batch."""
+    return torch.tensor([_mix(seed, number) for seed, number in streams], device=device)
+
+
+def position_keys(
+    rows: Tensor,  # (...) long: keys of rows
+    numbers: Tensor,  # (...) long: which token of its row, from 0
+) -> Tensor:  # (...) long
+    """One key per token position."""
+    first = _scrambled(numbers + (rows & WORD)) ^ rows >> 32
+    return (_scrambled(first) >> 1) << 32 | _scrambled(first + 0x9E3779B9)
+
+
+def gumbel(
+    keys: Tensor,  # (...) long: of positions
+    tokens: Tensor,  # (...) long
+) -> Tensor:  # (...) float32
+    """A number per token at a position, distributed as Gumbel's: hashed, so that any of them can be had without the others."""
+    word = _scrambled(_scrambled(tokens + (keys >> 32)) ^ keys & WORD)
+    chance = ((word.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)  # in (0, 1), and fine near 0, where the great numbers are
+    return -torch.log(-torch.log1p(-chance))
+
+
+def ahead(
+    draws: Draws,
+    lengths: Tensor,  # (B,) long: committed slots
+    tokens: Tensor,  # (D, B, R) long: guesses of the D positions behind the root
+) -> Tensor:  # (D, B, R) float32
+    """What is added to the log-probabilities of tokens, times the temperature, before one of them is drawn."""
+    depth = torch.arange(len(tokens), device=tokens.device)[:, None]
+    keys = position_keys(draws.keys, lengths - draws.starts + 1 + depth)  # (D, B)
+    return gumbel(keys[..., None], tokens) * draws.temperatures[:, None]
+
+
+def _scrambled(
+    word: Tensor,  # long: its lowest 32 bits count
+) -> Tensor:  # long, below 2^32
+    """A permutation of the words of 32 bits in which every bit depends on every bit (Wellons' `lowbias32`, with multipliers of
+    31 bits: no product overflows)."""
+    word = word & WORD
+    word = (word ^ word >> 16) * 0x21F0AAAD & WORD
+    word = (word ^ word >> 15) * 0x735A2D97 & WORD
+    return word ^ word >> 15
 
 
 def _mix(seed: int, number: int) -> int:
@@ -235,10 +275,10 @@ def _mix(seed: int, number: int) -> int:
 
 def choose(
     scores: Tensor,  # (B, N, V): logits after processors
-    uniform: Tensor | None,  # (B, N) in [0, 1); None: nothing is drawn
+    keys: Tensor | None,  # (B, N) long: of positions; None: nothing is drawn
 ) -> Tensor:  # (B, N) long
     """The backbone's token after every node: a draw, or the likeliest."""
-    return likeliest(scores) if uniform is None else draw(scores.float(), uniform)
+    return likeliest(scores) if keys is None else draw(scores.float(), keys)
 
 
 def likeliest(
@@ -255,23 +295,17 @@ def likeliest(
 
 def draw(
     scores: Tensor,  # (B, N, V) float32: logits after processors; -inf is never drawn
-    uniform: Tensor,  # (B, N) in [0, 1)
+    keys: Tensor,  # (B, N) long: of positions
 ) -> Tensor:  # (B, N) long
-    """One token per node by inversion: the first whose cumulative probability exceeds the uniform number.
+    """One token per node: the greatest score plus Gumbel number (the Gumbel-max trick), which is a draw from their softmax.
 
-    All nodes at a depth share the number of their token position. Only one node per depth is ever reached, so the output
-    keeps the backbone's distribution; and the token at a position is a function of seed and context alone, whatever the
-    tree: sampled Medusa output equals sampled plain output.
+    All nodes at a depth share the key of their token position. Only one node per depth is ever reached, so the output keeps
+    the backbone's distribution; and the token at a position is a function of seed and context alone, whatever the tree:
+    sampled Medusa output equals sampled plain output. The tree may therefore depend on the same numbers (`ahead`).
     """
     if scores.device.type == "cpu" and are_loaded():
-        return torch.ops.medusa.draw(scores.flatten(0, 1), uniform.flatten()).view_as(uniform)
-    p = scores.softmax(-1)
-    # In two levels, over blocks and then within one: a double-precision cumulative sum over the whole vocabulary is slow.
-    blocks = _in_blocks(p, 0.0)
-    sums = blocks.sum(-1).cumsum(-1, dtype=uniform.dtype)
-    block, left = _invert(sums, uniform[..., None] * sums[..., -1:])
-    inside = _one_block(blocks, block).cumsum(-1, dtype=uniform.dtype)
-    return (block * BLOCK + _invert(inside, left)[0]).squeeze(-1)
+        return torch.ops.medusa.draw(scores.flatten(0, 1), keys.flatten()).view_as(keys)
+    return likeliest(scores + gumbel(keys[..., None], torch.arange(scores.shape[-1], device=scores.device)))
 
 
 def _in_blocks(
@@ -287,15 +321,3 @@ def _one_block(
     block: Tensor,  # (B, N, 1) long
 ) -> Tensor:  # (B, N, BLOCK)
     return blocks.gather(2, block[..., None].expand(*block.shape, BLOCK)).squeeze(2)
-
-
-def _invert(
-    cumulative: Tensor,  # (..., n), non-decreasing
-    wanted: Tensor,  # (..., 1)
-) -> tuple[Tensor, Tensor]:  # (..., 1) long, (..., 1)
-    """The first index at which a cumulative sum exceeds a value, and the value minus the sum before it."""
-    # Below the total by one rounding: the token found then has a positive probability, however the value was rounded.
-    wanted = torch.minimum(wanted, cumulative[..., -1:] * (1 - torch.finfo(cumulative.dtype).eps))
-    place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[-1] - 1)
-    before = cumulative.gather(-1, (place - 1).clamp(min=0)).where(place > 0, 0)
-    return place, wanted - before

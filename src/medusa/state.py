@@ -9,11 +9,11 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from medusa.rows import READING, Row, RowSettings
-from medusa.sampling import Levels, RowText, levels_of, uniforms
+from medusa.rows import READING, Row, RowSettings, temperature
+from medusa.sampling import Levels, RowText, levels_of, position_keys, row_keys
 from medusa.trees.guidance import Outlook, guided, longest_chain
 from medusa.trees.history import History
-from medusa.trees.tensors import Drafted, Drafter, Frame
+from medusa.trees.tensors import Drafted, Drafter, Draws, Frame
 
 CAPACITY_STEP = 256  # static shapes: capacities are rounded up to this, so that requests share a graph
 
@@ -74,12 +74,13 @@ class DecodingState:
     active: Tensor  # (B,) bool
     root: Tensor  # (B,) long: the next token, decided but not yet in the cache
     hidden: Tensor  # (B, d): hidden state of the last committed token
+    keys: Tensor  # (B,) long: of the rows' draws
+    temperatures: Tensor  # (B,) float32: of the rows' draws; 0: nothing is drawn
     slot: Tensor  # () long: where the trees of the last step began in the cache, behind the longest row
     drafter: Drafter
     history: History | None  # None: the drafter does not read it
     cache: RequestCache
     pooled: bool = False  # with static shapes, attention sees no more than `visible_slots`, rather than the whole capacity
-    uniforms: Tensor | None = None  # (B, limit + 2): one number per token position; None: no row has drawn yet
     _settings: RowSettings | None = None
     _levels: list[Levels] | None = None
     recorded: Any = None  # on a GPU, what `medusa.decoding.step` has recorded of what follows the pass
@@ -117,7 +118,11 @@ class DecodingState:
         visible = base + self.drafter.num_nodes
         if static_shapes:
             visible = visible_slots(visible, self.cache.capacity) if self.pooled else self.cache.capacity
-        return Frame(self.slot.fill_(base), self.lengths, self.pads, visible)
+        return Frame(self.slot.fill_(base), self.lengths, self.pads, visible, self.draws(static_shapes))
+
+    def draws(self, static_shapes: bool) -> Draws | None:
+        """What decides the draws; None if nothing is drawn, unless every step must have the same shapes."""
+        return Draws(self.keys, self.starts, self.temperatures) if static_shapes or self.settings.draws else None
 
     def grow(self, capacity: int) -> None:
         """Make room for rows of `capacity` slots."""
@@ -132,8 +137,8 @@ class DecodingState:
         Args:
             cache: the cache of these rows.
         """
-        tensors = ("pads", "starts", "lengths", "active", "root", "hidden", "uniforms")
-        of_rows = {name: t[start:stop] for name in tensors if (t := getattr(self, name)) is not None}
+        tensors = ("pads", "starts", "lengths", "active", "root", "hidden", "keys", "temperatures")
+        of_rows = {name: getattr(self, name)[start:stop] for name in tensors}
         history = self.history.part(start, stop) if self.history is not None else None
         shared = replace(self, rows=self.rows[start:stop], history=history, _settings=None, _levels=None, **of_rows)
         return replace(shared, drafter=drafter, cache=cache, slot=self.slot.clone(), recorded=None)
@@ -141,9 +146,8 @@ class DecodingState:
     def swap(self, row: int, other: int, slots: int) -> None:
         """Let two rows change places, with the first `slots` slots of their cache."""
         at, to = (torch.tensor(pair, device=self.root.device) for pair in ((row, other), (other, row)))
-        held = [self.pads, self.starts, self.lengths, self.active, self.root, self.hidden]
-        held += [t for t in (self.uniforms, *(self.history.tensors() if self.history is not None else ())) if t is not None]
-        for tensor in held:
+        held = [self.pads, self.starts, self.lengths, self.active, self.root, self.hidden, self.keys, self.temperatures]
+        for tensor in (*held, *(self.history.tensors() if self.history is not None else ())):
             tensor.index_copy_(0, at, tensor[to])
         self.rows[row], self.rows[other] = self.rows[other], self.rows[row]
         self.cache.swap(row, other, slots)
@@ -212,6 +216,8 @@ def vacant(model: Decodable, batch: int, capacity: int, drafter: Drafter) -> Dec
         active=zeros(batch).bool(),
         root=zeros(batch),
         slot=zeros(),
+        keys=zeros(batch),
+        temperatures=zeros(batch).float(),
         hidden=zeros(batch, 1),  # its width and dtype are set with the first prompts
         drafter=drafter,
         history=History.empty(batch, capacity, model.device) if drafter.reads_history else None,
@@ -256,22 +262,14 @@ def start(
     settings = RowSettings(rows, device)
     readers = {number: rows[number].text() for number in settings.processors.readers}
     scores, errors = settings.processors(logits[:, None], readers)
-    first = None
-    if settings.draws:
-        longest = max(row.options.max_new_tokens for row in rows) + 2
-        numbers = uniforms([row.stream for row in rows], longest, device)
-        first = numbers[:, :1]
-        if state.uniforms is None or state.uniforms.shape[1] < longest:
-            held, state.uniforms = state.uniforms, numbers.new_zeros(batch, longest)
-            if held is not None:
-                state.uniforms[:, : held.shape[1]] = held
-        state.uniforms[places, :longest] = numbers
-    root = settings.choose(scores, first)[:, 0]
+    keys = row_keys([row.stream for row in rows], device)
+    root = settings.choose(scores, position_keys(keys, torch.zeros_like(keys))[:, None])[:, 0]
     if state.hidden.shape[1] != hidden.shape[1]:
         state.hidden = hidden.new_zeros(batch, hidden.shape[1])
     length = torch.full_like(pads, ids.shape[1])
+    temperatures = torch.tensor([temperature(row.options) for row in rows], device=device)
     filled = dict(pads=pads, starts=length, lengths=length, root=root, hidden=hidden, active=torch.ones_like(pads).bool())
-    for name, values in filled.items():
+    for name, values in (filled | dict(keys=keys, temperatures=temperatures)).items():
         getattr(state, name).index_copy_(0, places, values)
     if state.history is not None:
         state.history.place(places, ids, pads, root)

@@ -18,7 +18,7 @@ from medusa.kernels.fusion import compute_once, fuse, fuse_linear_maps, replace_
 from medusa.kernels.pages import use_large_pages
 from medusa.kernels.quantized import QuantizedLinear, quantize_maps
 from medusa.rows import DecodingOptions
-from medusa.sampling import Processors
+from medusa.sampling import Processors, gumbel
 from medusa.trees.tensors import Frame
 from medusa.warpers import Warpers
 
@@ -183,18 +183,17 @@ def test_attention_does_not_depend_on_where_the_slots_of_a_path_are():
 
 @needs_compiler
 @pytest.mark.parametrize("vocabulary", [7, 513, 5000])
-def test_a_draw_is_the_first_token_whose_cumulative_probability_exceeds_the_number(vocabulary):
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+def test_a_draw_is_the_token_with_the_greatest_sum_of_score_and_gumbel_number(vocabulary, spread):
     torch.manual_seed(0)
-    scores = 3 * torch.randn(vocabulary, 60).T  # not contiguous, as the numbers
+    scores = spread * torch.randn(vocabulary, 300).T  # not contiguous, as the keys
     scores = scores.masked_fill(torch.rand(scores.shape) < 0.3, -torch.inf)
     scores[:, 2] = 1.0
-    numbers = torch.rand(60, 2, dtype=torch.float64)[:, 0]
-    numbers[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    got = torch.ops.medusa.draw(scores, numbers)
-    assert (scores.gather(1, got[:, None]) > -torch.inf).all()
-    before = torch.cat([torch.zeros(60, 1), cumulative], 1).gather(1, got[:, None])[:, 0]
-    assert (before <= numbers + 1e-6).all() and (numbers < cumulative.gather(1, got[:, None])[:, 0] + 1e-6).all()
+    keys = torch.randint(0, 2**63 - 1, (300, 2))[:, 0]
+    sums = scores + gumbel(keys[:, None], torch.arange(vocabulary))
+    got = torch.ops.medusa.draw(scores, keys)
+    assert (sums.amax(-1) - sums.gather(1, got[:, None])[:, 0] < 1e-4).all()
+    assert (got == sums.argmax(-1)).float().mean() > 0.99
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems choose the size of pages themselves")

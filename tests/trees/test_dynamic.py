@@ -40,7 +40,8 @@ def by_heap(tree: DynamicTree, root: int, tokens, log_p, said) -> set[tuple[int,
 
 @pytest.mark.parametrize("bonus", [0.0, 0.3])
 @pytest.mark.parametrize("nodes", [2, 7, 40])
-def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus):
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus, drawn):
     tree = DynamicTree(nodes, depth=3, ranks=6, temperatures=(1.0, 0.8, 1.3), pair_bonus=bonus, triple_bonus=bonus)
     drafter, generator = tree.drafter(), torch.Generator().manual_seed(nodes)
     batch, vocab = 3, 20
@@ -48,6 +49,10 @@ def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus):
     prompts[:, -1] = 99 % vocab
     root = torch.randint(vocab, (batch,), generator=generator)
     guesses = drafter.guess(3 * torch.randn(3, batch, vocab, generator=generator))
+    scores = guesses.log_p
+    if drawn:
+        guesses = guesses._replace(noise=torch.randn(scores.shape, generator=generator))
+        scores = scores + guesses.noise
     history = History.of(prompts, torch.zeros(batch, dtype=torch.long), root, 4096)
     history.last[:] = 99
     got, tensors = drafter.assemble(root, guesses, history)
@@ -55,7 +60,7 @@ def test_a_dynamic_tree_holds_the_likeliest_nodes(nodes, bonus):
     for row in range(batch):
         text = [*prompts[row].tolist(), int(root[row])]
         runs = {tuple(text[i : i + n]) for n in (2, 3) for i in range(len(text) - n + 1)}
-        log_p = tempered(guesses.log_p, rest_of(guesses.log_p), torch.tensor(tree.temperatures)[:, None])[:, row].tolist()
+        log_p = tempered(scores, rest_of(guesses.log_p), torch.tensor(tree.temperatures)[:, None])[:, row].tolist()
         wanted = by_heap(tree, int(root[row]), guesses.tokens[:, row].tolist(), log_p, lambda *run, runs=runs: run in runs)
         lineages = [[n for n in lineage if n >= 0] for lineage in tensors.lineage[row].tolist()]
         assert {tuple(got[row, lineage[1:]].tolist()) for lineage in lineages[1:]} == wanted

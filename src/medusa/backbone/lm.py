@@ -214,7 +214,7 @@ class TreeLM:
 
     def _tree_masks(self, tree: TreeTensors, frame: Frame, positions: Tensor) -> Masks:
         """The masks of every kind of layer, (B, 1, N, visible), to be added to attention scores."""
-        base, lengths, pads, visible = frame
+        base, lengths, pads, visible, _ = frame
         slot = torch.arange(visible, device=base.device)
         committed = (slot < lengths[:, None]) & (slot >= pads[:, None])  # (B, visible)
         # A gather instead of index_copy, which inductor gets wrong for bool on a CPU (torch 2.13).

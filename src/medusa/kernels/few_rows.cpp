@@ -233,6 +233,7 @@ void narrow(const float* from, Count count, float* to) {
 constexpr int lanes = 16;
 using Lanes = float __attribute__((vector_size(4 * lanes)));
 using Whole = int32_t __attribute__((vector_size(4 * lanes)));
+using Bits = uint32_t __attribute__((vector_size(4 * lanes)));
 using Half = uint16_t __attribute__((vector_size(2 * lanes)));
 using Doubles = double __attribute__((vector_size(8 * lanes)));
 
@@ -257,6 +258,16 @@ float greatest(Lanes vector) {
   float most = vector[0];
   for (int i = 1; i < lanes; ++i) most = std::max(most, vector[i]);
   return most;
+}
+
+bool any(Whole vector) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)vector, (__m512i)vector) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < lanes; ++i) found |= vector[i];
+  return found != 0;
+#endif
 }
 
 // Minus zero changes nothing, not even the sign of a zero.
@@ -883,15 +894,58 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
   return output.transpose(1, 2);
 }
 
-// `medusa.sampling.draw` for rows of scores (R, V) and numbers in [0, 1) (R,): tokens (R,). A row's blocks are divided among the
-// threads, and everything else follows from their sums.
-Tensor draw(const Tensor& scores, const Tensor& uniform) {
+// ln(x) for 0 < x <= 1 to the last bits of float32.
+Lanes logarithm(Lanes x) {
+  const Bits bits = (Bits)x - 0x3f3504f3u;  // of the square root of a half, so that the rest is around 1
+  const Lanes whole = __builtin_convertvector((Whole)bits >> 23, Lanes);
+  const Lanes part = (Lanes)((bits & 0x7fffffu) + 0x3f3504f3u) - 1.f, square = part * part;
+  Lanes series = every(7.0376836292e-2f);
+  for (float factor :
+       {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
+        -2.4999993993e-1f, 3.3333331174e-1f})
+    series = fused(series, part, every(factor));
+  return fused(whole, every(0.69314718f), part + (fused(series, part, every(-0.5f)) * square));
+}
+
+// `medusa.sampling._scrambled`.
+Bits scrambled(Bits word) {
+  word = (word ^ (word >> 16)) * 0x21f0aaadu;
+  word = (word ^ (word >> 15)) * 0x735a2d97u;
+  return word ^ (word >> 15);
+}
+
+// The first token with the greatest exp(score) / E, where E = exp(-Gumbel number) is between 2^-33 and 17.
+struct Winner {
+  float ratio = -1;
+  int64_t token = 0;
+
+  // Sixteen tokens from `first` on. E is greater than the chance it is made of, and computed only where that could win.
+  void meet(int64_t first, Lanes scores, int64_t key) {
+    constexpr Bits order{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Bits word = scrambled(scrambled(order + uint32_t(first + (key >> 32))) ^ uint32_t(key));
+    const Lanes weight = exponential(scores), most = every(1.f - 0x1p-24f);
+    Lanes chance = (__builtin_convertvector(word, Lanes) + 0.5f) * 0x1p-32f;
+    chance = chance > most ? most : chance;
+    if (!any(weight > chance * (ratio * 0.999f))) return;
+    // -log1p(-chance) (Kahan): what is lost in 1 - chance is lost in its logarithm too.
+    const Lanes left = 1.f - chance, lost = 1.f - left;
+    const Lanes passed = lost == 0.f ? chance : logarithm(left) * chance / (lost == 0.f ? every(-1.f) : -lost);
+    const Lanes ratios = weight / passed;
+    for (int i = 0; i < lanes; ++i)
+      if (ratios[i] > ratio) *this = {ratios[i], first + i};
+  }
+};
+
+// `medusa.sampling.draw` for rows of scores (R, V) and keys of positions (R,): tokens (R,). A row's blocks are divided among the
+// threads.
+Tensor draw(const Tensor& scores, const Tensor& keys) {
   constexpr int64_t block = 512;
-  const int64_t R = scores.size(0), V = scores.size(1), count = (V + block - 1) / block;
-  const Tensor held = scores.contiguous(), numbers = uniform.contiguous();
+  constexpr float reach = 25.8f;  // ln(2^33 * 17): what scores lower than the greatest by more cannot win
+  const int64_t R = scores.size(0), V = scores.size(1), count = (V + block - 1) / block, threads = at::get_num_threads();
+  const Tensor held = scores.contiguous(), numbers = keys.contiguous();
   Tensor tokens = at::empty({R}, scores.options().dtype(at::kLong));
   std::vector<float> most(count);
-  std::vector<double> sums(count);
+  std::vector<Winner> winners(threads);
   for (int64_t r = 0; r < R; ++r) {
     const float* row = held.const_data_ptr<float>() + r * V;
     const auto lanes_at = [&](int64_t v) {
@@ -900,42 +954,26 @@ Tensor draw(const Tensor& scores, const Tensor& uniform) {
       std::memcpy(&last, row + v, (V - v) * sizeof(float));
       return last;
     };
-    const auto each_block = [&](const auto& work) {
-      at::parallel_for(0, count, 8, [&](int64_t from, int64_t to) {
-        for (int64_t n = from; n < to; ++n) work(n, n * block, std::min(V, (n + 1) * block));
-      });
-    };
-    each_block([&](int64_t n, int64_t from, int64_t to) {
-      Lanes here = every(-INFINITY);
-      for (int64_t v = from; v < to; v += lanes) {
-        const Lanes next = lanes_at(v);
-        here = here > next ? here : next;
+    at::parallel_for(0, count, 8, [&](int64_t from, int64_t to) {
+      for (int64_t n = from; n < to; ++n) {
+        Lanes here = every(-INFINITY);
+        for (int64_t v = n * block; v < std::min(V, (n + 1) * block); v += lanes) {
+          const Lanes next = lanes_at(v);
+          here = here > next ? here : next;
+        }
+        most[n] = greatest(here);
       }
-      most[n] = greatest(here);
     });
     const float top = *std::max_element(most.begin(), most.end());
-    each_block([&](int64_t n, int64_t from, int64_t to) {
-      Lanes sum{};
-      for (int64_t v = from; v < to; v += lanes) sum += exponential(lanes_at(v) - top);
-      sums[n] = summed<double>(sum);
+    std::fill(winners.begin(), winners.end(), Winner());
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part)
+        for (int64_t n = count * part / threads; n < count * (part + 1) / threads; ++n)
+          for (int64_t v = n * block; v < std::min(V, (n + 1) * block) && most[n] > top - reach; v += lanes)
+            if (const Lanes own = lanes_at(v) - top; any(own > -reach)) winners[part].meet(v, own, numbers.const_data_ptr<int64_t>()[r]);
     });
-    double total = 0;
-    for (double sum : sums) total += sum;
-    double left = numbers.const_data_ptr<double>()[r] * total;
-    int64_t chosen = 0, last = count - 1;
-    while (last > 0 && sums[last] == 0) --last;
-    for (; chosen < last && sums[chosen] <= left; ++chosen) left -= sums[chosen];
-    int64_t token = chosen * block;
-    bool found = false;
-    for (int64_t v = chosen * block; v < std::min(V, (chosen + 1) * block) && !found; v += lanes) {
-      const Lanes p = exponential(lanes_at(v) - top);
-      for (int i = 0; i < lanes && !found; ++i) {
-        if (p[i] > 0) token = v + i;
-        found = p[i] > left;
-        left -= p[i];
-      }
-    }
-    tokens.mutable_data_ptr<int64_t>()[r] = token;
+    const auto before = [](const Winner& a, const Winner& b) { return a.ratio < b.ratio; };
+    tokens.mutable_data_ptr<int64_t>()[r] = std::max_element(winners.begin(), winners.end(), before)->token;
   }
   return tokens;
 }
@@ -1014,7 +1052,7 @@ TORCH_LIBRARY(medusa, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor rows) -> Tensor");
   library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
-  library.def("draw(Tensor scores, Tensor uniform) -> Tensor");
+  library.def("draw(Tensor scores, Tensor keys) -> Tensor");
   library.def("move_slots(Tensor(a!)[] states, Tensor source, Tensor target) -> ()");
   library.def(
       "extend_history(Tensor(a!) table, Tensor(b!) tokens, Tensor(c!) length, Tensor(d!) last, Tensor(e!) after, Tensor path, "

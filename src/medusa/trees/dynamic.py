@@ -170,8 +170,10 @@ class DynamicDrafter:
         value, previous = guesses.log_p.new_zeros(len(root), 1), root[:, None]
         before = history.last[:, None] if history is not None else previous
         log_p, rest = guesses.log_p, rest_of(guesses.log_p)
-        if self.temperatures is not None:
-            log_p = tempered(log_p, rest, self.temperatures[:, None])
+        if guesses.noise is not None:
+            log_p = log_p + guesses.noise
+        if self.temperatures is not None or guesses.noise is not None:
+            log_p = tempered(log_p, rest, 1.0 if self.temperatures is None else self.temperatures[:, None])
         odds = _odds(log_p)
         path = root[:, None, None][..., :0]  # (B, W, depth): the tokens behind the root
         ends = pair_end(guesses.tokens), triple_end(guesses.tokens)
@@ -183,6 +185,8 @@ class DynamicDrafter:
             if depth and guesses.along is not None:
                 value, before, previous, path = value[:, :BEAM], before[:, :BEAM], previous[:, :BEAM], path[:, :BEAM]
                 scores = guesses.along(depth, path)  # (B, W, R)
+                if guesses.noise is not None:
+                    scores = scores + guesses.noise[depth, :, None]
                 spread = rest[depth, :, None].expand(-1, path.shape[1], -1)
                 step = _odds(tempered(scores, spread, 1.0 if self.temperatures is None else self.temperatures[depth]))
             if history is not None and (self.pair_bonus or self.triple_bonus):

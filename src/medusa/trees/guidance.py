@@ -102,10 +102,11 @@ class GuidedDrafter:
         first = torch.arange(guesses.tokens.shape[-1], device=forced.device) == 0  # (R,)
         tokens = torch.where(known[..., None] & first, forced[..., None], guesses.tokens)
         if guesses.log_p is None:
-            return Guesses(tokens, None)
+            return guesses._replace(tokens=tokens)
         sure = guesses.log_p.new_zeros(()).where(first, -torch.inf)  # (R,)
         log_p = torch.where(known[..., None], sure, guesses.log_p)
-        return Guesses(tokens, log_p, None if guesses.along is None else _along(guesses.along, known, log_p))
+        along = None if guesses.along is None else _along(guesses.along, known, log_p)
+        return guesses._replace(tokens=tokens, log_p=log_p, along=along)
 
 
 def _along(along: Along, known: Tensor, log_p: Tensor) -> Along:

@@ -68,6 +68,15 @@ class Guesses(NamedTuple):
     tokens: Tensor  # (D, B, R) long
     log_p: Tensor | None  # (D, B, R) float32; None if the drafter does not need them
     along: Along | None = None  # their scores along paths, of heads that read them
+    noise: Tensor | None = None  # (D, B, R) float32: the token with the greatest sum of log-probability and noise will be drawn
+
+
+class Draws(NamedTuple):
+    """What decides the draws of rows, beside the backbone."""
+
+    keys: Tensor  # (B,) long
+    starts: Tensor  # (B,) long: slots of the prompt, padding included
+    temperatures: Tensor  # (B,) float32; 0: nothing is drawn
 
 
 class Frame(NamedTuple):
@@ -77,6 +86,7 @@ class Frame(NamedTuple):
     lengths: Tensor  # (B,) long: committed slots, padding included
     pads: Tensor  # (B,) long: slots of padding at the left
     visible: int  # slots that attention sees: at least base + N
+    draws: Draws | None = None  # None: nothing is drawn, or the trees do not depend on it
 
 
 class Drafted(NamedTuple):

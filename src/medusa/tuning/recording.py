@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ from medusa.runs.console import progress
 from medusa.runs.files import digest
 from medusa.runs.provenance import fingerprint
 from medusa.runs.records import claim
+from medusa.sampling import ahead, row_keys
+from medusa.trees.tensors import Draws
 
 RECORDED_FILE = "recorded.yaml"
 
@@ -40,6 +43,7 @@ class Recorded:
     log_p: Tensor  # (T, K, R) float32
     hidden: Tensor | None = None  # (T, d): at the last committed token, for heads that read paths
     heads: MedusaHeads | None = None  # the heads that guessed
+    noise: Tensor | None = None  # (T, K, R) float32: of the guesses, if the text was drawn (see `Guesses`)
 
     def __len__(self) -> int:
         return self.guesses.shape[0]
@@ -70,7 +74,7 @@ def record(
         made_with = {
             "backbone": fingerprint(model.backbone),
             "heads": fingerprint(model.heads),
-            "settings": [max_new_tokens, ranks, temperature, seed, batch_size],
+            "settings": [max_new_tokens, ranks, temperature, seed, batch_size, *(["Gumbel"] if temperature else [])],
             "prompts": len(prompts),
             "prompts_digest": digest([prompt.tolist() for prompt in prompts]),
         }
@@ -107,7 +111,15 @@ def _record(
         text = torch.cat([prompt, output.new_tokens(row).to(prompt)])
         found = guesses_along(model, text, len(prompt) - 1, ranks)
         if found is not None:
-            yield found
+            yield dataclasses.replace(found, noise=_noise(found, (seed, row), temperature)) if temperature else found
+
+
+def _noise(text: Recorded, stream: tuple[int, int], temperature: float) -> Tensor:
+    """What decoding with a seed added to the log-probabilities of the guesses."""
+    places = torch.arange(len(text))
+    key = row_keys([stream], places.device).expand_as(places)
+    draws = Draws(key, torch.zeros_like(places), torch.full(places.shape, temperature))
+    return ahead(draws, places, text.guesses.long().transpose(0, 1)).transpose(0, 1)
 
 
 @torch.inference_mode()
@@ -151,7 +163,7 @@ def _load(path: Path, heads: MedusaHeads) -> list[Recorded]:
         reading = heads if heads.kind == "path" else None
         held = [[tensors[f"{n}.{name}"] for name in ("ids", "start", "guesses", "log_p")] for n in numbers]
         return [
-            Recorded(ids, int(start), guesses, log_p, tensors.get(f"{n}.hidden"), reading)
+            Recorded(ids, int(start), guesses, log_p, tensors.get(f"{n}.hidden"), reading, tensors.get(f"{n}.noise"))
             for n, (ids, start, guesses, log_p) in zip(numbers, held, strict=True)
         ]
     except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:

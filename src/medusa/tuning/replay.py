@@ -68,10 +68,13 @@ def replay_texts(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> R
     ids = torch.zeros(len(texts), width + int(places.max()) + drafter.depth + num_heads + 2, dtype=torch.long)
     guesses = torch.zeros(len(texts), int(places.max()), tree.depth, asked, dtype=torch.long)
     log_p = torch.zeros(guesses.shape)
+    noise = None if texts[0].noise is None else torch.zeros(guesses.shape)
     for row, text in enumerate(texts):
         ids[row, width - text.start - 1 : width - text.start - 1 + len(text.ids)] = text.ids
         guesses[row, : len(text)] = text.guesses[:, : tree.depth, :asked]
         log_p[row, : len(text)] = text.log_p[:, : tree.depth, :asked]
+        if noise is not None and text.noise is not None:
+            noise[row, : len(text)] = text.noise[:, : tree.depth, :asked]
     hidden = (
         pad_sequence([text.hidden for text in texts if text.hidden is not None], batch_first=True)
         if heads is not None
@@ -88,6 +91,8 @@ def replay_texts(texts: Sequence[Recorded], tree: MedusaTree | DynamicTree) -> R
         if offered is not None and heads is not None:
             assert hidden is not None
             offered = offered._replace(along=_along(heads, hidden[rows, at], ids[rows, width + at], offered))
+        if offered is not None and noise is not None:
+            offered = offered._replace(noise=noise[rows, at].transpose(0, 1))
         tokens, tensors = drafter.assemble(ids[rows, width + at], offered, history)
         said = ids.gather(1, (width + at + 1)[:, None] + tensors.depths.expand_as(tokens))
         accepted = accept_exact(tensors, tokens, said)
@@ -114,18 +119,15 @@ def _along(
 
 
 def _along_recorded(text: Recorded) -> Tensor:  # (T, K, R) float32
-    """The scores of the guesses of each head along the path that came true: `log_p` if heads read no path."""
-    if text.heads is None or text.hidden is None:
-        return text.log_p
-    places = text.start + 1 + torch.arange(len(text))
-    along = _along(
-        text.heads, text.hidden, text.ids[places], Guesses(text.guesses.long().transpose(0, 1), text.log_p.transpose(0, 1))
-    )
-    scores = [text.log_p[:, 0]]
-    for k in range(1, text.guesses.shape[1]):
-        path = text.ids[places[:, None] + 1 + torch.arange(k)]
-        scores.append(along(k, path[:, None])[:, 0])
-    return torch.stack(scores, 1)
+    """The scores of the guesses of each head along the path that came true, with their noise."""
+    scores = text.log_p
+    if text.heads is not None and text.hidden is not None:
+        offered = Guesses(text.guesses.long().transpose(0, 1), text.log_p.transpose(0, 1))
+        places = text.start + 1 + torch.arange(len(text))
+        along = _along(text.heads, text.hidden, text.ids[places], offered)
+        paths = [text.ids[places[:, None] + 1 + torch.arange(k)] for k in range(1, text.guesses.shape[1])]
+        scores = torch.stack([text.log_p[:, 0], *(along(k, path[:, None])[:, 0] for k, path in enumerate(paths, 1))], 1)
+    return scores if text.noise is None else scores + text.noise
 
 
 def fit_static_tree(texts: Sequence[Recorded], num_nodes: int, depth: int | None = None) -> MedusaTree:
