@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from medusa import MedusaModel, MedusaTree
+from medusa.batch.pool import Request, decode_queue
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
-from medusa.pool import Request, decode_queue
-from medusa.preparation import options_of_rows
+from medusa.generation.preparation import options_of_rows
 
 
 class Counted:

@@ -116,7 +116,7 @@ def main() -> None:
         plain, _ = decode(asked, grammar=grammar, tree=MedusaTree([]))
         free, steps = decode(text)
         counts["free text"].append((len(free), steps))
-        with mock.patch("medusa.state.guided", lambda drafter, *_: drafter):
+        with mock.patch("medusa.batch.state.guided", lambda drafter, *_: drafter):
             unguided, steps = decode(asked, grammar=grammar)
         counts["as drafted"].append((len(unguided), steps))
         guided, steps = decode(asked, grammar=grammar)

@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from medusa import MedusaModel, MedusaTree
+from medusa.batch.pool import left_padded
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
-from medusa.pool import left_padded
 
 
 def main() -> None:

@@ -26,13 +26,13 @@ from rich.table import Table
 from torch import Tensor
 
 from medusa import MedusaModel, MedusaTree
+from medusa.batch.pool import left_padded
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.evaluation.measurement import resamples
 from medusa.evaluation.quality import distinct_ngrams, log_likelihood
-from medusa.pool import left_padded
 from medusa.runs.files import write_json
 from medusa.runs.plotting import new_figure, save_plot
 from medusa.trees.dynamic import DynamicTree

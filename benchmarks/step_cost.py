@@ -28,13 +28,13 @@ from transformers.utils import logging
 
 from medusa import DynamicTree, MedusaHeads, MedusaModel, MedusaTree
 from medusa.backbone.compilation import Compiled
+from medusa.batch.rows import DecodingOptions
+from medusa.batch.state import Decodable, DecodingState
 from medusa.decoding import prefill, step
-from medusa.rows import DecodingOptions
 from medusa.simulation.hardware import Hardware, load_hardware
 from medusa.simulation.machine import copy_bandwidth, now
 from medusa.simulation.prediction import Setting
 from medusa.simulation.shapes import shape_of
-from medusa.state import Decodable, DecodingState
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted, Frame
 

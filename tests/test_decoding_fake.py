@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot, pad
 
 from medusa import DynamicTree, MedusaTree
+from medusa.batch.pool import Request, decode_queue, left_padded
+from medusa.batch.rows import DecodingOptions
 from medusa.decoding import decode
-from medusa.pool import Request, decode_queue, left_padded
-from medusa.rows import DecodingOptions
 from medusa.sampling import Processors, ahead, draw, position_keys, row_keys
 from medusa.trees.tensors import Drafted
 
@@ -209,5 +209,5 @@ def test_heads_that_know_are_believed():
 
 
 def test_loop_is_free_of_transformers():
-    program = "import sys, medusa.decoding, medusa.pool; sys.exit('transformers' in sys.modules)"
+    program = "import sys, medusa.decoding, medusa.batch.pool; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

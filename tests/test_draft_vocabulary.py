@@ -53,8 +53,8 @@ def test_output_is_the_backbones_whatever_heads_may_say(shared, tree):
 
 
 def _drafts(model, prompt):
+    from medusa.batch.rows import DecodingOptions
     from medusa.decoding import prefill
-    from medusa.rows import DecodingOptions
 
     state = prefill(model, prompt, None, model.tree, DecodingOptions(max_new_tokens=8))
     assert model.heads is not None

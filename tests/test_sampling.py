@@ -9,10 +9,10 @@ from torch import Tensor
 
 import medusa.sampling
 from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.batch.state import DecodingState
 from medusa.errors import InvalidInput
 from medusa.kernels.build import load_kernels
 from medusa.sampling import draw, gumbel, likeliest, position_keys, row_keys
-from medusa.state import DecodingState
 from tiny import left_padded, random_heads, random_prompt, random_tree, tiny_backbone
 
 VOCAB, LENGTH, ROWS = 4, 3, 6000

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from medusa.config import MedusaConfig
     from medusa.evaluation.grading import judge
     from medusa.evaluation.verbs import bench, experiment
-    from medusa.grammar import Grammar
     from medusa.heads import MedusaHeads
     from medusa.model import MedusaModel
+    from medusa.processors.grammar import Grammar
     from medusa.training.verbs import distill, train
     from medusa.trees.static import MedusaTree
     from medusa.tuning.verbs import tune
@@ -38,7 +38,7 @@ EMBEDDED = Path(__file__).parent / "assets" / "pycode-16m"
 """The folder of the embedded model: backbone, tokenizer, heads and tree; transformers' Auto classes load it too."""
 
 _HOMES = {
-    "Grammar": "medusa.grammar",
+    "Grammar": "medusa.processors.grammar",
     "MedusaConfig": "medusa.config",
     "MedusaHeads": "medusa.heads",
     "MedusaModel": "medusa.model",

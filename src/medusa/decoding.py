@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_drawn, accept_exact, accept_typical
+from medusa.batch.rows import DecodingOptions, Row
+from medusa.batch.state import Decodable, DecodingState, admit, room, vacant
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.kernels.workers import release_workers
-from medusa.rows import DecodingOptions, Row
 from medusa.sampling import NodePrefixes, RowText, position_keys
-from medusa.state import Decodable, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted, TreeTensors
 

@@ -25,7 +25,7 @@ from medusa.checkpoints.reader import load_heads
 from medusa.checkpoints.writer import save_heads
 from medusa.config import TREE_FILE
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
-from medusa.generation import MedusaGenerationMixin
+from medusa.generation.mixin import MedusaGenerationMixin
 from medusa.heads import MedusaHeads
 from medusa.kernels.workers import release_workers
 from medusa.sampling import ahead

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from medusa.kernels.build import are_loaded
+from medusa.processors.warpers import RowWarpers, Warpers
 from medusa.trees.guidance import Outlook
 from medusa.trees.tensors import Draws, TreeTensors
-from medusa.warpers import RowWarpers, Warpers
 
 BLOCK = 256  # tokens per block of the first level of `likeliest`
 WORD = (1 << 32) - 1

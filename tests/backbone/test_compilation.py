@@ -12,11 +12,11 @@ from medusa import DynamicTree, MedusaModel
 from medusa.backbone import compilation
 from medusa.backbone.compilation import _check
 from medusa.backbone.lm import TreeLM
+from medusa.batch.rows import DecodingOptions
 from medusa.decoding import prefill, step
+from medusa.generation.preparation import options_of_rows
 from medusa.kernels import graphs
 from medusa.kernels.cuda_graphs import CudaGraph
-from medusa.preparation import options_of_rows
-from medusa.rows import DecodingOptions
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted
 from tiny import VOCAB, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from medusa import EMBEDDED, MedusaHeads, MedusaTree
+from medusa.batch.rows import DecodingOptions
 from medusa.checkpoints.writer import save_heads
 from medusa.data.prompt_sets import held_out_prompts
 from medusa.decoding import prefill
 from medusa.engines import vllm
 from medusa.engines.vllm import MedusaProposer, draft_chain, hand_on_hidden_states, heads_for
 from medusa.errors import CheckpointError, InvalidInput, UnsupportedEngine
-from medusa.rows import DecodingOptions
 from tiny import VOCAB, random_heads, tiny_backbone
 
 PADDING = 24  # rows that vLLM adds to the embeddings and the LM head

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from medusa import EMBEDDED, MedusaModel, MedusaTree
 from medusa.backbone.cache import TreeCache
+from medusa.batch.rows import DecodingOptions
 from medusa.checkpoints.quantization import quantized
 from medusa.decoding import prefill, step
 from medusa.errors import InvalidInput
@@ -17,10 +18,9 @@ from medusa.kernels.build import load_kernels
 from medusa.kernels.fusion import compute_once, fuse, fuse_linear_maps, replace_attention
 from medusa.kernels.pages import use_large_pages
 from medusa.kernels.quantized import QuantizedLinear, quantize_maps
-from medusa.rows import DecodingOptions
+from medusa.processors.warpers import Warpers
 from medusa.sampling import Processors, gumbel
 from medusa.trees.tensors import Frame
-from medusa.warpers import Warpers
 
 needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
 SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (18, 1536, 20), (4, 2048, 40), (64, 31, 5)]

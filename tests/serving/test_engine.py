@@ -17,11 +17,11 @@ import medusa.serving.trees
 from medusa import DynamicTree, Grammar, MedusaModel, MedusaTree
 from medusa.backbone import compilation
 from medusa.backbone.compilation import Compiled
+from medusa.batch.rows import DecodingOptions
 from medusa.decoding import decode
 from medusa.errors import ContextOverflow, InvalidInput, InvalidTree
-from medusa.generation import Collected
-from medusa.preparation import prepare
-from medusa.rows import DecodingOptions
+from medusa.generation.mixin import Collected
+from medusa.generation.preparation import prepare
 from medusa.sampling import Processors
 from medusa.serving.engine import Engine
 from medusa.serving.memory import pool_size, token_bytes

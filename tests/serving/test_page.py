@@ -22,8 +22,8 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from browsing import barriers, link, needs_chromium, opened
 
+from medusa.batch.rows import DecodingOptions
 from medusa.cli.recorded_page import recorded_page
-from medusa.rows import DecodingOptions
 from medusa.serving.page import FILES, FOLDER, POLICY
 from medusa.serving.requests import Request
 

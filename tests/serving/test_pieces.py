@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
+from medusa.generation.text import Detokenizer
 from medusa.serving.pieces import AnswerText, TokenTexts
 from medusa.serving.tools import Reading
-from medusa.text import Detokenizer
 from running import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -16,10 +16,10 @@ from transformers.generation import logits_process as hf
 
 from medusa.config import integer
 from medusa.errors import InvalidInput
-from medusa.grammar import GrammarMask
-from medusa.penalties import RepetitionPenalty
+from medusa.processors.grammar import GrammarMask
+from medusa.processors.penalties import RepetitionPenalty
+from medusa.processors.warpers import Warpers
 from medusa.sampling import LogitsProcessor, Processors, Reads, TreeProcessor
-from medusa.warpers import Warpers
 
 
 class LogitBias:

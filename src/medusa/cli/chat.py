@@ -83,8 +83,8 @@ class Chat:
         import torch
 
         from medusa.data.prompts import prompt_ids
-        from medusa.generation import Collected
-        from medusa.text import Detokenizer
+        from medusa.generation.mixin import Collected
+        from medusa.generation.text import Detokenizer
 
         messages = [*self._messages, {"role": "user", "content": said}]
         ids = torch.tensor([prompt_ids(self._tokenizer, messages)])

@@ -162,7 +162,7 @@ def _watch(demo: _Demo, compile: bool, out: Console) -> dict[str, _Recording]:
     from rich.text import Text
 
     from medusa.evaluation.decoders import MedusaDecoder
-    from medusa.text import Detokenizer
+    from medusa.generation.text import Detokenizer
     from medusa.trees.static import MedusaTree
 
     model, ids = demo.model, demo.batches[0]
@@ -290,7 +290,7 @@ def _panel(tokenizer, name: str, recording: _Recording, at: float):
     from rich.panel import Panel
     from rich.text import Text
 
-    from medusa.text import Detokenizer
+    from medusa.generation.text import Detokenizer
 
     detokenizer, text = Detokenizer(tokenizer, recording.prompt), Text()
     shown = [step for when, step in recording.steps if when <= at]

@@ -19,8 +19,8 @@ from medusa.runs.files import read_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medusa.grammar import Grammar
     from medusa.model import MedusaModel
+    from medusa.processors.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Form:
             raise InvalidInput("give one of --json-schema, --regex and --choice")
 
     def grammar(self, tokenizer: Any) -> Grammar | None:
-        from medusa.grammar import Grammar
+        from medusa.processors.grammar import Grammar
 
         if self.json_schema is not None:
             return Grammar.json(read_text(self.json_schema, InvalidInput), tokenizer)
@@ -90,8 +90,8 @@ def generate_command(
 
 def _generate(medusa: MedusaModel, tokenizer: Any, ids: Tensor, show: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Continue token ids (1, P), showing the text as it is generated if wanted, and return the record that --json prints."""
-    from medusa.generation import Collected
-    from medusa.text import Detokenizer
+    from medusa.generation.mixin import Collected
+    from medusa.generation.text import Detokenizer
 
     detokenizer, collected, pieces = Detokenizer(tokenizer, ids[0].tolist()), Collected(), list[str]()
     start = time.perf_counter()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from medusa.text import Detokenizer
+from medusa.generation.text import Detokenizer
 
 if TYPE_CHECKING:
     from medusa.model import MedusaModel
@@ -50,12 +50,12 @@ def _raced(tokenizer: Any, ids: list[int], steps: Steps) -> list[dict[str, Any]]
 
 def _traced(model: MedusaModel, tokenizer: Any, ids: list[int], limits: dict[str, Any]) -> dict[str, Any]:
     """The steps of the answer with their trees, from the server's engine."""
-    from medusa.rows import DecodingOptions
+    from medusa.batch.rows import DecodingOptions
+    from medusa.batch.state import overhang
     from medusa.serving.engine import Engine
     from medusa.serving.pieces import TokenTexts
     from medusa.serving.reports import step_record
     from medusa.serving.requests import Delivery, Request
-    from medusa.state import overhang
 
     ends = limits.get("eos_token_id") or model.eos_token_ids
     options = DecodingOptions(limits["max_new_tokens"], eos_token_ids=tuple(ends))

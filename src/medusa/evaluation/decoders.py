@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from medusa.errors import InvalidInput
-from medusa.generation import Collected
+from medusa.generation.mixin import Collected
 from medusa.model import MedusaModel
 
 

@@ -14,11 +14,12 @@ import torch
 
 import medusa
 from medusa.backbone.processors import LogitBias
+from medusa.batch.rows import DecodingOptions
 from medusa.decoding import check_prompts
 from medusa.errors import InvalidInput, MedusaError
+from medusa.generation.preparation import prepare
+from medusa.generation.text import Detokenizer
 from medusa.model import MedusaModel
-from medusa.preparation import prepare
-from medusa.rows import DecodingOptions
 from medusa.runs.files import digest
 from medusa.serving.metrics import Metrics
 from medusa.serving.pieces import AnswerText, TokenTexts
@@ -28,7 +29,6 @@ from medusa.serving.requests import Request, Serves
 from medusa.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from medusa.serving.settings import ServerSettings
 from medusa.serving.structure import Grammars
-from medusa.text import Detokenizer
 from medusa.trees.files import Tree, tree_from
 from medusa.trees.static import MedusaTree
 

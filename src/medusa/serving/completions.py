@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from medusa.generation.text import Detokenizer
 from medusa.serving.answers import Update
 from medusa.serving.calls import Call, Service, make_call
 from medusa.serving.objects import Completion
@@ -14,7 +15,6 @@ from medusa.serving.problems import Problem
 from medusa.serving.prompts import text_ids
 from medusa.serving.requests import TokenLogprobs
 from medusa.serving.schemas import CompletionRequest
-from medusa.text import Detokenizer
 
 
 def prepare_completion(service: Service, body: CompletionRequest) -> list[Call]:

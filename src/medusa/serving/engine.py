@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from medusa.batch.state import Decodable, DecodingState, overhang
 from medusa.decoding import check_request, step
 from medusa.errors import ContextOverflow
 from medusa.kernels.workers import release_workers
@@ -19,7 +20,6 @@ from medusa.serving.jobs import Job
 from medusa.serving.requests import Delivery, Load, QueueFull, Request
 from medusa.serving.slots import Slots
 from medusa.serving.trees import Kind, TreeByLoad
-from medusa.state import Decodable, DecodingState, overhang
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.files import Tree
 from medusa.trees.static import MedusaTree

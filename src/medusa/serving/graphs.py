@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from medusa.batch.state import Decodable, visible_slots
 from medusa.serving.slots import Slots
 from medusa.serving.trees import PLAIN, TreeByLoad
-from medusa.state import Decodable, visible_slots
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
 from medusa.trees.tensors import Drafter, Frame

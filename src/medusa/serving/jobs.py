@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from medusa.batch.rows import Row
+from medusa.batch.state import Decodable
 from medusa.decoding import Stepped
-from medusa.rows import Row
 from medusa.serving.reports import after_path, logprobs_of, traced
 from medusa.serving.requests import Delivery, Request, TokenLogprobs
-from medusa.state import Decodable
 from medusa.trees.dynamic import DynamicTree
 from medusa.trees.static import MedusaTree
 from medusa.trees.tensors import Drafter

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from medusa.batch.state import Decodable
 from medusa.errors import InvalidInput
 from medusa.serving.settings import MOST_SLOTS
-from medusa.state import Decodable
 
 USUAL_CAPACITY = 4096  # tokens, if the model's context is not shorter
 LEAST_CAPACITY = 256

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medusa.text import Detokenizer
+from medusa.generation.text import Detokenizer
 
 
 class TokenTexts:

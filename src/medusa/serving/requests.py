@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from medusa.errors import MedusaError
 
 if TYPE_CHECKING:  # a proxy that tells clients of problems needs no torch
-    from medusa.rows import DecodingOptions
+    from medusa.batch.rows import DecodingOptions
     from medusa.trees.files import Tree
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medusa.rows import READING, Row
-from medusa.state import Decodable, DecodingState, RequestCache, start, vacant
+from medusa.batch.rows import READING, Row
+from medusa.batch.state import Decodable, DecodingState, RequestCache, start, vacant
 from medusa.trees.tensors import Drafter, Frame
 
 

@@ -46,7 +46,7 @@ class Grammars:
             if key in self._made:
                 self._made.move_to_end(key)
                 return self._made[key]
-        from medusa.grammar import Grammar
+        from medusa.processors.grammar import Grammar
 
         make: Callable[..., Any] = getattr(Grammar, kind)
         try:

@@ -183,9 +183,9 @@ def _fixed(device: str, kind: torch.dtype, launch: float, rounds: int) -> tuple[
 def _small_step(depth: int, device: str, kind: torch.dtype, rounds: int) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from medusa.batch.rows import DecodingOptions
     from medusa.decoding import prefill, step
     from medusa.model import MedusaModel
-    from medusa.rows import DecodingOptions
     from medusa.trees.static import MedusaTree
 
     width = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_attention_heads=2)

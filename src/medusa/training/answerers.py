@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from medusa.batch.pool import Request, decode_queue
 from medusa.data.endpoint import Endpoint, EndpointError, EndpointRefused
 from medusa.data.prompts import opening_ids
 from medusa.data.samples import Message
 from medusa.data.templates import ends_of_turns, ends_users_turns
 from medusa.errors import InvalidInput
+from medusa.generation.preparation import options_of_rows
 from medusa.model import MedusaModel
-from medusa.pool import Request, decode_queue
-from medusa.preparation import options_of_rows
 from medusa.runs.files import digest
 from medusa.training.distillation import Distillation, Seed
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medusa.batch.pool import Request, decode_queue
 from medusa.data.prompts import opening_ids
 from medusa.data.templates import ends_of_turns, ends_users_turns
 from medusa.errors import InvalidInput
+from medusa.generation.preparation import options_of_rows
 from medusa.model import MedusaModel
-from medusa.pool import Request, decode_queue
-from medusa.preparation import options_of_rows
 from medusa.runs.console import progress
 from medusa.runs.records import Journal
 from medusa.trees.static import MedusaTree

@@ -16,7 +16,7 @@ from torch import Tensor
 from medusa.checkpoints.tensors import write_tensors
 from medusa.data.prompts import left_padded
 from medusa.errors import InvalidInput, one_line
-from medusa.generation import MedusaGenerateOutput
+from medusa.generation.mixin import MedusaGenerateOutput
 from medusa.heads import MedusaHeads
 from medusa.model import MedusaModel
 from medusa.runs.console import progress

@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria
 from medusa import MedusaModel, MedusaTree
 from medusa.backbone.lm import TreeLM
 from medusa.errors import InvalidInput, MedusaError, UnexpectedKeyword
-from medusa.settings import ARGUMENTS
+from medusa.generation.settings import ARGUMENTS
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 PROMPT = random_prompt(7)
@@ -76,7 +76,7 @@ def test_position_ids_that_follow_from_the_mask_are_taken(tiny_model):
 
 
 def test_setting_of_a_newer_transformers_is_refused_until_someone_decides(tiny_model, monkeypatch):
-    from medusa import settings
+    from medusa.generation import settings
 
     keys = settings._config_keys()
     monkeypatch.setattr(settings, "_config_keys", lambda: keys | {"braid_size"})

@@ -8,7 +8,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from medusa import DynamicTree, MedusaTree
 from medusa.errors import InvalidInput
-from medusa.penalties import OccurrencePenalty, RepetitionPenalty
+from medusa.processors.penalties import OccurrencePenalty, RepetitionPenalty
 from medusa.sampling import NodePaths, NodePrefixes, RowText
 from medusa.trees.tensors import tree_tensors
 from tiny import VOCAB, left_padded, plain_greedy, random_prompt, random_tree

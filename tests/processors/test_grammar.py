@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from medusa import DynamicTree, Grammar, MedusaHeads, MedusaModel, MedusaTree
+from medusa.batch.pool import Request, decode_queue
 from medusa.errors import InvalidInput
-from medusa.pool import Request, decode_queue
-from medusa.preparation import options_of_rows
+from medusa.generation.preparation import options_of_rows
 from tiny import random_heads, tiny_backbone
 
 pytest.importorskip("llguidance")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from medusa import DynamicTree, MedusaModel, MedusaTree
+from medusa.batch.pool import Request, decode_queue
+from medusa.batch.rows import DecodingOptions
 from medusa.errors import ContextOverflow
-from medusa.pool import Request, decode_queue
-from medusa.preparation import options_of_rows
-from medusa.rows import DecodingOptions
+from medusa.generation.preparation import options_of_rows
 from tiny import random_heads, random_prompt, random_tree, tiny_backbone
 
 TREES = [MedusaTree([]), random_tree(seed=3, nodes=24), DynamicTree(12, 3, copied=4)]

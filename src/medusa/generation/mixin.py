@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput
 from medusa.acceptance import TypicalAcceptance
 from medusa.decoding import DecodingStep, check_prompts
 from medusa.errors import InvalidInput
-from medusa.grammar import Grammar
-from medusa.preparation import OwnOptions, Preparable, Prepared, handed_over, prepare
+from medusa.generation.preparation import OwnOptions, Preparable, Prepared, handed_over, prepare
+from medusa.processors.grammar import Grammar
 from medusa.trees.files import Tree
 
 

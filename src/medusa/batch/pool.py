@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from medusa.batch.rows import DecodingOptions, Row
+from medusa.batch.state import Decodable, DecodingState, admit, room, vacant
 from medusa.data.prompts import left_padded
 from medusa.decoding import check_request, raise_errors, step
 from medusa.kernels.workers import release_workers
-from medusa.rows import DecodingOptions, Row
-from medusa.state import Decodable, DecodingState, admit, room, vacant
 from medusa.trees.files import Tree
 
 JOIN_SHARE = 16  # requests join once 1 / JOIN_SHARE of the rows is free: a pass over several prompts costs little more

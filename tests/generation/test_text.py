@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from medusa.text import Detokenizer
+from medusa.generation.text import Detokenizer
 
 TEXT = "def naïve(x):\n    return 'π≈3.14 — 你好 🎉'  # done\n\n\nclass A:\n    pass\n"
 

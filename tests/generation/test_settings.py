@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import medusa.state
+import medusa.batch.state
 from medusa import MedusaModel
 from medusa.errors import InvalidInput
+from medusa.generation.settings import FOLLOWED, REFUSED, WITHOUT_EFFECT
 from medusa.sampling import draw, position_keys
-from medusa.settings import FOLLOWED, REFUSED, WITHOUT_EFFECT
 from tiny import left_padded, plain_greedy, random_heads, random_prompt, random_tree, tiny_backbone
 
 NEW = 6
@@ -113,13 +113,13 @@ def eos(model) -> int:
 def row_keys(monkeypatch):
     """The keys of the rows of Medusa's last requests; transformers can draw by them too."""
     found: list[torch.Tensor] = []
-    row_keys = medusa.state.row_keys
+    row_keys = medusa.batch.state.row_keys
 
     def noted(*args, **kwargs):
         found.append(row_keys(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(medusa.state, "row_keys", noted)
+    monkeypatch.setattr(medusa.batch.state, "row_keys", noted)
     return found
 
 

@@ -18,15 +18,15 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from medusa.acceptance import TypicalAcceptance
 from medusa.backbone.lm import token_ids
 from medusa.backbone.processors import check_sampling, classify
+from medusa.batch.rows import DecodingOptions, StoppingCriterion
+from medusa.batch.state import Decodable
 from medusa.config import integer
 from medusa.decoding import DecodingStep, decode
 from medusa.errors import InvalidInput, MedusaError
-from medusa.grammar import Grammar, GrammarMask
-from medusa.penalties import OccurrencePenalty
-from medusa.rows import DecodingOptions, StoppingCriterion
+from medusa.generation.settings import SAMPLING_KEYS, check_names, refuse, refuse_settings
+from medusa.processors.grammar import Grammar, GrammarMask
+from medusa.processors.penalties import OccurrencePenalty
 from medusa.sampling import TreeProcessor
-from medusa.settings import SAMPLING_KEYS, check_names, refuse, refuse_settings
-from medusa.state import Decodable
 from medusa.trees.files import Tree
 
 DEFAULT_MAX_NEW_TOKENS = 256

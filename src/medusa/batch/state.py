@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from medusa.rows import READING, Row, RowSettings, temperature
+from medusa.batch.rows import READING, Row, RowSettings, temperature
 from medusa.sampling import Levels, RowText, levels_of, position_keys, row_keys
 from medusa.trees.guidance import Outlook, guided, longest_chain
 from medusa.trees.history import History
