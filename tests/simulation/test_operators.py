@@ -65,8 +65,8 @@ def test_flops_of_a_step_are_those_torch_counts(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.ones(2, 12, dtype=torch.long))
     ours = sum(operator.count * operator.flops for operator in step_operators(shape_of(backbone.config), b=2, s=12, q=12))
-    rotation = 2 * 2 * 8 * 12  # llama's angles are a product of (b, 8, 1) with (b, 1, 12)
-    assert counter.get_total_flops() in (ours, ours + rotation)
+    rotation = 2 * 8 * 12  # llama's angles are a product of (b, 8, 1) with (b, 1, 12), or for all rows at once, or none
+    assert counter.get_total_flops() in (ours, ours + rotation, ours + 2 * rotation)
 
 
 def test_medusa_heads_are_run_on_one_row_of_each_sequence():
