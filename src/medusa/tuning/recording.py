@@ -111,10 +111,10 @@ def _record(
         text = torch.cat([prompt, output.new_tokens(row).to(prompt)])
         found = guesses_along(model, text, len(prompt) - 1, ranks)
         if found is not None:
-            yield dataclasses.replace(found, noise=_noise(found, (seed, row), temperature)) if temperature else found
+            yield dataclasses.replace(found, noise=noise_along(found, (seed, row), temperature)) if temperature else found
 
 
-def _noise(text: Recorded, stream: tuple[int, int], temperature: float) -> Tensor:
+def noise_along(text: Recorded, stream: tuple[int, int], temperature: float) -> Tensor:
     """What decoding with a seed added to the log-probabilities of the guesses."""
     places = torch.arange(len(text))
     key = row_keys([stream], places.device).expand_as(places)
