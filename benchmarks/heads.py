@@ -73,9 +73,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", required=True, help="folders or names; the first are those compared with")
     parser.add_argument("--prompts", nargs="+", required=True, help="files of prompts, in any format")
     parser.add_argument("--limit", type=int, default=80, help="number of prompts")
-    parser.add_argument(
-        "--fit", type=Path, required=True, help="file of prompts that the temperatures of the trees are fitted on"
-    )
+    parser.add_argument("--fit", type=Path, required=True, help="file of prompts on which the trees' temperatures are fitted")
     parser.add_argument("--fit-limit", type=int, default=24, help="number of those")
     parser.add_argument("--max-new-tokens", "-n", type=int, default=134)
     parser.add_argument("--temperature", "-t", type=float, nargs="+", default=[0.7, 0.0])
