@@ -62,7 +62,7 @@ def test_every_node_is_penalised_as_its_path_would_be_alone(given, presence, fre
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True, temperature=1.2, seed=4)])
+@pytest.mark.parametrize("sampling", [{}, dict(do_sample=True, temperature=0.5, seed=5)])
 def test_a_tree_gives_what_plain_decoding_gives_in_ragged_batches(tiny_model, settings, sampling):
     ids, mask = left_padded([random_prompt(9), random_prompt(4, seed=1), random_prompt(6, seed=2)])
     outputs = [
