@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from medusa import DynamicTree, MedusaModel
+from medusa import DynamicTree, MedusaModel, MedusaTree
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
@@ -39,9 +39,10 @@ def continued(model: MedusaModel, prompts: list[Tensor], count: int, temperature
     """The backbone's continuations of prompts."""
     texts: list[Text] = []
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    options["return_dict_in_generate"] = True
     for seed in tqdm(range(0, len(prompts), BATCH), desc=f"texts at temperature {temperature:g}", dynamic_ncols=True):
         ids, mask = left_padded(prompts[seed : seed + BATCH])
-        output = model.generate(ids, mask, max_new_tokens=count, seed=seed, return_dict_in_generate=True, **options)
+        output = model.generate(ids, mask, max_new_tokens=count, seed=seed, tree=MedusaTree([]), **options)
         assert isinstance(output, MedusaGenerateOutput)
         for row, prompt in enumerate(prompts[seed : seed + BATCH]):
             texts.append((torch.cat([prompt, output.new_tokens(row).to(prompt)]), len(prompt) - 1, (seed, row)))
