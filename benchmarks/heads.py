@@ -26,6 +26,7 @@ from medusa.checkpoints.loading import load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.data.prompts import left_padded
+from medusa.evaluation.measurement import resamples
 from medusa.generation.mixin import MedusaGenerateOutput
 from medusa.tuning.recording import Recorded, guesses_along, noise_along
 from medusa.tuning.replay import Replayed, fit_temperatures, replay_texts
@@ -62,8 +63,8 @@ def guessed(model: MedusaModel, texts: list[Text], temperature: float) -> list[R
 
 def ratio(own: Replayed, other: Replayed) -> tuple[float, float, float]:
     """How many times as many tokens per step, with the 95 % interval by bootstrap over texts."""
-    drawn = torch.randint(len(own.tokens), (2000, len(own.tokens)), generator=torch.Generator().manual_seed(0))
-    rates = [each.tokens[drawn].sum(1).double() / each.steps[drawn].sum(1) for each in (own, other)]
+    weights = resamples(len(own.tokens))
+    rates = [weights @ each.tokens.double() / (weights @ each.steps.double()) for each in (own, other)]
     low, high = torch.quantile(rates[0] / rates[1], torch.tensor([0.025, 0.975]).double()).tolist()
     return own.acceleration_rate / other.acceleration_rate, low, high
 
@@ -94,9 +95,6 @@ def main() -> None:
         for some in (questions, list(read_questions(args.fit))[: args.fit_limit])
     )
     rows: list[dict[str, Any]] = []
-    table = Table(title=f"{args.model}, tokens per step by replay", title_justify="left")
-    for column in ("temperature", "nodes", "heads", "tokens per step", f"of {args.heads[0]}", "without reading ahead"):
-        table.add_column(column, justify="right")
     for temperature in args.temperature:
         texts, others = (continued(first, some, args.max_new_tokens, temperature) for some in (held, fit))
         along = {name: guessed(model, texts, temperature) for name, model in models.items()}

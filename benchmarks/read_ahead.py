@@ -1,7 +1,9 @@
 """What dynamic trees gain from reading ahead in the draws (docs/architecture.md), on the same texts in one run:
 
-python benchmarks/read_ahead.py smollm2 --prompts mt_bench.jsonl --limit 24 -n 96 -t 0.7 1.0 --compile
-python benchmarks/read_ahead.py smollm2 --prompts mt_bench.jsonl -t 1.0 --top-p 0.9 --tree SIXTEEN.json
+    python benchmarks/read_ahead.py smollm2 --prompts mt_bench.jsonl --limit 24 -n 96 -t 0.7 1.0 --compile
+    python benchmarks/read_ahead.py smollm2 --prompts mt_bench.jsonl -t 1.0 --top-p 0.9 --tree SIXTEEN.json
+
+Plain decoding, Medusa without reading ahead and Medusa answer each prompt in turn.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from medusa.checkpoints.named import dtype_named, quiet_transformers
 from medusa.data.prompt_sets import Prompter, read_questions
 from medusa.evaluation.decoders import Decoded, Decoder, MedusaDecoder
 from medusa.evaluation.measurement import Estimate, Measurement, compare_decoders, estimate
+from medusa.trees.tensors import Frame
 
 PLAIN, BLIND, AHEAD = "plain", "without reading ahead", "Medusa"
 
@@ -35,13 +38,15 @@ class BlindDecoder(MedusaDecoder):
     """Medusa whose trees depend on the heads and the text alone."""
 
     def __call__(self, ids: Tensor) -> Decoded:
-        draws = DecodingState.draws
+        frame = DecodingState.frame
 
-        def hidden(state: DecodingState, static_shapes: bool) -> Any:
-            found = draws(state, static_shapes)
-            return None if found is None else found._replace(temperatures=torch.zeros_like(found.temperatures))
+        def blind(state: DecodingState, static_shapes: bool) -> Frame:
+            found = frame(state, static_shapes)
+            if found.draws is None:
+                return found
+            return found._replace(draws=found.draws._replace(temperatures=torch.zeros_like(found.draws.temperatures)))
 
-        with mock.patch.object(DecodingState, "draws", hidden):
+        with mock.patch.object(DecodingState, "frame", blind):
             return super().__call__(ids)
 
 

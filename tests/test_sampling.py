@@ -104,7 +104,8 @@ def test_a_tree_that_reads_ahead_in_the_draws_accepts_more_of_the_same_text(monk
     options = {"max_new_tokens": 60, "do_sample": True, "temperature": 3.0, "seed": 1, "tree": DynamicTree(3, 2, ranks=4)}
     prompts = torch.tensor([[1, 2, 3]]).expand(20, -1)
     ahead = model.generate(prompts, **options, return_dict_in_generate=True)
-    monkeypatch.setattr(DecodingState, "draws", lambda state, static_shapes: None)
+    frame = DecodingState.frame
+    monkeypatch.setattr(DecodingState, "frame", lambda state, static_shapes: frame(state, static_shapes)._replace(draws=None))
     blind = model.generate(prompts, **options, return_dict_in_generate=True)
     assert torch.equal(ahead.sequences, blind.sequences)
     assert 1.05 * sum(map(len, ahead.acceptance_lengths)) < sum(map(len, blind.acceptance_lengths))

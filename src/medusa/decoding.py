@@ -18,7 +18,7 @@ from medusa.batch.state import Decodable, DecodingState, admit, room, vacant
 from medusa.errors import ContextOverflow, InvalidInput
 from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.kernels.workers import release_workers
-from medusa.sampling import NodePrefixes, RowText, position_keys
+from medusa.sampling import NodePrefixes, RowText, keys_after
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted, TreeTensors
 
@@ -169,9 +169,8 @@ def _draw_after(
     node: Tensor,  # (B,) long
 ) -> Tensor:  # (B,) long
     """The backbone's token after a node of each row."""
-    # The token after a node at depth d of a row that has emitted e tokens is the row's token number e + d + 1.
-    depth = tree.depths.expand(len(node), -1).gather(1, node[:, None])
-    keys = position_keys(state.keys[:, None], (state.lengths - state.starts)[:, None] + depth + 1)
+    depth = tree.depths.expand(len(node), -1).gather(1, node[:, None])[:, 0]
+    keys = keys_after(state.draws, state.lengths, depth)[:, None]
     if scores.shape[1] > 1:
         first = torch.arange(0, scores.shape[0] * scores.shape[1], scores.shape[1], device=node.device)
         scores = scores.flatten(0, 1).index_select(0, first + node)[:, None]  # a gather would take twenty times as long

@@ -239,14 +239,22 @@ def gumbel(
     return -torch.log(-torch.log1p(-chance))
 
 
+def keys_after(
+    draws: Draws,
+    lengths: Tensor,  # (B,) long: committed slots
+    depths: Tensor,  # (..., B) long: of nodes
+) -> Tensor:  # (..., B) long
+    """The key of the token after a node: at depth d of a row that has emitted e tokens, the row's token number e + d + 1."""
+    return position_keys(draws.keys, lengths - draws.starts + depths + 1)
+
+
 def ahead(
     draws: Draws,
     lengths: Tensor,  # (B,) long: committed slots
     tokens: Tensor,  # (D, B, R) long: guesses of the D positions behind the root
 ) -> Tensor:  # (D, B, R) float32
     """What is added to the log-probabilities of tokens, times the temperature, before one of them is drawn."""
-    depth = torch.arange(len(tokens), device=tokens.device)[:, None]
-    keys = position_keys(draws.keys, lengths - draws.starts + 1 + depth)  # (D, B)
+    keys = keys_after(draws, lengths, torch.arange(len(tokens), device=tokens.device)[:, None])  # (D, B)
     return gumbel(keys[..., None], tokens) * draws.temperatures[:, None]
 
 

@@ -192,6 +192,7 @@ def test_a_draw_is_the_token_with_the_greatest_sum_of_score_and_gumbel_number(vo
     keys = torch.randint(0, 2**63 - 1, (300, 2))[:, 0]
     sums = scores + gumbel(keys[:, None], torch.arange(vocabulary))
     got = torch.ops.medusa.draw(scores, keys)
+    assert (scores.gather(1, got[:, None]) > -torch.inf).all()
     assert (sums.amax(-1) - sums.gather(1, got[:, None])[:, 0] < 1e-4).all()
     assert (got == sums.argmax(-1)).float().mean() > 0.99
 

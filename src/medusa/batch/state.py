@@ -118,11 +118,13 @@ class DecodingState:
         visible = base + self.drafter.num_nodes
         if static_shapes:
             visible = visible_slots(visible, self.cache.capacity) if self.pooled else self.cache.capacity
-        return Frame(self.slot.fill_(base), self.lengths, self.pads, visible, self.draws(static_shapes))
+        draws = self.draws if static_shapes or self.settings.draws else None
+        return Frame(self.slot.fill_(base), self.lengths, self.pads, visible, draws)
 
-    def draws(self, static_shapes: bool) -> Draws | None:
-        """What decides the draws; None if nothing is drawn, unless every step must have the same shapes."""
-        return Draws(self.keys, self.starts, self.temperatures) if static_shapes or self.settings.draws else None
+    @property
+    def draws(self) -> Draws:
+        """What decides the draws of the rows."""
+        return Draws(self.keys, self.starts, self.temperatures)
 
     def grow(self, capacity: int) -> None:
         """Make room for rows of `capacity` slots."""
@@ -267,7 +269,7 @@ def start(
     if state.hidden.shape[1] != hidden.shape[1]:
         state.hidden = hidden.new_zeros(batch, hidden.shape[1])
     length = torch.full_like(pads, ids.shape[1])
-    temperatures = torch.tensor([temperature(row.options) for row in rows], device=device)
+    temperatures = torch.tensor([temperature(row.options) for row in rows], dtype=torch.float32, device=device)
     filled = dict(pads=pads, starts=length, lengths=length, root=root, hidden=hidden, active=torch.ones_like(pads).bool())
     for name, values in (filled | dict(keys=keys, temperatures=temperatures)).items():
         getattr(state, name).index_copy_(0, places, values)

@@ -63,7 +63,7 @@ class Graphs:
         drafter = self._drafters[tree]
         base = visible - drafter.num_nodes
         part = self._pool.part(0, width, drafter)
-        frame = Frame(torch.full((), base, device=part.root.device), part.lengths, part.pads, visible, part.draws(True))
+        frame = Frame(torch.full((), base, device=part.root.device), part.lengths, part.pads, visible, part.draws)
         try:
             self.model.draft_and_verify(part.root, part.hidden, drafter, part.history, frame, part.cache)
             self._ready.add((width, tree, visible))
