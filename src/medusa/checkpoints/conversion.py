@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from medusa.checkpoints.adapter import ADAPTER_FILES, adapted_model, has_adapter
-from medusa.checkpoints.hub import SMOLLM2_HEADS, find_heads, find_model
+from medusa.checkpoints.hub import SMOLLM2_HEADS, Source, find_heads, find_model
 from medusa.checkpoints.loading import load_backbone, load_tokenizer
 from medusa.checkpoints.publish import CARD_FILE
 from medusa.checkpoints.quantization import quantized
@@ -56,7 +56,7 @@ def convert(
             raise InvalidInput(f"{to} needs the backbone of these heads, and {folder} does not name it; pass --backbone")
         here = backbone is None and str(source) in ("smollm2", *SMOLLM2_HEADS)  # the heads of the installed model
         base = find_model("smollm2" if here else base_model, code=bool(kwargs.get("trust_remote_code")))
-    heads = load_heads(path, backbone=base.folder if base is not None else None)
+    heads = load_heads(path, backbone=None if base is None else base.folder)
     adapter = has_adapter(folder) and alone
     if adapter and to not in ("medusa", "merged"):
         message = f"the heads need a backbone that has the adapter in {folder} merged into it; use --to merged"
@@ -64,26 +64,39 @@ def convert(
     names = [TREE_FILE, *([CARD_FILE] if alone else []), *(ADAPTER_FILES if adapter and to == "medusa" else [])]
     beside = [folder / name for name in names if (folder / name).is_file()]
 
-    under = None  # the model under an adapter, if the backbone's folder holds only an adapter
-    if base is not None and (name := adapted_model(base.folder)) is not None:
-        under = find_model(name, code=bool(kwargs.get("trust_remote_code")))
-
-    def loaded() -> PreTrainedModel:
-        adapters = [*([base.folder] if under is not None else []), *([folder] if adapter else [])]  # type: ignore[union-attr]
-        return load_backbone(under or base, adapters=adapters, **how, **kwargs)  # type: ignore[arg-type]
-
-    whole = base is not None and any((base.folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX))
-    as_it_is = whole and not adapter and quantization == "none"
-    if to == "merged" and base is not None and not as_it_is:
+    held = None if base is None else _Backbone(base, folder if adapter else None, how | kwargs)
+    if to == "merged" and held is not None and held.changed:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent) as changed:
-            for held in filter(None, (under, base)):
-                copy_beside(held.folder, Path(changed))
-            loaded().save_pretrained(changed)
-            if base.gguf_file is not None:
-                load_tokenizer(base).save_pretrained(changed)
-            write_checkpoint(heads, output, to, base_model, backbone=Path(changed), beside=beside)
+        with TemporaryDirectory(dir=output.parent) as saved:
+            held.save(Path(saved))
+            write_checkpoint(heads, output, to, base_model, backbone=Path(saved), beside=beside)
     else:
-        lm_head = loaded().get_output_embeddings() if needs_lm_head else None
-        write_checkpoint(heads, output, to, base_model, lm_head, base.folder if base is not None else None, beside)
+        lm_head = held.load().get_output_embeddings() if held is not None and needs_lm_head else None
+        write_checkpoint(heads, output, to, base_model, lm_head, None if base is None else base.folder, beside)
     return open_checkpoint(output)
+
+
+class _Backbone:
+    """A backbone in a folder, with the adapter beside the heads, if any; `options` are those of `load_backbone`."""
+
+    def __init__(self, base: Source, adapter: Path | None, options: dict[str, Any]) -> None:
+        self.base, self.adapter, self.options = base, adapter, options
+        name = adapted_model(base.folder)  # of the model under it, if its folder holds only an adapter
+        self.under = None if name is None else find_model(name, code=bool(options.get("trust_remote_code")))
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model differs from the weights in its folder."""
+        whole = any((self.base.folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS + INDEX))
+        return not whole or self.adapter is not None or "quantization_config" in self.options
+
+    def load(self) -> PreTrainedModel:
+        adapters = [*([self.base.folder] if self.under is not None else []), *([self.adapter] if self.adapter else [])]
+        return load_backbone(self.under or self.base, adapters=adapters, **self.options)
+
+    def save(self, folder: Path) -> None:
+        for each in filter(None, (self.under, self.base)):
+            copy_beside(each.folder, folder)
+        self.load().save_pretrained(folder)
+        if self.base.gguf_file is not None:
+            load_tokenizer(self.base).save_pretrained(folder)

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
     from medusa.model import MedusaModel
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="The backbone: a folder, GGUF file or hub id, `smollm2` (default where it is installed) or `embedded`.",
+        show_default=False,
+    ),
+]
 # One colour per step, in turn: tokens of one colour were emitted by one step.
 COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta", "bright_blue", "bright_red")
 QUESTIONS = (
@@ -49,13 +56,7 @@ class Demonstration:
 
 @common.with_options(Demonstration, common.Loading)
 def demo_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="The backbone: a folder, GGUF file or hub id, `smollm2` (default where it is installed) or `embedded`.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Prompt to use (default: built-in questions, or held-out code).")
     ] = None,

@@ -13,24 +13,23 @@ from medusa.errors import InvalidInput
 from medusa.runs.console import note
 from medusa.training.distillation import Distillation
 
+DataOption = Annotated[
+    str,
+    typer.Option(help="Prompts: .txt, JSON, JSONL, Parquet, folder, `datasets` id[:split]; or `self`: the model writes them."),
+]
+EndpointOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Address of an OpenAI-compatible server that serves the model as MODEL; repeatable, to share the work."),
+]
+
 
 @common.with_options(Distillation, common.Loading)
 def distill_command(
     model: common.ModelArgument,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Prompts: .txt, JSON, JSONL, Parquet, folder, `datasets` id[:split]; or `self`: the model writes them."
-        ),
-    ],
+    data: DataOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSONL shards; an unfinished run there is resumed.")],
     tree: common.TreeOption = None,
-    endpoint: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Address of an OpenAI-compatible server that serves the model as MODEL; repeatable, to share the work."
-        ),
-    ] = None,
+    endpoint: EndpointOption = None,
     api_key_env: common.EndpointKeyOption = "OPENAI_API_KEY",
     samples: Annotated[int, typer.Option(min=1, help="Number of conversations to make with --data self.")] = 1000,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts.")] = None,

@@ -68,8 +68,7 @@ def generate_command(
 
     if prompt is None and prompt_file is None:
         prompting.refuse_prompt_as_model(model, "name the model first: medusa generate MODEL PROMPT")
-    model, sampling = common.full_name(model, options), common.sampling_options(options)
-    form = common.take(Form, options)
+    model, sampling, form = common.full_name(model, options), common.sampling_options(options), common.take(Form, options)
     text, trusted = prompting.read_prompt(prompt, prompt_file), options["trust_remote_code"]
     named.require_heads(model, options["heads"], tree == "root")
     tokenizer = named.load_tokenizer(model, trusted)

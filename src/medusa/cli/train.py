@@ -20,6 +20,18 @@ from medusa.training.config import METHOD, TrainingConfig, recipe_names, resolve
 if TYPE_CHECKING:
     from medusa.training.verbs import Trained
 
+DataOption = Annotated[
+    list[str],
+    typer.Option("--data", metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."),
+]
+ConfigOption = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML file of training options; flags override it.")]
+EvalDataOption = Annotated[
+    list[str] | None, typer.Option(metavar="DATA", help="Evaluation data (default: held-out rows); repeatable.")
+]
+HeadsOption = Annotated[str | None, typer.Option(metavar="DIR", help="Heads to start from (default: copies of the LM head).")]
+HiddenStatesOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder for the original backbone's hidden states, to train from.")
+]
 METHOD_HELP = f"Recipe that sets the training options below: {', '.join(recipe_names())}."
 # The training options in --help, in this order; options in no group go into the last.
 GROUPS = {
@@ -90,28 +102,13 @@ def print_training_options(method: str) -> None:
 @common.with_options(common.Loading)
 def train_command(
     model: common.ModelArgument,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data", metavar="DATA", help="JSON, JSONL or Parquet file, folder, or `datasets` id[:split]; repeatable."
-        ),
-    ],
+    data: DataOption,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results.")] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=METHOD_HELP)] = METHOD,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML file of training options; flags override it.")
-    ] = None,
-    eval_data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DATA", help="Evaluation data (default: held-out rows); repeatable."),
-    ] = None,
-    heads: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Heads to start from (default: copies of the LM head).")
-    ] = None,
-    hidden_states: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder for the original backbone's hidden states, to train from."),
-    ] = None,
+    config: ConfigOption = None,
+    eval_data: EvalDataOption = None,
+    heads: HeadsOption = None,
+    hidden_states: HiddenStatesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the output folder.")] = False,
     preview: Annotated[int, typer.Option(metavar="N", min=0, help="Only show N rows, with labelled tokens in colour.")] = 0,
     as_json: common.JsonOption = False,

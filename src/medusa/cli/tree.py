@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from medusa.trees.files import Tree
     from medusa.trees.static import MedusaTree
 
+AccuraciesOption = Annotated[
+    Path | None,
+    typer.Option(
+        help='JSON file with "accuracies", a list of numbers per head; assumes that heads err independently (paper 2.3.3).'
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="calibration.json of `medusa tune`: how often each path of guesses is right.")
+]
 Chances = Mapping[tuple[int, ...], float]  # how often each path comes true
 
 
@@ -62,15 +71,8 @@ class Wanted:
 @common.with_options(Wanted)
 def tree_command(
     file: Annotated[str | None, typer.Argument(help="A tree file of any kind.", show_default=False)] = None,
-    accuracies: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON file with "accuracies", a list of numbers per head; assumes that heads err independently (paper 2.3.3).'
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="calibration.json of `medusa tune`: how often each path of guesses is right.")
-    ] = None,
+    accuracies: AccuraciesOption = None,
+    calibration: CalibrationOption = None,
     draw: Annotated[
         Path | None, typer.Option(help="Draw the tree as in the paper's Figure 6, into this .svg or .png file.")
     ] = None,

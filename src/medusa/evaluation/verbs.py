@@ -29,7 +29,6 @@ from medusa.runs.records import refuse_claimed
 from medusa.tuning.recording import Recorded, record
 
 CALIBRATION_PROMPTS, CALIBRATION_TOKENS = 64, 256  # prompts to search trees on, and tokens of each
-PLOTS_REMEDY = "without matplotlib: pip install 'medusa-decoding[plots]' and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ def bench(
     scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if config.quality else None
     found = measure_entries(entries, prompt_set, folder, made_with, config.rounds, scorer)
     save_report(found, bench_page(found), folder)
-    if not can_plot():
-        note(f"no plots in results.html {PLOTS_REMEDY}")
+    _note_missing("plots in results.html")
     return found
 
 
@@ -154,11 +152,10 @@ def experiment(
     chosen, prompts = _check_options(config, name, prompts, model), default_prompts(model, prompts)
     questions = select(read_questions(prompts), config.categories, config.limit)
     calibrating = None if config.calibration_prompts is None else read_questions(config.calibration_prompts)
-    loading = _Loading(dtype, device, trust_remote_code)
+    loading, folder = _Loading(dtype, device, trust_remote_code), Path(output or f"experiments/{name}")
     tokenizer = loading.tokenizer(model, prompts)
     medusa = loading.model(model, heads, "draft" not in chosen.needs)
     prompt_set = PromptSet.of(medusa, tokenizer, questions, config.max_new_tokens)
-    folder = Path("experiments") / name if output is None else Path(output)
 
     def recorded(which: MedusaModel) -> list[Recorded]:
         kept = folder / ("recorded" if which is medusa else "recorded-medusa-2")
@@ -178,9 +175,14 @@ def experiment(
     scorer = loading.scorer(medusa, model, heads, prompt_set.prompter) if chosen.quality else None
     found = measure_experiment(name, setup, prompt_set, scorer, folder, made_with, config.rounds)
     save_experiment(found, folder)
-    if chosen.axis is not None and not can_plot():
-        note(f"no figure {PLOTS_REMEDY}")
+    if chosen.axis is not None:
+        _note_missing("figure")
     return found
+
+
+def _note_missing(drawn: str) -> None:
+    if not can_plot():
+        note(f"no {drawn} without matplotlib: pip install 'medusa-decoding[plots]' and run the same command again")
 
 
 def _record(

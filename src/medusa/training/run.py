@@ -108,15 +108,8 @@ def _train(
         rows, eval_rows = hold_out(rows, config.held_out, config.seed)
         eval_rows = eval_rows or Rows(rows.rows[:FEWEST_TO_HOLD_OUT_OF])  # flatters the heads; the report says so
     if config.heads_steps and model.heads is None:
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-            raise InvalidInput("under FSDP the two stages are two runs: train medusa-1 first, then give its folder as --heads")
-        first = output / "stage-1"
-        if not (resume and (first / RECORD).is_file()):
-            steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
-            alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
-            train_heads(model, rows, first, alone, eval_rows, resume, hidden_states, callbacks)
-        model = MedusaModel(model.backbone, load_heads(first))
-
+        first = _heads_alone(model, rows, output / "stage-1", config, eval_rows, resume, hidden_states, callbacks)
+        model = MedusaModel(model.backbone, first)
     if config.joint and config.lm_loss == "distill" and getattr(model.backbone, "hf_quantizer", None) is not None:
         # Paper 2.3.2
         warnings.warn("the teacher is the quantised model; without quantization the result may be better", stacklevel=2)
@@ -142,10 +135,7 @@ def _train(
     newest = newest_checkpoint(output) if resume else None
     if resume and newest is None and is_main_process():
         note(f"there is no checkpoint in {output}; this training starts with its first step")
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * len(rows) / _rows_per_step(config))
-    if steps <= config.warmup_steps and is_main_process():
-        remedy = "use more data or --epochs, or lower --batch-size, --gradient-accumulation or --warmup-steps"
-        note(f"all {steps} steps are warmup (--warmup-steps {config.warmup_steps}): the heads learn next to nothing; {remedy}")
+    _note_all_warmup(config, len(rows))
     trainer.train(resume_from_checkpoint=newest)
     trained = trainer.trained()  # gathered from all processes
     if trainer.is_world_process_zero():
@@ -156,6 +146,19 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     objective.eval()  # no dropout in what the caller still holds
     return metrics
+
+
+def _heads_alone(
+    model: MedusaModel, rows: Rows, output: Path, config: TrainingConfig, eval_rows: Rows, resume: bool, *rest: Any
+) -> MedusaHeads:
+    """The heads of the first stage, in which the backbone is frozen (paper 2.2.2); `rest` as in `train_heads`."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        raise InvalidInput("under FSDP the two stages are two runs: train medusa-1 first, then give its folder as --heads")
+    if not (resume and (output / RECORD).is_file()):
+        steps = config.max_steps if config.heads_steps < 0 else config.heads_steps
+        alone = dataclasses.replace(config, backbone="frozen", heads_steps=0, max_steps=steps)
+        train_heads(model, rows, output, alone, eval_rows, resume, *rest)
+    return load_heads(output)
 
 
 def _finished(output: Path, config: TrainingConfig) -> dict[str, float] | None:
@@ -188,6 +191,13 @@ def _claim(output: Path, model: MedusaModel, rows: Rows, config: TrainingConfig,
         if not resume:  # no file of an earlier run may be mistaken for one of this run
             for name in (*ADAPTER_FILES, TREE_FILE, HEADS_FILE, RECORD, "README.md"):
                 (output / name).unlink(missing_ok=True)
+
+
+def _note_all_warmup(config: TrainingConfig, rows: int) -> None:
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * rows / _rows_per_step(config))
+    if steps <= config.warmup_steps and is_main_process():
+        remedy = "use more data or --epochs, or lower --batch-size, --gradient-accumulation or --warmup-steps"
+        note(f"all {steps} steps are warmup (--warmup-steps {config.warmup_steps}): the heads learn next to nothing; {remedy}")
 
 
 def _processes() -> int:
