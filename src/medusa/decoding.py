@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from medusa.acceptance import Accepted, accept_drawn, accept_exact, accept_typical
 from medusa.batch.rows import DecodingOptions, Row
 from medusa.batch.state import Decodable, DecodingState, admit, room, vacant
 from medusa.errors import ContextOverflow, InvalidInput
+from medusa.kernels.build import are_loaded
 from medusa.kernels.cuda_graphs import CudaGraph
 from medusa.kernels.workers import release_workers
+from medusa.runs.spans import span
 from medusa.sampling import NodePrefixes, RowText, keys_after
 from medusa.trees.files import Tree
 from medusa.trees.tensors import Drafted, TreeTensors
@@ -124,9 +125,9 @@ def settle(
     state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText], recording: bool = False
 ) -> tuple[Accepted, Tensor]:
     """Accept and keep; nothing in it waits for a GPU while a CUDA graph is recorded."""
-    with record_function("medusa.accept"):
+    with span("medusa.accept"):
         accepted = accept(state, drafted, texts)
-    with record_function("medusa.keep"):
+    with span("medusa.keep"):
         return accepted, keep(state, drafted, accepted, always=recording)
 
 
@@ -144,6 +145,8 @@ def _recorded(state: DecodingState, drafted: Drafted) -> CudaGraph | None:
 def accept(state: DecodingState, drafted: Drafted, texts: Mapping[int, RowText]) -> Accepted:
     """The longest path of every row's tree that agrees with the backbone."""
     tokens, tree, settings = drafted.tokens, drafted.tree, state.settings
+    if settings.plain and _in_kernels(drafted.logits):
+        return Accepted(*torch.ops.medusa.accept(drafted.logits, tokens, *tree[:3], *state.draws, state.lengths))
     levels = None if settings.processors.guides else state.levels  # a grammar may have changed the tree
     nodes = NodePrefixes(tokens, tree, levels) if texts else None
     scores, errors = settings.processors(drafted.logits, texts, nodes)
@@ -184,6 +187,15 @@ def keep(
     always: bool,  # move keys and values even if all are in place, rather than look
 ) -> Tensor:  # (B, D + 3) long: the tokens of every path and after them, the path's length, the next root
     """Move the accepted keys and values behind the committed ones."""
+    if _in_kernels(drafted.logits):
+        path = accepted.node, accepted.path, accepted.length, accepted.bonus
+        held = state.active, state.slot, state.hidden, state.root, state.lengths
+        packet, source, target = torch.ops.medusa.keep(drafted.tokens, drafted.hidden, *path, *held)
+        if state.history is not None:
+            state.history.extend(packet[:, :-2], accepted.length, accepted.bonus)
+        if len(source):
+            state.cache.keep(source, target)
+        return packet
     tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
     rows = torch.arange(len(tokens), device=tokens.device)
     state.hidden.copy_(drafted.hidden[rows, accepted.node])
@@ -197,6 +209,11 @@ def keep(
         state.cache.keep(state.slot + accepted.path.clamp(min=0), behind)
     state.lengths.add_(accepted.length * state.active)
     return torch.cat([tokens, torch.stack([accepted.length, accepted.bonus], 1)], 1)
+
+
+def _in_kernels(logits: Tensor) -> bool:
+    """Whether acceptance has kernels here."""
+    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and are_loaded()
 
 
 def last_roots(state: DecodingState) -> list[list[int]] | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from medusa.backbone.cache import TreeCache
@@ -28,6 +26,7 @@ from medusa.errors import CheckpointError, InvalidInput, UnsupportedBackbone
 from medusa.generation.mixin import MedusaGenerationMixin
 from medusa.heads import MedusaHeads
 from medusa.kernels.workers import release_workers
+from medusa.runs.spans import span
 from medusa.sampling import ahead
 from medusa.shortlist import along_paths
 from medusa.trees.dynamic import DynamicTree
@@ -222,7 +221,7 @@ class MedusaModel(MedusaGenerationMixin):
         cache: TreeCache,
     ) -> Drafted:
         """Fill the drafter's trees from the heads and read them in one pass of the backbone."""
-        with _span("medusa.heads"):
+        with span("medusa.heads"):
             guesses = None
             if drafter.num_heads and self.heads is not None:
                 states = self.heads.states(hidden, drafter.num_heads, root)
@@ -234,11 +233,6 @@ class MedusaModel(MedusaGenerationMixin):
                 noise = ahead(frame.draws, frame.lengths, tokens) if frame.draws is not None else None
                 guesses = guesses._replace(tokens=tokens, along=along, noise=noise)
             tokens, tree = drafter.assemble(root, guesses, history)
-        with _span("medusa.backbone"):
+        with span("medusa.backbone"):
             states = self.lm.verify(tokens, tree, frame, cache)
             return Drafted(tokens, tree, states, self.lm.logits(states))
-
-
-def _span(name: str) -> AbstractContextManager:
-    """A named span for the profiler, except in compiled code."""
-    return nullcontext() if torch.compiler.is_compiling() else record_function(name)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa import EMBEDDED, MedusaModel, MedusaTree
+from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree, decoding
+from medusa.acceptance import accept_drawn, accept_exact
 from medusa.backbone.cache import TreeCache
 from medusa.batch.rows import DecodingOptions
 from medusa.checkpoints.quantization import quantized
@@ -19,8 +20,9 @@ from medusa.kernels.fusion import compute_once, fuse, fuse_linear_maps, replace_
 from medusa.kernels.pages import use_large_pages
 from medusa.kernels.quantized import QuantizedLinear, quantize_maps
 from medusa.processors.warpers import Warpers
-from medusa.sampling import Processors, gumbel
-from medusa.trees.tensors import Frame
+from medusa.sampling import Processors, draw, gumbel, keys_after, likeliest, row_keys
+from medusa.trees.tensors import Draws, Frame, TreeTensors
+from tiny import random_prompt, random_tree
 
 needs_compiler = pytest.mark.skipif(not load_kernels(), reason="there is no C++ compiler")
 SIZES = [(1, 32, 16), (3, 40, 17), (4, 64, 48), (7, 100, 33), (16, 576, 192), (18, 1536, 20), (4, 2048, 40), (64, 31, 5)]
@@ -195,6 +197,44 @@ def test_a_draw_is_the_token_with_the_greatest_sum_of_score_and_gumbel_number(vo
     assert (scores.gather(1, got[:, None]) > -torch.inf).all()
     assert (sums.amax(-1) - sums.gather(1, got[:, None])[:, 0] < 1e-4).all()
     assert (got == sums.argmax(-1)).float().mean() > 0.99
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_acceptance_is_torchs_for_rows_that_draw_and_rows_that_do_not(seed, dtype):
+    torch.manual_seed(seed)
+    each = [random_tree(3 * seed + row, nodes=40, depth=4, ranks=4).tensors() for row in range(3)]
+    tree = TreeTensors(*(torch.cat(parts) for parts in zip(*each, strict=True)))
+    tokens = torch.randint(0, 3, (3, 40))  # some siblings are the same
+    logits = (2 * torch.randn(3, 40, 700)).to(dtype).sort(-1, descending=True).values  # the greatest is often repeated
+    keys, temperatures = row_keys([(seed, row) for row in range(3)], tokens.device), torch.tensor([0.0, 0.7, 0.05])
+    draws, lengths = Draws(keys, torch.tensor([4, 5, 6]), temperatures), torch.tensor([9, 50, 7])
+
+    def drawn(node):
+        depth = tree.depths.gather(1, node[:, None])[:, 0]
+        scores = logits[torch.arange(3), node].float() / temperatures[:, None]
+        return draw(scores[:, None], keys_after(draws, lengths, depth)[:, None])[:, 0]
+
+    wanted = accept_drawn(tree, tokens, drawn).replaced(temperatures == 0, accept_exact(tree, tokens, likeliest(logits)))
+    got = torch.ops.medusa.accept(logits, tokens, *tree[:3], *draws, lengths)
+    assert all(map(torch.equal, got, vars(wanted).values()))
+    assert wanted.length[0] > 1 or seed
+
+
+@needs_compiler
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.5}, {"do_sample": True, "top_k": 3}])
+@pytest.mark.parametrize("tree", [None, DynamicTree(8, 2, copied=2)])
+def test_rows_decode_alike_with_and_without_kernels(tiny_model, monkeypatch, tree, sampling):
+    ids = torch.cat([random_prompt(9), random_prompt(9, seed=1)])
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 40, "seed": 3, **sampling}
+    got = list(tiny_model.stream(ids, mask, tree=tree, **options))
+    monkeypatch.setattr(decoding, "are_loaded", lambda: False)
+    wanted = list(tiny_model.stream(ids, mask, tree=tree, **options))
+    assert [each.tokens for each in got] == [each.tokens for each in wanted]
+    assert max(len(row) for each in got for row in each.tokens) > 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems choose the size of pages themselves")

@@ -92,7 +92,7 @@ class Compiled:
 
     def _graph(self, shapes: Any, args: tuple) -> Graph | None:
         """The graph of one shape; None, with a warning, if it does not compile or computes something else."""
-        function, device = type(self._model).draft_and_verify, args[0].device.type
+        device = args[0].device.type
         wanted = self._model.draft_and_verify(*args)
 
         def right(graph: Graph) -> Graph:
@@ -101,13 +101,15 @@ class Compiled:
 
         try:
             if device == "cuda":
-                return right(CudaGraph(function, self._model, *args))
+                return right(CudaGraph(type(self._model).draft_and_verify, self._model, *args))
             few_rows = device == "cpu" and self._prepared
             name = graph_name(self._identity, repr(shapes), few_rows)
             with suppress(Exception):  # there is none, it is damaged, or it was made of something else
-                return right(load_graph(name, function))
-            graph = right(compile_graph(function, (self._model, *args), few_rows_backend if few_rows else "inductor"))
-            save_graph(graph, name)
+                return right(functools.partial(load_graph(name, _step), self._weights))
+            backend = few_rows_backend if few_rows else "inductor"
+            made = compile_graph(_step, (self._weights, self._model, *args), backend)
+            graph = right(functools.partial(made, self._weights))
+            save_graph(made, name)
             return graph
         except torch.OutOfMemoryError:
             raise
@@ -120,13 +122,17 @@ class Compiled:
     @functools.cached_property
     def _prepared(self) -> bool:
         """Prepare a CPU, once: load the kernels, and move the weights to large pages. False if there are no kernels."""
-        use_large_pages(tensor for part in self._parts for tensor in (*part.parameters(), *part.buffers()))
+        use_large_pages(self._weights)
         return load_kernels()
 
     @property
     def _parts(self) -> list[nn.Module]:
         model = self._model
         return [model.backbone] if model.heads is None else [model.backbone, model.heads]
+
+    @functools.cached_property
+    def _weights(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self._parts for tensor in (*part.parameters(), *part.buffers()))
 
     @functools.cached_property
     def _identity(self) -> list[str]:
@@ -138,6 +144,14 @@ class Compiled:
         texts = [Path(path).read_text(encoding="utf-8") for path in sources if path is not None]
         heads = None if model.heads is None else vars(model.heads.config)
         return [digest(texts), repr(config), repr(heads), model.lm.attention, repr(parts), repr(held)]
+
+
+def _step(weights: tuple[Tensor, ...], model: Any, *args: Any) -> Drafted:
+    """The step that a graph is made of. It meets the weights in a tuple first, so the graph takes them from there: on the way
+    through the modules, the 330 of SmolLM2 take Python 0.3 ms."""
+    for weight in weights:
+        weight.shape  # noqa: B018
+    return model.draft_and_verify(*args)
 
 
 def shapes_of(value: Any) -> Any:

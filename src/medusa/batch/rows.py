@@ -11,6 +11,7 @@ from torch import Tensor
 
 from medusa.acceptance import TypicalAcceptance
 from medusa.config import integer
+from medusa.processors.warpers import Warpers
 from medusa.sampling import Processors, RowProcessors, RowText, choose
 
 StoppingCriterion = Callable[[Tensor, None], Tensor]
@@ -83,6 +84,7 @@ class RowSettings:
         self.processors = RowProcessors([own.processors for own in options], device)
         drawing = [number for number, own in enumerate(options) if draws(own)]
         self.draws = bool(drawing)
+        self.plain = all(map(_is_plain, options))  # no row has other settings than a temperature
         self.drawing = torch.tensor(drawing, device=device) if 0 < len(drawing) < len(rows) else None  # None: all, or none
         self.typical: dict[TypicalAcceptance, Tensor | None] = {}  # which rows accept by these thresholds, (B,) bool; None: all
         for thresholds in dict.fromkeys(own.typical for own in options if own.do_sample and own.typical is not None):
@@ -105,6 +107,13 @@ class RowSettings:
 def draws(options: DecodingOptions) -> bool:
     """Whether tokens are drawn; typical acceptance takes the likeliest for roots."""
     return options.do_sample and options.typical is None
+
+
+def _is_plain(options: DecodingOptions) -> bool:
+    """Whether tokens are the likeliest, or drawn at a temperature, from scores that nothing else changes."""
+    warpers = options.processors.warpers
+    only = Warpers(temperature=warpers.temperature if draws(options) else None)
+    return draws(options) == options.do_sample and not options.processors.steps and warpers == only
 
 
 def temperature(options: DecodingOptions) -> float:

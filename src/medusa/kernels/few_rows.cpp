@@ -20,6 +20,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -244,6 +245,7 @@ To vector_at(const From* p) {
   return found;
 }
 
+Lanes widened(const float* p) { return vector_at<Lanes>(p); }
 Lanes widened(const BFloat16* p) { return (Lanes)(__builtin_convertvector(vector_at<Half>(p), Whole) << 16); }
 
 // The sum of the lanes, from the first to the last.
@@ -907,8 +909,9 @@ Lanes logarithm(Lanes x) {
   return fused(whole, every(0.69314718f), part + (fused(series, part, every(-0.5f)) * square));
 }
 
-// `medusa.sampling._scrambled`.
-Bits scrambled(Bits word) {
+// `medusa.sampling._scrambled`, of one word or of sixteen.
+template <typename Words>
+Words scrambled(Words word) {
   word = (word ^ (word >> 16)) * 0x21f0aaadu;
   word = (word ^ (word >> 15)) * 0x735a2d97u;
   return word ^ (word >> 15);
@@ -936,46 +939,137 @@ struct Winner {
   }
 };
 
-// `medusa.sampling.draw` for rows of scores (R, V) and keys of positions (R,): tokens (R,). A row's blocks are divided among the
-// threads.
-Tensor draw(const Tensor& scores, const Tensor& keys) {
+// The token after one row of scores: that of `medusa.sampling.draw` after division by the temperature, or at temperature 0 that of
+// `medusa.sampling.likeliest`. The row's blocks are divided among the threads.
+template <typename Value>
+int64_t chosen(const Value* row, int64_t V, float temperature, int64_t key) {
   constexpr int64_t block = 512;
   constexpr float reach = 25.8f;  // ln(2^33 * 17): what scores lower than the greatest by more cannot win
-  const int64_t R = scores.size(0), V = scores.size(1), count = (V + block - 1) / block, threads = at::get_num_threads();
-  const Tensor held = scores.contiguous(), numbers = keys.contiguous();
-  Tensor tokens = at::empty({R}, scores.options().dtype(at::kLong));
+  const int64_t count = (V + block - 1) / block, threads = at::get_num_threads();
+  const auto lanes_at = [&](int64_t v) {
+    if (v + lanes <= V) return widened(row + v);
+    Lanes last = every(-INFINITY);
+    for (int64_t j = 0; j < V - v; ++j) last[j] = row[v + j];
+    return last;
+  };
   std::vector<float> most(count);
-  std::vector<Winner> winners(threads);
-  for (int64_t r = 0; r < R; ++r) {
-    const float* row = held.const_data_ptr<float>() + r * V;
-    const auto lanes_at = [&](int64_t v) {
-      if (v + lanes <= V) return vector_at<Lanes>(row + v);
-      Lanes last = every(-INFINITY);
-      std::memcpy(&last, row + v, (V - v) * sizeof(float));
-      return last;
-    };
-    at::parallel_for(0, count, 8, [&](int64_t from, int64_t to) {
-      for (int64_t n = from; n < to; ++n) {
-        Lanes here = every(-INFINITY);
-        for (int64_t v = n * block; v < std::min(V, (n + 1) * block); v += lanes) {
-          const Lanes next = lanes_at(v);
-          here = here > next ? here : next;
-        }
-        most[n] = greatest(here);
+  at::parallel_for(0, count, 8, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      Lanes here = every(-INFINITY);
+      for (int64_t v = n * block; v < std::min(V, (n + 1) * block); v += lanes) {
+        const Lanes next = lanes_at(v);
+        here = here > next ? here : next;
       }
-    });
-    const float top = *std::max_element(most.begin(), most.end());
-    std::fill(winners.begin(), winners.end(), Winner());
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part)
-        for (int64_t n = count * part / threads; n < count * (part + 1) / threads; ++n)
-          for (int64_t v = n * block; v < std::min(V, (n + 1) * block) && most[n] > top - reach; v += lanes)
-            if (const Lanes own = lanes_at(v) - top; any(own > -reach)) winners[part].meet(v, own, numbers.const_data_ptr<int64_t>()[r]);
-    });
-    const auto before = [](const Winner& a, const Winner& b) { return a.ratio < b.ratio; };
-    tokens.mutable_data_ptr<int64_t>()[r] = std::max_element(winners.begin(), winners.end(), before)->token;
+      most[n] = greatest(here);
+    }
+  });
+  const auto best = std::max_element(most.begin(), most.end());
+  if (temperature == 0) {
+    const int64_t first = (best - most.begin()) * block;
+    const Value* found = std::find_if(row + first, row + std::min(V, first + block), [&](Value value) { return value == *best; });
+    return found - row < V ? found - row : 0;  // nothing equals NaN
   }
+  const auto scaled = [&](auto score) { return temperature == 1 ? score : score / temperature; };
+  const float top = scaled(*best);
+  std::vector<Winner> winners(threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t n = count * part / threads; n < count * (part + 1) / threads; ++n)
+        for (int64_t v = n * block; v < std::min(V, (n + 1) * block) && scaled(most[n]) > top - reach; v += lanes)
+          if (const Lanes own = scaled(lanes_at(v)) - top; any(own > -reach)) winners[part].meet(v, own, key);
+  });
+  const auto before = [](const Winner& a, const Winner& b) { return a.ratio < b.ratio; };
+  return std::max_element(winners.begin(), winners.end(), before)->token;
+}
+
+// `medusa.sampling.draw` for rows of scores (R, V) and keys of positions (R,): tokens (R,).
+Tensor draw(const Tensor& scores, const Tensor& keys) {
+  const int64_t V = scores.size(1);
+  const Tensor held = scores.contiguous(), numbers = keys.contiguous();
+  Tensor tokens = at::empty_like(numbers);
+  for (int64_t r = 0; r < scores.size(0); ++r)
+    tokens.mutable_data_ptr<int64_t>()[r] = chosen(held.const_data_ptr<float>() + r * V, V, 1, numbers.const_data_ptr<int64_t>()[r]);
   return tokens;
+}
+
+// `medusa.sampling.position_keys`.
+int64_t position_key(int64_t row, int64_t number) {
+  const uint32_t first = scrambled(uint32_t(number + row)) ^ uint32_t(row >> 32);
+  return int64_t(scrambled(first) >> 1) << 32 | scrambled(first + 0x9e3779b9u);
+}
+
+// The numbers of a row. What has one row, as a tree that all rows share, has it in the place of all others.
+const int64_t* row_of(const Tensor& numbers, int64_t b) {
+  return numbers.const_data_ptr<int64_t>() + (numbers.size(0) == 1 ? 0 : b * numbers.stride(0));
+}
+
+// Acceptance for rows on a CPU whose scores only a temperature changes, from the root down: a row with one is accepted as in
+// `medusa.acceptance.accept_drawn`, another as in `accept_exact` by its likeliest tokens. Some forty operations of torch in one.
+std::tuple<Tensor, Tensor, Tensor, Tensor> accept(
+    const Tensor& logits, const Tensor& tokens, const Tensor& parents, const Tensor& depths, const Tensor& lineage,
+    const Tensor& keys, const Tensor& starts, const Tensor& temperatures, const Tensor& committed) {
+  const int64_t B = logits.size(0), N = logits.size(1), V = logits.size(2), most = lineage.size(2);
+  const Tensor scores = logits.contiguous(), given = tokens.contiguous(), up = parents.contiguous(), down = depths.contiguous();
+  const Tensor lines = lineage.contiguous();
+  const auto made = [&](at::IntArrayRef shape) { return at::empty(shape, tokens.options()); };
+  Tensor nodes = made({B}), paths = made({B, most}), lengths = made({B}), bonuses = made({B});
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t *own = row_of(given, b), *above = row_of(up, b), *depth = row_of(down, b);
+    int64_t &node = nodes.mutable_data_ptr<int64_t>()[b], &bonus = bonuses.mutable_data_ptr<int64_t>()[b];
+    const float temperature = temperatures.const_data_ptr<float>()[b];
+    const int64_t number = committed.const_data_ptr<int64_t>()[b] - starts.const_data_ptr<int64_t>()[b] + 1;
+    std::vector<bool> reached(N);  // nodes of one depth; several if a path is repeated
+    reached[node = 0] = true;
+    for (int64_t step = 0; step < most; ++step) {
+      const int64_t key = temperature ? position_key(keys.const_data_ptr<int64_t>()[b], number + depth[node]) : 0;
+      const auto after = [&](auto* all) { return chosen(all + (b * N + node) * V, V, temperature, key); };
+      bonus = scores.scalar_type() == at::kFloat ? after(scores.const_data_ptr<float>()) : after(scores.const_data_ptr<BFloat16>());
+      std::vector<bool> children(N);
+      int64_t child = 0;
+      for (int64_t n = N - 1; n > 0; --n)
+        if (depth[n] > 0 && reached[above[n]] && own[n] == bonus) children[child = n] = true;
+      if (!child) break;
+      node = child;
+      reached = std::move(children);
+    }
+    const int64_t* path = row_of(lines, b) + node * most;
+    std::copy(path, path + most, paths.mutable_data_ptr<int64_t>() + b * most);
+    lengths.mutable_data_ptr<int64_t>()[b] = depth[node] + 1;
+  }
+  return {nodes, paths, lengths, bonuses};
+}
+
+// `medusa.decoding.keep` for rows on a CPU, but for the history and the cache. Returns what the host reads, and the slots to move
+// and where to, or nothing if all are in place.
+std::tuple<Tensor, Tensor, Tensor> keep(
+    const Tensor& tokens, const Tensor& hidden, const Tensor& node, const Tensor& path, const Tensor& length, const Tensor& bonus,
+    const Tensor& active, const Tensor& slot, Tensor last, Tensor root, Tensor committed) {
+  const int64_t B = tokens.size(0), most = path.size(1), base = *slot.const_data_ptr<int64_t>();
+  const size_t width = hidden.size(2) * hidden.element_size();
+  const Tensor states = hidden.contiguous(), given = tokens.contiguous();
+  const int64_t *at = node.const_data_ptr<int64_t>(), *count = length.const_data_ptr<int64_t>();
+  int64_t *next = root.mutable_data_ptr<int64_t>(), *ends = committed.mutable_data_ptr<int64_t>();
+  const bool* goes_on = active.const_data_ptr<bool>();
+  Tensor packet = at::empty({B, most + 2}, tokens.options());
+  bool in_place = true;  // nodes 0, 1, 2, ... right behind the row
+  for (int64_t b = 0; b < B; ++b) in_place &= !goes_on[b] || (ends[b] == base && at[b] == count[b] - 1);
+  Tensor source = at::empty({in_place ? 0 : B, most}, tokens.options()), target = at::empty_like(source);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t *nodes = path.const_data_ptr<int64_t>() + b * most, *own = row_of(given, b);
+    int64_t* said = packet.mutable_data_ptr<int64_t>() + b * (most + 2);
+    for (int64_t i = 0; i < most; ++i) {
+      said[i] = own[std::max<int64_t>(nodes[i], 0)];
+      if (in_place) continue;
+      source.mutable_data_ptr<int64_t>()[b * most + i] = base + std::max<int64_t>(nodes[i], 0);
+      target.mutable_data_ptr<int64_t>()[b * most + i] = ends[b] + i;
+    }
+    said[most] = count[b];
+    said[most + 1] = next[b] = bonus.const_data_ptr<int64_t>()[b];
+    ends[b] += goes_on[b] ? count[b] : 0;
+    const char* state = static_cast<const char*>(states.const_data_ptr()) + (b * states.size(1) + at[b]) * width;
+    std::memcpy(static_cast<char*>(last.mutable_data_ptr()) + b * width, state, width);
+  }
+  return {packet, source, target};
 }
 
 // Within every row of each (B, H, S, D), slots `source` (B, n) go to slots `target` (B, n), all read before any is written.
@@ -1053,6 +1147,12 @@ TORCH_LIBRARY(medusa, library) {
   library.def("computed(Tensor x) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
   library.def("draw(Tensor scores, Tensor keys) -> Tensor");
+  library.def(
+      "accept(Tensor logits, Tensor tokens, Tensor parents, Tensor depths, Tensor lineage, Tensor keys, Tensor starts, "
+      "Tensor temperatures, Tensor committed) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "keep(Tensor tokens, Tensor hidden, Tensor node, Tensor path, Tensor length, Tensor bonus, Tensor active, Tensor slot, "
+      "Tensor(a!) last, Tensor(b!) root, Tensor(c!) committed) -> (Tensor, Tensor, Tensor)");
   library.def("move_slots(Tensor(a!)[] states, Tensor source, Tensor target) -> ()");
   library.def(
       "extend_history(Tensor(a!) table, Tensor(b!) tokens, Tensor(c!) length, Tensor(d!) last, Tensor(e!) after, Tensor path, "
@@ -1067,6 +1167,8 @@ TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("computed", computed);
   library.impl("attention", attention);
   library.impl("draw", draw);
+  library.impl("accept", accept);
+  library.impl("keep", keep);
   library.impl("move_slots", move_slots);
   library.impl("extend_history", extend_history);
 }
