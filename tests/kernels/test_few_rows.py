@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, StableLmConfig
 
 from medusa import EMBEDDED, DynamicTree, MedusaModel, MedusaTree, decoding
 from medusa.acceptance import accept_drawn, accept_exact
@@ -266,6 +266,57 @@ def test_a_compiled_step_reads_shared_keys_in_place():
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
 
 
+def llama(kind, **more):
+    """A small random backbone in bfloat16, two heads of queries for each of keys."""
+    sizes = {"vocab_size": 64, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 10}
+    config = kind(**sizes | more, num_attention_heads=4, num_key_value_heads=2)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("backbone", "calls"),
+    [
+        (llama(LlamaConfig), 1),
+        (llama(LlamaConfig, head_dim=96, rope_parameters={"rope_type": "default", "rope_theta": 100.0}), 1),
+        (llama(MistralConfig, sliding_window=4), 1),
+        (
+            llama(Qwen2Config, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            1,
+        ),  # biases, and two kinds of mask
+        (llama(Qwen3Config), 3),  # queries and keys are normalised before they are rotated
+        (llama(StableLmConfig, hidden_size=64, head_dim=16, partial_rotary_factor=0.5), 3),  # half of a head is rotated
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_all_layers_are_one_call_where_queries_and_keys_are_rotated_projections(monkeypatch, backbone, calls):
+    model = MedusaModel(backbone, None, MedusaTree([]))
+    ids, tree = torch.randint(0, 64, (2, 14)), MedusaTree([(0,), (1,), (0, 0), (1, 2)]).tensors()
+
+    def passed(backend):
+        cache = model.new_cache(48)
+        mask = torch.ones(2, 14).long()
+        mask[1, :3] = 0
+        model.prefill(ids, mask, cache)
+        frame = Frame(torch.tensor(15), torch.tensor([14, 13]), torch.tensor([0, 3]), 40)
+        torch.compiler.reset()
+        run = torch.compile(model.lm.verify, backend=backend, fullgraph=True, dynamic=False) if backend else model.lm.verify
+        with torch.inference_mode():
+            states = run(ids[:, :5], tree, frame, cache)
+        return states, [held for layer in cache.layers for held in (layer.keys, layer.values)]
+
+    backend, graphs = recorded(fuse)
+    got, cache = passed(backend)
+    with monkeypatch.context() as patch:
+        patch.setattr("medusa.kernels.fusion.fuse_attention", lambda graph: None)
+        apart, apart_cache = passed(recorded(fuse)[0])
+    wanted, _ = passed(None)
+    assert torch.equal(got, apart) and all(map(torch.equal, cache, apart_cache))
+    torch.testing.assert_close(got, wanted, rtol=5e-2, atol=5e-2)
+    found = [node for node in graphs[0].graph.nodes if node.target is torch.ops.medusa.calls.default]
+    assert len(found) == calls
+
+
 @needs_compiler
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_norms_and_gates_are_part_of_the_maps_that_they_surround_and_those_between_attentions_are_one_call(bits, monkeypatch):
@@ -282,13 +333,13 @@ def test_norms_and_gates_are_part_of_the_maps_that_they_surround_and_those_betwe
     with torch.inference_mode():
         together = torch.compile(backbone, backend=joined)(ids, use_cache=False).logits
         torch.compiler.reset()
-        monkeypatch.setattr("medusa.kernels.fusion.join_maps", lambda graph: None)
+        monkeypatch.setattr("medusa.kernels.fusion.join_calls", lambda graph: None)
         backend, graphs = recorded(fuse)
         got = torch.compile(backbone, backend=backend)(ids, use_cache=False).logits
         wanted = backbone(ids, use_cache=False).logits
     assert torch.equal(together, got)
-    runs = [node for node in joined_graphs[0].graph.nodes if node.target is torch.ops.medusa.maps.default]
-    assert [len(run.args[1]) for run in runs] == [4] * 8 + [3]  # the last of a run is the next layer's
+    runs = [node for node in joined_graphs[0].graph.nodes if node.target is torch.ops.medusa.calls.default]
+    assert [len(run.args[2]) for run in runs] == [4] * 8 + [3]  # the last of a run is the next layer's
     kernel = torch.ops.medusa.linear_rounded.default if bits else torch.ops.medusa.linear.default
     calls = [node for node in graphs[0].graph.nodes if node.target is kernel]
     assert sum("scale" in call.kwargs for call in calls) >= 18  # of queries, keys and values, and of the MLP

@@ -29,6 +29,7 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+MOST_RESULTS = 4  # of `medusa::calls`
 
 
 @functools.cache
@@ -47,9 +48,10 @@ def load_kernels() -> bool:
         return _without(next((line for line in lines if "error:" in line), lines[0])[:200])
     torch.library.register_fake("medusa::linear", _fake)
     torch.library.register_fake("medusa::linear_rounded", _fake_rounded)
-    torch.library.register_fake("medusa::maps", _fake_maps)
+    torch.library.register_fake("medusa::calls", _fake_calls)
     torch.library.register_fake("medusa::linear_rows", _fake_rows)
     torch.library.register_fake("medusa::attention", _fake_attention)
+    torch.library.register_fake("medusa::attend", lambda q, *_: q.new_empty(q.shape))
     torch.library.register_fake("medusa::computed", torch.empty_like)
     return True
 
@@ -121,20 +123,25 @@ def _outputs(x: Tensor, sizes: list[int], gated: bool = False, added: Tensor | N
     return outputs if added is None else [*outputs, x.new_empty(x.shape)]
 
 
-def _fake_maps(given: list[Tensor], eps: list[float], program: list[int]) -> list[Tensor]:
-    tensors: list[Any] = list(given)
+def _fake_calls(given: list[Tensor], caches: list[Tensor], factors: list[float], program: list[int]) -> Any:
+    tensors: list[Any] = [*given, *caches]
     numbers = iter(program)
 
     def several() -> list[int]:
         return [next(numbers) for _ in range(next(numbers))]
 
-    for _ in eps:
-        rounded, x = next(numbers), next(numbers)
+    for _ in factors:
+        kind, x = next(numbers), tensors[next(numbers)]
+        if kind == 2:  # an attention, and its other tensors
+            tensors.append(x.new_empty(x.shape))
+            _others = [next(numbers) for _ in range(8)]
+            continue
         weights, _scales, sizes, _biases = several(), several(), several(), several()
         gated, added, _scale = next(numbers), next(numbers), next(numbers)
-        sizes = sizes if rounded else [tensors[weight].shape[0] for weight in weights]
-        tensors += _outputs(tensors[x], sizes, bool(gated), None if added < 0 else tensors[added])
-    return [tensors[number] for number in several()]
+        sizes = sizes if kind else [tensors[weight].shape[0] for weight in weights]
+        tensors += _outputs(x, sizes, bool(gated), None if added < 0 else tensors[added])
+    wanted = [tensors[number] for number in several()]
+    return (*wanted, *(given[0].new_empty(0) for _ in range(MOST_RESULTS - len(wanted))))
 
 
 def _fake_rows(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:

@@ -17,6 +17,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -607,41 +608,6 @@ std::vector<Tensor> linear_rounded(
   return run(wide ? rounded_linear<8, float> : rounded_linear<8, BFloat16>);
 }
 
-// Calls of `linear` and `linear_rounded`, one after the other, as `fusion.join_maps` writes them. Tensors are those given, then the
-// results of every call, in order, and operands are numbers of tensors: each call is 1 if it is rounded, x, the weights, scales,
-// sizes and biases, each a count and that many numbers, gated, added and scale (-1: none). At the end are the results to return.
-std::vector<Tensor> maps(at::TensorList given, at::ArrayRef<double> eps, at::IntArrayRef program) {
-  std::vector<Tensor> tensors(given.begin(), given.end());
-  const int64_t* at = program.data();
-  const auto numbers = [&] {
-    const int64_t count = *at++;
-    at += count;
-    return at::IntArrayRef(at - count, count);
-  };
-  const auto several = [&] {
-    std::vector<Tensor> found;
-    for (const int64_t number : numbers()) found.push_back(tensors[number]);
-    return found;
-  };
-  const auto perhaps = [&] {
-    const int64_t number = *at++;
-    return number < 0 ? std::nullopt : std::optional<Tensor>(tensors[number]);
-  };
-  for (const double each : eps) {
-    const bool rounded = *at++;
-    const Tensor x = tensors[*at++];
-    const auto weights = several(), scales = several();
-    const auto sizes = numbers();
-    const auto biases = several();
-    const bool gated = *at++;
-    const auto added = perhaps(), scale = perhaps();
-    auto results = rounded ? linear_rounded(x, weights, scales, sizes, biases, gated, added, scale, each)
-                           : linear(x, weights, biases, gated, added, scale, each);
-    std::move(results.begin(), results.end(), std::back_inserter(tensors));
-  }
-  return several();
-}
-
 // The same bits, in memory: see `fusion.compute_once`.
 Tensor computed(const Tensor& x) { return x.clone(); }
 
@@ -841,10 +807,25 @@ int64_t slots_seen(const BFloat16* mask, int64_t apart, int64_t M, int64_t S) {
   return std::min(std::max(seen, int64_t(lanes)), S);
 }
 
-// Attention of a few queries (B, H, M, D) to the cache (B, G, S, D), H a multiple of G, under an additive mask (B, 1 or H, M, S).
+using Seen = std::vector<int64_t>;
+
+// `slots_seen` of each row of a mask (B, 1 or H, M, S).
+Seen seen_by(const Tensor& mask) {
+  Seen seen(mask.size(0));
+  for (int64_t b = 0; b < mask.size(0); ++b)
+    for (int64_t h = 0; h < mask.size(1); ++h) {
+      const BFloat16* rows = mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + h * mask.stride(1);
+      seen[b] = std::max(seen[b], slots_seen(rows, mask.stride(2), mask.size(2), mask.size(3)));
+    }
+  return seen;
+}
+
+// Attention of a few queries (B, H, M, D) to the first S slots of a cache (B, G, capacity, D), H a multiple of G, under an additive
+// mask (B, 1 or H, M, S).
 // Keys and values are read in place; heads that share them need no copies. The result is laid out as (B, M, H, D), as it is read.
-Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& mask, double scale) {
-  const int64_t B = queries.size(0), H = queries.size(1), M = queries.size(2), D = queries.size(3), S = keys.size(2);
+Tensor attention(
+    const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& mask, double scale, const Seen& seen) {
+  const int64_t B = queries.size(0), H = queries.size(1), M = queries.size(2), D = queries.size(3);
   const int64_t G = keys.size(1), rows = H / G * M, pairs = (D + 2 * lanes - 1) / (2 * lanes) * lanes;
   const int64_t threads = at::get_num_threads(), parts = std::min(rows, threads / std::gcd(B * G, threads));
   const Tensor q = queries.stride(3) == 1 ? queries : queries.contiguous();
@@ -852,10 +833,6 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
   const auto mask_of = [&](int64_t b, int64_t h) {
     return mask.const_data_ptr<BFloat16>() + b * mask.stride(0) + (mask.size(1) > 1 ? h * mask.stride(1) : 0);
   };
-  std::vector<int64_t> seen(B);
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t h = 0; h < mask.size(1); ++h)
-      seen[b] = std::max(seen[b], slots_seen(mask_of(b, h), mask.stride(2), M, S));
   // The queries that share keys and values are one group, or divided so that all threads have as many.
   at::parallel_for(0, B * G * parts, 1, [&](int64_t from, int64_t to) {
     for (int64_t unit = from; unit < to; ++unit) {
@@ -894,6 +871,105 @@ Tensor attention(const Tensor& queries, const Tensor& keys, const Tensor& values
     }
   });
   return output.transpose(1, 2);
+}
+
+// The rotary embedding of one head's D elements, cos and sin of D as well. Each product is rounded, as it is in the model.
+void rotate(const BFloat16* x, const BFloat16* cos, const BFloat16* sin, int64_t D, BFloat16* to) {
+  const int64_t half = D / 2;
+  for (int64_t d = 0; d < half; d += lanes) {
+    const auto at = [&](const BFloat16* p) { return widened(p + d, half - d); };
+    const Lanes low = at(x), high = at(x + half);
+    narrow(rounded(low * at(cos)) + rounded(-high * at(sin)), half - d, to + d);
+    narrow(rounded(high * at(cos + half)) + rounded(low * at(sin + half)), half - d, to + half + d);
+  }
+}
+
+// Attention from projections (B, M, heads * D): queries and keys are rotated by cos and sin (B or 1, M, D), keys and values are
+// written into `slots` (M) of the cache (B, G, capacity, D), and its slots that the mask (B, 1 or H, M, S) covers are read.
+Tensor attend(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& slots,
+    const Tensor& keys, const Tensor& values, const Tensor& mask, double scale, const Seen& seen) {
+  const int64_t B = q.size(0), M = q.size(1), G = keys.size(1), D = keys.size(3), H = q.size(2) / D, heads = H + 2 * G;
+  const Tensor asked = q.contiguous(), given = k.contiguous(), said = v.contiguous();
+  Tensor turned = at::empty({B, H, M, D}, q.options());
+  at::parallel_for(0, B * M * heads, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / heads / M, m = unit / heads % M, head = unit % heads, group = (head - H) % G;
+      const auto row = [&](const Tensor& of, int64_t h) {
+        return of.const_data_ptr<BFloat16>() + (b * M + m) * of.size(2) + h * D;
+      };
+      const auto angle = [&](const Tensor& of) {
+        return of.const_data_ptr<BFloat16>() + (of.size(0) > 1 ? b * of.stride(0) : 0) + m * of.stride(1);
+      };
+      const auto slot = [&](const Tensor& of) {
+        const int64_t place = slots.const_data_ptr<int64_t>()[m];
+        return static_cast<BFloat16*>(of.data_ptr()) + b * of.stride(0) + group * of.stride(1) + place * D;
+      };
+      if (head < H) {
+        BFloat16* to = static_cast<BFloat16*>(turned.data_ptr()) + ((b * H + head) * M + m) * D;
+        rotate(row(asked, head), angle(cos), angle(sin), D, to);
+      } else if (head < H + G) {
+        rotate(row(given, group), angle(cos), angle(sin), D, slot(keys));
+      } else {
+        std::copy(row(said, group), row(said, group) + D, slot(values));
+      }
+    }
+  });
+  return attention(turned, keys, values, mask, scale, seen).transpose(1, 2).view({B, M, H * D});
+}
+
+// Calls of `linear`, `linear_rounded` and `attend`, one after the other, as `fusion.join_calls` writes them: a list of numbers,
+// those of tensors among them. Tensors are those given, the caches, then the results of every call, in order. A call is 0, 1 or 2,
+// which of the three it is. Of a map follow x, the weights, scales, sizes and biases, each a count and that many numbers, gated,
+// added and scale (-1: none); of an attention its nine tensors. `factors` are the last arguments of the calls, eps or scale. At the
+// end are the results to return, at most four, and the rest are empty: torch takes no lists from what changes its arguments.
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+Four calls(at::TensorList given, at::TensorList caches, at::ArrayRef<double> factors, at::IntArrayRef program) {
+  std::vector<Tensor> tensors(given.begin(), given.end());
+  tensors.insert(tensors.end(), caches.begin(), caches.end());
+  const int64_t* at = program.data();
+  const auto one = [&]() -> const Tensor& { return tensors[*at++]; };
+  const auto numbers = [&] {
+    const int64_t count = *at++;
+    at += count;
+    return at::IntArrayRef(at - count, count);
+  };
+  const auto several = [&] {
+    std::vector<Tensor> found;
+    for (const int64_t number : numbers()) found.push_back(tensors[number]);
+    return found;
+  };
+  const auto perhaps = [&] {
+    const int64_t number = *at++;
+    return number < 0 ? std::nullopt : std::optional<Tensor>(tensors[number]);
+  };
+  const auto map = [&](bool rounded, double eps) {
+    const Tensor x = one();
+    const auto weights = several(), scales = several();
+    const auto sizes = numbers();
+    const auto biases = several();
+    const bool gated = *at++;
+    const auto added = perhaps(), scale = perhaps();
+    return rounded ? linear_rounded(x, weights, scales, sizes, biases, gated, added, scale, eps)
+                   : linear(x, weights, biases, gated, added, scale, eps);
+  };
+  std::map<const void*, Seen> seen;
+  const auto attention = [&](double scale) {
+    const Tensor *held[9];
+    for (auto& each : held) each = &one();
+    const auto& [q, k, v, cos, sin, slots, keys, values, mask] = held;
+    const auto [found, added] = seen.try_emplace(mask->const_data_ptr());  // all layers of a kind have one mask
+    if (added) found->second = seen_by(*mask);
+    return std::vector{attend(*q, *k, *v, *cos, *sin, *slots, *keys, *values, *mask, scale, found->second)};
+  };
+  for (const double factor : factors) {
+    const int64_t kind = *at++;
+    auto results = kind == 2 ? attention(factor) : map(kind == 1, factor);
+    std::move(results.begin(), results.end(), std::back_inserter(tensors));
+  }
+  auto wanted = several();
+  while (wanted.size() < 4) wanted.push_back(at::empty({0}, given[0].options()));
+  return {wanted[0], wanted[1], wanted[2], wanted[3]};
 }
 
 // ln(x) for 0 < x <= 1 to the last bits of float32.
@@ -987,8 +1063,9 @@ Tensor draw(const Tensor& scores, const Tensor& keys) {
   const int64_t V = scores.size(1);
   const Tensor held = scores.contiguous(), numbers = keys.contiguous();
   Tensor tokens = at::empty_like(numbers);
+  const int64_t* own = numbers.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < scores.size(0); ++r)
-    tokens.mutable_data_ptr<int64_t>()[r] = chosen(held.const_data_ptr<float>() + r * V, V, 1, numbers.const_data_ptr<int64_t>()[r]);
+    tokens.mutable_data_ptr<int64_t>()[r] = chosen(held.const_data_ptr<float>() + r * V, V, 1, own[r]);
   return tokens;
 }
 
@@ -1142,9 +1219,12 @@ TORCH_LIBRARY(medusa, library) {
   const std::string around = "bool gated=False, Tensor? added=None, Tensor? scale=None, float eps=0.0) -> Tensor[]";
   library.def(("linear(Tensor x, Tensor[] weights, Tensor[] biases, " + around).c_str());
   library.def(("linear_rounded(Tensor x, Tensor[] weights, Tensor[] scales, int[] sizes, Tensor[] biases, " + around).c_str());
-  library.def("maps(Tensor[] given, float[] eps, int[] program) -> Tensor[]");
+  library.def("calls(Tensor[] given, Tensor(a!)[] caches, float[] factors, int[] program) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("linear_rows(Tensor x, Tensor weight, Tensor rows) -> Tensor");
   library.def("computed(Tensor x) -> Tensor");
+  library.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor mask, "
+      "float scale) -> Tensor");
   library.def("attention(Tensor queries, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
   library.def("draw(Tensor scores, Tensor keys) -> Tensor");
   library.def(
@@ -1162,10 +1242,18 @@ TORCH_LIBRARY(medusa, library) {
 TORCH_LIBRARY_IMPL(medusa, CPU, library) {
   library.impl("linear", linear);
   library.impl("linear_rounded", linear_rounded);
-  library.impl("maps", maps);
+  library.impl("calls", calls);
   library.impl("linear_rows", linear_rows);
   library.impl("computed", computed);
-  library.impl("attention", attention);
+  library.impl("attention", [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
+    return attention(q, k, v, mask, scale, seen_by(mask));
+  });
+  library.impl(
+      "attend",
+      [](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& slots, Tensor keys,
+         Tensor values, const Tensor& mask, double scale) {
+        return attend(q, k, v, cos, sin, slots, keys, values, mask, scale, seen_by(mask));
+      });
   library.impl("draw", draw);
   library.impl("accept", accept);
   library.impl("keep", keep);

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from medusa.kernels.build import source_digest
+from medusa.kernels.build import MOST_RESULTS, source_digest
 
 INDUCTOR = {
     # Elements of a loop for each thread: waking a second one for fewer takes longer than they do.
@@ -41,7 +41,8 @@ def fuse(graph: fx.GraphModule) -> None:
     replace_attention(graph)
     replace_shortlists(graph)
     compute_once(graph)
-    join_maps(graph)
+    fuse_attention(graph)
+    join_calls(graph)
 
 
 def fuse_linear_maps(graph: fx.GraphModule) -> None:
@@ -113,15 +114,16 @@ def fuse_norms(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def join_maps(graph: fx.GraphModule) -> None:
-    """Make one call of maps that follow on one another, as those between two attentions: each call takes Python some 7 us."""
+def join_calls(graph: fx.GraphModule) -> None:
+    """Make one call of those that follow on one another, as all layers of a Llama: between them, Python takes 25 us a layer."""
     place = {node: number for number, node in enumerate(graph.graph.nodes)}
     runs: list[list[Any]] = []
-    for call in _calls(graph):
+    for call in _calls(graph, torch.ops.medusa.attend.default):
         run = runs[-1] if runs else []
-        made = [node for node in call.all_input_nodes if node.target is operator.getitem and node.args[0] in run]
+        made = {node for each in run for node in _outputs(each)}
         others = [node for node in call.all_input_nodes if node not in made]
-        if any(node.args[0] is run[-1] for node in made) and all(place[node] < place[run[0]] for node in others):
+        follows = run and any(node in _outputs(run[-1]) for node in call.all_input_nodes)
+        if follows and all(place[node] < place[run[0]] for node in others):
             run.append(call)
         else:
             runs.append([call])
@@ -132,33 +134,48 @@ def join_maps(graph: fx.GraphModule) -> None:
 
 
 def _join(graph: fx.Graph, run: list[Any]) -> None:
-    """Make a call of `medusa::maps` of several calls; the program is described at its definition."""
-    made = [output for call in run for output in call.users]
-    given = list(dict.fromkeys(node for call in run for node in call.all_input_nodes if node not in made))
-    number = {None: -1, **{node: n for n, node in enumerate(given)}}
-    program, tensors = [], len(given)
+    """Make a call of `medusa::calls` of several calls; the program is described at its definition."""
+    made = [output for call in run for output in _outputs(call)]
+    attentions = [call for call in run if call.target is torch.ops.medusa.attend.default]
+    caches = list(dict.fromkeys(cache for call in attentions for cache in call.args[6:8]))
+    given = list(dict.fromkeys(node for call in run for node in call.all_input_nodes if node not in (*made, *caches)))
+    number = {None: -1, **{node: n for n, node in enumerate([*given, *caches])}}
+    program, tensors, factors = [], len(given) + len(caches), []
     for call in run:
-        rounded = call.target is torch.ops.medusa.linear_rounded.default
-        x, weights, *others = call.args
-        scales, sizes, biases = others if rounded else ([], [], *others)
-        gated, added, scale = (call.kwargs.get(name) for name in ("gated", "added", "scale"))
-        program += [int(rounded), number[x]]
-        for each in ([number[node] for node in weights], [number[node] for node in scales], sizes, [number[b] for b in biases]):
-            program += [len(each), *each]
-        program += [int(bool(gated)), number[added], number[scale]]
-        number |= {output: tensors + output.args[1] for output in call.users}
-        tensors += (1 if gated else len(weights)) + (added is not None)
+        if call in attentions:
+            *operands, scale = call.args
+            program += [2, *(number[node] for node in operands)]
+            results = 1
+            factors.append(scale)
+        else:
+            rounded = call.target is torch.ops.medusa.linear_rounded.default
+            x, weights, *others = call.args
+            scales, sizes, biases = others if rounded else ([], [], *others)
+            gated, added, scale = (call.kwargs.get(name) for name in ("gated", "added", "scale"))
+            program += [int(rounded), number[x]]
+            for each in ([number[w] for w in weights], [number[s] for s in scales], sizes, [number[b] for b in biases]):
+                program += [len(each), *each]
+            program += [int(bool(gated)), number[added], number[scale]]
+            results = (1 if gated else len(weights)) + (added is not None)
+            factors.append(call.kwargs.get("eps", 0.0))
+        number |= {output: tensors + (0 if output is call else output.args[1]) for output in _outputs(call)}
+        tensors += results
     wanted = [output for output in made if any(user not in run for user in output.users)]
+    if len(wanted) > MOST_RESULTS:
+        return
     program += [len(wanted), *(number[output] for output in wanted)]
-    eps = [call.kwargs.get("eps", 0.0) for call in run]
     with graph.inserting_before(run[0]):
-        results = graph.call_function(torch.ops.medusa.maps.default, (given, eps, program))
-        found = [graph.call_function(operator.getitem, (results, n)) for n in range(len(wanted))]
+        outputs = graph.call_function(torch.ops.medusa.calls.default, (given, caches, factors, program))
+        found = [graph.call_function(operator.getitem, (outputs, n)) for n in range(len(wanted))]
     for output, result in zip(wanted, found, strict=True):
         result.meta = dict(output.meta)
         output.replace_all_uses_with(result, lambda user: user not in run)
     for call in reversed(run):
         _erase([*call.users, call])
+
+
+def _outputs(call: Any) -> list[Any]:
+    return [call] if call.target is torch.ops.medusa.attend.default else list(call.users)
 
 
 def compute_once(graph: fx.GraphModule) -> None:
@@ -201,8 +218,100 @@ def replace_attention(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _calls(graph: fx.GraphModule) -> list[Any]:
-    kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_rounded.default
+def fuse_attention(graph: fx.GraphModule) -> None:
+    """Let the kernel of an attention also rotate queries and keys, and write keys and values into the cache."""
+    for node in list(graph.graph.nodes):
+        if node.target is not torch.ops.medusa.attention.default or (found := _attended(node)) is None:
+            continue
+        operands, unused = found
+        with graph.graph.inserting_before(unused[0]):
+            result = graph.graph.call_function(torch.ops.medusa.attend.default, operands)
+        result.meta = dict(unused[0].meta)
+        unused[0].replace_all_uses_with(result)
+        while unused:
+            above = [each for node in unused for each in node.all_input_nodes]
+            _erase(unused)
+            left = [each for each in dict.fromkeys(above) if each not in unused]
+            unused = [each for each in left if not each.users and each.op != "placeholder"]
+    graph.recompile()
+
+
+def _attended(node: Any) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """The operands of `medusa::attend` for an attention, and the nodes that it replaces, the result first.
+
+    None: its queries and keys are not rotated projections, or `TreeCacheLayer.update` does not write them.
+    """
+    queries, *seen, mask, scale = node.args
+    merged, writes = _merged(node), [_write(each) for each in seen]
+    if merged is None or None in writes:
+        return None
+    (keys, _, slots, key_states), (values, _, values_slots, value_states) = (write.args for write in cast(Any, writes))
+    asked, given, said = _rotated(queries), _rotated(key_states), _projection(value_states)
+    if None in (asked, given, said) or asked[1:] != given[1:] or slots is not values_slots:  # type: ignore[index]
+        return None
+    if slots.target == "to" and slots.args[1:] == (torch.device("cpu"),):
+        slots = slots.args[0]
+    operands = asked[0], given[0], said, *asked[1:], slots, keys, values, mask, scale  # type: ignore[index]
+    return operands, [*merged, node, *writes]
+
+
+def _merged(node: Any) -> list[Any] | None:
+    """The nodes that make (B, M, H * D) of an attention's result (B, H, M, D), the last first."""
+    B, H, M, D = node.meta["example_value"].shape
+    chain, transposed = [node], 0
+    while len(chain[0].users) == 1 and (at := next(iter(chain[0].users))).target in (
+        "reshape",
+        "view",
+        "transpose",
+        "contiguous",
+    ):
+        transposed += at.target == "transpose" and at.args[1:] == (1, 2)
+        shape = tuple(at.meta["example_value"].shape)
+        if shape not in (((B, M, H, D), (B, M, H * D)) if transposed else ((B, H, M, D),)) or transposed > 1:
+            break
+        chain.insert(0, at)
+    return chain[:-1] if tuple(chain[0].meta["example_value"].shape) == (B, M, H * D) else None
+
+
+def _write(seen: Any) -> Any:
+    """What writes into the cache of which an attention reads the first slots; None: nothing does, or it is no cache."""
+    cache = _args(seen, operator.getitem)[:1]
+    writes = [user for user in cache[0].users if user.target == "index_copy_"] if cache and _is_input(cache[0]) else []
+    return writes[0] if len(writes) == 1 and writes[0].args[1] == 2 else None
+
+
+def _rotated(node: Any) -> tuple[Any, Any, Any] | None:
+    """The projection, cosines and sines of a rotary embedding as transformers computes it; None: it is not one."""
+    products: list[Any] = [_args(each, operator.mul) for each in _args(node, operator.add)]
+    if [len(each) for each in products] != [2, 2]:
+        return None
+    (x, cos), (turned, sin) = products
+    halves: Any = next(iter(_args(turned, torch.cat)), ())
+    angles: list[Any] = [_args(each, "unsqueeze") for each in (cos, sin)]
+    if (projection := _projection(x)) is None or len(halves) != 2 or any(each[1:] != (1,) for each in angles):
+        return None
+    half = x.meta["example_value"].shape[-1] // 2
+    negated = next(iter(_args(halves[0], operator.neg)), None)
+    second, first = _args(negated, operator.getitem), _args(halves[1], operator.getitem)
+    whole = second == (x, (..., slice(half, None, None))) and first == (x, (..., slice(None, half, None)))
+    found = projection, angles[0][0], angles[1][0]
+    return found if whole and all(_is_bfloat16(each.meta.get("example_value")) for each in found) else None
+
+
+def _projection(node: Any) -> Any:
+    """The (B, M, heads * D) that a node shows as (B, heads, M, D); None: it does not."""
+    viewed = _args(node, "transpose")
+    projection = _args(viewed[0], "view", "reshape")[:1] if viewed[1:] == (1, 2) else ()
+    return projection[0] if projection and projection[0].meta["example_value"].dim() == 3 else None
+
+
+def _args(node: Any, *targets: Any) -> tuple[Any, ...]:
+    """The arguments of a node if it is a call of one of the targets, else none."""
+    return node.args if isinstance(node, fx.Node) and node.target in targets else ()
+
+
+def _calls(graph: fx.GraphModule, *more: Any) -> list[Any]:
+    kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_rounded.default, *more
     return [node for node in graph.graph.nodes if node.target in kernels]
 
 
