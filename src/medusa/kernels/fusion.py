@@ -143,23 +143,13 @@ def _join(graph: fx.Graph, run: list[Any]) -> None:
     program, tensors, factors = [], len(given) + len(caches), []
     for call in run:
         if call in attentions:
-            *operands, scale = call.args
-            program += [2, *(number[node] for node in operands)]
-            results = 1
-            factors.append(scale)
+            results, factor, numbers = 1, call.args[-1], [2, *(number[node] for node in call.args[:-1])]
         else:
-            rounded = call.target is torch.ops.medusa.linear_rounded.default
-            x, weights, *others = call.args
-            scales, sizes, biases = others if rounded else ([], [], *others)
-            gated, added, scale = (call.kwargs.get(name) for name in ("gated", "added", "scale"))
-            program += [int(rounded), number[x]]
-            for each in ([number[w] for w in weights], [number[s] for s in scales], sizes, [number[b] for b in biases]):
-                program += [len(each), *each]
-            program += [int(bool(gated)), number[added], number[scale]]
-            results = (1 if gated else len(weights)) + (added is not None)
-            factors.append(call.kwargs.get("eps", 0.0))
+            results, factor, numbers = _map_numbers(call, number)
         number |= {output: tensors + (0 if output is call else output.args[1]) for output in _outputs(call)}
         tensors += results
+        factors.append(factor)
+        program += numbers
     wanted = [output for output in made if any(user not in run for user in output.users)]
     if len(wanted) > MOST_RESULTS:
         return
@@ -172,6 +162,19 @@ def _join(graph: fx.Graph, run: list[Any]) -> None:
         output.replace_all_uses_with(result, lambda user: user not in run)
     for call in reversed(run):
         _erase([*call.users, call])
+
+
+def _map_numbers(call: Any, number: dict[Any, int]) -> tuple[int, float, list[int]]:
+    """The number of results of linear maps, their factor, and the numbers that describe them in a program."""
+    rounded = call.target is torch.ops.medusa.linear_rounded.default
+    x, weights, *others = call.args
+    scales, sizes, biases = others if rounded else ([], [], *others)
+    gated, added, scale = (call.kwargs.get(name) for name in ("gated", "added", "scale"))
+    numbers = [int(rounded), number[x]]
+    for each in ([number[w] for w in weights], [number[s] for s in scales], sizes, [number[b] for b in biases]):
+        numbers += [len(each), *each]
+    results = (1 if gated else len(weights)) + (added is not None)
+    return results, call.kwargs.get("eps", 0.0), [*numbers, int(bool(gated)), number[added], number[scale]]
 
 
 def _outputs(call: Any) -> list[Any]:
@@ -242,7 +245,7 @@ def _attended(node: Any) -> tuple[tuple[Any, ...], list[Any]] | None:
     None: its queries and keys are not rotated projections, or `TreeCacheLayer.update` does not write them.
     """
     queries, *seen, mask, scale = node.args
-    merged, writes = _merged(node), [_write(each) for each in seen]
+    merged, writes = _merged(node), [_write(each, node) for each in seen]
     if merged is None or None in writes:
         return None
     (keys, _, slots, key_states), (values, _, values_slots, value_states) = (write.args for write in cast(Any, writes))
@@ -259,25 +262,28 @@ def _merged(node: Any) -> list[Any] | None:
     """The nodes that make (B, M, H * D) of an attention's result (B, H, M, D), the last first."""
     B, H, M, D = node.meta["example_value"].shape
     chain, transposed = [node], 0
-    while len(chain[0].users) == 1 and (at := next(iter(chain[0].users))).target in (
-        "reshape",
-        "view",
-        "transpose",
-        "contiguous",
-    ):
-        transposed += at.target == "transpose" and at.args[1:] == (1, 2)
+    while len(chain[0].users) == 1:
+        at = next(iter(chain[0].users))
+        if at.target == "transpose" and at.args[1:] == (1, 2):
+            transposed += 1
+        elif at.target not in ("reshape", "view", "contiguous"):
+            break
         shape = tuple(at.meta["example_value"].shape)
-        if shape not in (((B, M, H, D), (B, M, H * D)) if transposed else ((B, H, M, D),)) or transposed > 1:
+        if shape not in (((B, M, H, D), (B, M, H * D)) if transposed == 1 else ((B, H, M, D),)):
             break
         chain.insert(0, at)
     return chain[:-1] if tuple(chain[0].meta["example_value"].shape) == (B, M, H * D) else None
 
 
-def _write(seen: Any) -> Any:
-    """What writes into the cache of which an attention reads the first slots; None: nothing does, or it is no cache."""
-    cache = _args(seen, operator.getitem)[:1]
-    writes = [user for user in cache[0].users if user.target == "index_copy_"] if cache and _is_input(cache[0]) else []
-    return writes[0] if len(writes) == 1 and writes[0].args[1] == 2 else None
+def _write(seen: Any, attention: Any) -> Any:
+    """What writes into the cache of which this attention reads the first slots, and no other; None: there is no such cache."""
+    cache, part = _args(seen, operator.getitem) or (None, None)
+    first = isinstance(part, tuple) and part[:2] == (slice(None), slice(None)) and part[2].start is None and len(part) == 3
+    if not first or not _is_input(cache) or len(cast(Any, cache).users) != 2:
+        return None
+    readers = [user for user in seen.users if user.target is attention.target]
+    write = next(user for user in cast(Any, cache).users if user is not seen)
+    return write if readers == [attention] and write.target == "index_copy_" and write.args[1] == 2 else None
 
 
 def _rotated(node: Any) -> tuple[Any, Any, Any] | None:
@@ -302,7 +308,10 @@ def _projection(node: Any) -> Any:
     """The (B, M, heads * D) that a node shows as (B, heads, M, D); None: it does not."""
     viewed = _args(node, "transpose")
     projection = _args(viewed[0], "view", "reshape")[:1] if viewed[1:] == (1, 2) else ()
-    return projection[0] if projection and projection[0].meta["example_value"].dim() == 3 else None
+    if not projection:
+        return None
+    B, heads, M, D = node.meta["example_value"].shape
+    return projection[0] if tuple(projection[0].meta["example_value"].shape) == (B, M, heads * D) else None
 
 
 def _args(node: Any, *targets: Any) -> tuple[Any, ...]:
