@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tqdm import tqdm
@@ -23,6 +24,8 @@ from medusa.batch.pool import left_padded
 from medusa.checkpoints.hub import find_model
 from medusa.checkpoints.loading import load_tokenizer
 from medusa.checkpoints.named import dtype_named, quiet_transformers
+from medusa.checkpoints.quantization import quantized
+from medusa.config import Quantization
 from medusa.data.prompt_sets import Prompter, read_questions
 
 
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 4; sampled: 1")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantization", default="none", choices=get_args(Quantization))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--plain", action="store_true", help="compare with our plain loop")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0 sample, with --plain")
@@ -45,7 +49,8 @@ def main() -> None:
     if args.temperature and args.batch_sizes not in (None, [1]):
         parser.error("each row of a batch draws from a stream of its own; leave --batch-sizes out")
     quiet_transformers()
-    model = MedusaModel.from_pretrained(args.model, args.heads, dtype=dtype_named(args.dtype))
+    dtype = dtype_named(args.dtype)
+    model = MedusaModel.from_pretrained(args.model, args.heads, dtype=dtype, **quantized(args.quantization, dtype))
     tokenizer = load_tokenizer(find_model(args.model))
     prompter = Prompter(tokenizer, model.eos_token_ids)
     questions = [question for file in args.prompts for question in read_questions(file)]
@@ -63,7 +68,14 @@ def main() -> None:
         else:
             out = model.backbone.generate(torch.tensor([ids]), pad_token_id=eos[0], **options)
             own.append(out[0, len(ids) :].tolist())
-    record: dict = {"model": args.model, "dtype": args.dtype, "prompts": len(prompts), "same": {}, "differences": []}
+    record: dict = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "prompts": len(prompts),
+        "same": {},
+        "differences": [],
+    }
     for size in args.batch_sizes or ([1] if args.temperature else [1, 4]):
         same = 0
         for first in tqdm(range(0, len(prompts), size), desc=f"Medusa, {size} at a time", dynamic_ncols=True):
