@@ -278,7 +278,8 @@ def _merged(node: Any) -> list[Any] | None:
 def _write(seen: Any, attention: Any) -> Any:
     """What writes into the cache of which this attention reads the first slots, and no other; None: there is no such cache."""
     cache, part = _args(seen, operator.getitem) or (None, None)
-    first = isinstance(part, tuple) and part[:2] == (slice(None), slice(None)) and part[2].start is None and len(part) == 3
+    slots = part[2] if isinstance(part, tuple) and len(part) == 3 else None
+    first = isinstance(slots, slice) and part == (slice(None), slice(None), slice(slots.stop))
     if not first or not _is_input(cache) or len(cast(Any, cache).users) != 2:
         return None
     readers = [user for user in seen.users if user.target is attention.target]
