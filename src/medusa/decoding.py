@@ -191,24 +191,31 @@ def keep(
         path = accepted.node, accepted.path, accepted.length, accepted.bonus
         held = state.active, state.slot, state.hidden, state.root, state.lengths
         packet, source, target = torch.ops.medusa.keep(drafted.tokens, drafted.hidden, *path, *held)
-        if state.history is not None:
-            state.history.extend(packet[:, :-2], accepted.length, accepted.bonus)
-        if len(source):
-            state.cache.keep(source, target)
-        return packet
-    tokens = drafted.tokens.gather(1, accepted.path.clamp(min=0))
+    else:
+        packet, source, target = _advance(state, drafted, accepted, always)
+    if state.history is not None:
+        state.history.extend(packet[:, :-2], accepted.length, accepted.bonus)
+    if len(source):
+        state.cache.keep(source, target)
+    return packet
+
+
+def _advance(
+    state: DecodingState, drafted: Drafted, accepted: Accepted, always: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # the result of `keep`; slots to move and where to, (B, D + 1), or (0, D + 1) if in place
+    """Let the rows stand behind their accepted paths, as `medusa::keep` does where it can."""
+    nodes = accepted.path.clamp(min=0)
+    tokens = drafted.tokens.gather(1, nodes)
     rows = torch.arange(len(tokens), device=tokens.device)
     state.hidden.copy_(drafted.hidden[rows, accepted.node])
     state.root.copy_(accepted.bonus)
-    if state.history is not None:
-        state.history.extend(tokens, accepted.length, accepted.bonus)
     # Nodes 0, 1, 2, ... right behind the row are in place.
     in_place = (state.lengths == state.slot) & (accepted.node == accepted.length - 1) | ~state.active
-    if always or not in_place.all():
-        behind = state.lengths[:, None] + torch.arange(accepted.path.shape[1], device=tokens.device)
-        state.cache.keep(state.slot + accepted.path.clamp(min=0), behind)
+    moved = len(tokens) if always or not in_place.all() else 0
+    behind = state.lengths[:, None] + torch.arange(nodes.shape[1], device=tokens.device)
     state.lengths.add_(accepted.length * state.active)
-    return torch.cat([tokens, torch.stack([accepted.length, accepted.bonus], 1)], 1)
+    packet = torch.cat([tokens, torch.stack([accepted.length, accepted.bonus], 1)], 1)
+    return packet, (state.slot + nodes)[:moved], behind[:moved]
 
 
 def _in_kernels(logits: Tensor) -> bool:

@@ -918,7 +918,7 @@ Tensor attend(
   return attention(turned, keys, values, mask, scale, seen).transpose(1, 2).view({B, M, H * D});
 }
 
-// Calls of `linear`, `linear_rounded` and `attend`, one after the other, as `fusion.join_calls` writes them: a list of numbers,
+// Calls of `linear`, `linear_rounded` and `attend`, one after the other, as `joining.join_calls` writes them: a list of numbers,
 // those of tensors among them. Tensors are those given, the caches, then the results of every call, in order. A call is 0, 1 or 2,
 // which of the three it is. Of a map follow x, the weights, scales, sizes and biases, each a count and that many numbers, gated,
 // added and scale (-1: none); of an attention its nine tensors. `factors` are the last arguments of the calls, eps or scale. At the

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from medusa.kernels.build import MOST_RESULTS, source_digest
+from medusa.kernels.build import source_digest
+from medusa.kernels.joining import calls_of, erase, join_calls
 
 INDUCTOR = {
     # Elements of a loop for each thread: waking a second one for fewer takes longer than they do.
@@ -73,7 +74,7 @@ def fuse_linear_maps(graph: fx.GraphModule) -> None:
 
 def fuse_gates(graph: fx.GraphModule) -> None:
     """Let the kernel that computes two maps of one input also compute silu(first) * second, the inside of a gated MLP."""
-    for call in _calls(graph):
+    for call in calls_of(graph):
         outputs = {output.args[1]: output for output in call.users}
         gate = next((number for number in outputs if _only_user(outputs[number], nn.functional.silu)), None)
         if len(outputs) != 2 or gate is None or not _is_bfloat16(outputs[gate].meta.get("example_value")):
@@ -86,19 +87,19 @@ def fuse_gates(graph: fx.GraphModule) -> None:
         call.args = (x, *([each[gate], each[1 - gate]] if each else [] for each in operands))
         call.update_kwarg("gated", True)
         _replace(product, operator.getitem, (call, 0))
-        _erase([silu, outputs[gate], up])
+        erase([silu, outputs[gate], up])
     graph.recompile()
 
 
 def fuse_norms(graph: fx.GraphModule) -> None:
     """Let the kernel normalise the inputs of its maps (RMSNorm), and first add what a layer adds to them."""
-    for call in _calls(graph):
+    for call in calls_of(graph):
         if (found := _norm(call.args[0])) is None or len(call.args[0].users) != 1:
             continue
         whole, scale, eps, chain = found
         call.update_arg(0, whole)
         call.kwargs = {**call.kwargs, "scale": scale, "eps": eps}
-        _erase(chain)
+        erase(chain)
         place = {node: number for number, node in enumerate(graph.graph.nodes)}
         if not _is_sum(whole) or any(place[user] < place[call] for user in whole.users):
             continue
@@ -110,75 +111,8 @@ def fuse_norms(graph: fx.GraphModule) -> None:
         whole.replace_all_uses_with(result)
         call.update_arg(0, x)
         call.update_kwarg("added", added)
-        _erase([whole])
+        erase([whole])
     graph.recompile()
-
-
-def join_calls(graph: fx.GraphModule) -> None:
-    """Make one call of those that follow on one another, as all layers of a Llama: between them, Python takes 25 us a layer."""
-    place = {node: number for number, node in enumerate(graph.graph.nodes)}
-    runs: list[list[Any]] = []
-    for call in _calls(graph, torch.ops.medusa.attend.default):
-        run = runs[-1] if runs else []
-        made = {node for each in run for node in _outputs(each)}
-        others = [node for node in call.all_input_nodes if node not in made]
-        follows = run and any(node in _outputs(run[-1]) for node in call.all_input_nodes)
-        if follows and all(place[node] < place[run[0]] for node in others):
-            run.append(call)
-        else:
-            runs.append([call])
-    for run in runs:
-        if len(run) > 1:
-            _join(graph.graph, run)
-    graph.recompile()
-
-
-def _join(graph: fx.Graph, run: list[Any]) -> None:
-    """Make a call of `medusa::calls` of several calls; the program is described at its definition."""
-    made = [output for call in run for output in _outputs(call)]
-    attentions = [call for call in run if call.target is torch.ops.medusa.attend.default]
-    caches = list(dict.fromkeys(cache for call in attentions for cache in call.args[6:8]))
-    given = list(dict.fromkeys(node for call in run for node in call.all_input_nodes if node not in (*made, *caches)))
-    number = {None: -1, **{node: n for n, node in enumerate([*given, *caches])}}
-    program, tensors, factors = [], len(given) + len(caches), []
-    for call in run:
-        if call in attentions:
-            results, factor, numbers = 1, call.args[-1], [2, *(number[node] for node in call.args[:-1])]
-        else:
-            results, factor, numbers = _map_numbers(call, number)
-        number |= {output: tensors + (0 if output is call else output.args[1]) for output in _outputs(call)}
-        tensors += results
-        factors.append(factor)
-        program += numbers
-    wanted = [output for output in made if any(user not in run for user in output.users)]
-    if len(wanted) > MOST_RESULTS:
-        return
-    program += [len(wanted), *(number[output] for output in wanted)]
-    with graph.inserting_before(run[0]):
-        outputs = graph.call_function(torch.ops.medusa.calls.default, (given, caches, factors, program))
-        found = [graph.call_function(operator.getitem, (outputs, n)) for n in range(len(wanted))]
-    for output, result in zip(wanted, found, strict=True):
-        result.meta = dict(output.meta)
-        output.replace_all_uses_with(result, lambda user: user not in run)
-    for call in reversed(run):
-        _erase([*call.users, call])
-
-
-def _map_numbers(call: Any, number: dict[Any, int]) -> tuple[int, float, list[int]]:
-    """The number of results of linear maps, their factor, and the numbers that describe them in a program."""
-    rounded = call.target is torch.ops.medusa.linear_rounded.default
-    x, weights, *others = call.args
-    scales, sizes, biases = others if rounded else ([], [], *others)
-    gated, added, scale = (call.kwargs.get(name) for name in ("gated", "added", "scale"))
-    numbers = [int(rounded), number[x]]
-    for each in ([number[w] for w in weights], [number[s] for s in scales], sizes, [number[b] for b in biases]):
-        numbers += [len(each), *each]
-    results = (1 if gated else len(weights)) + (added is not None)
-    return results, call.kwargs.get("eps", 0.0), [*numbers, int(bool(gated)), number[added], number[scale]]
-
-
-def _outputs(call: Any) -> list[Any]:
-    return [call] if call.target is torch.ops.medusa.attend.default else list(call.users)
 
 
 def compute_once(graph: fx.GraphModule) -> None:
@@ -233,7 +167,7 @@ def fuse_attention(graph: fx.GraphModule) -> None:
         unused[0].replace_all_uses_with(result)
         while unused:
             above = [each for node in unused for each in node.all_input_nodes]
-            _erase(unused)
+            erase(unused)
             left = [each for each in dict.fromkeys(above) if each not in unused]
             unused = [each for each in left if not each.users and each.op != "placeholder"]
     graph.recompile()
@@ -320,11 +254,6 @@ def _args(node: Any, *targets: Any) -> tuple[Any, ...]:
     return node.args if isinstance(node, fx.Node) and node.target in targets else ()
 
 
-def _calls(graph: fx.GraphModule, *more: Any) -> list[Any]:
-    kernels = torch.ops.medusa.linear.default, torch.ops.medusa.linear_rounded.default, *more
-    return [node for node in graph.graph.nodes if node.target in kernels]
-
-
 def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     """Let a call of `target` take the place of a node."""
     with node.graph.inserting_before(node):
@@ -332,12 +261,6 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
-
-
-def _erase(nodes: list[Any]) -> None:
-    """Remove nodes, each of which only those before it use. What is left would be computed: not all of it without effect."""
-    for node in nodes:
-        node.graph.erase_node(node)
 
 
 def _only_user(node: Any, target: Any) -> Any:
